@@ -1,0 +1,74 @@
+"""The fusion methods: pure torch, layer states in, one state out. Knows neither transformers nor peft."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .base import Context, Fusion, resolve_layers
+from .concat import Concat
+from .controls import MLP, Last
+from .deeper import Deeper
+from .dwatt import DWAtt
+from .scalar_mix import ScalarMix
+
+__all__ = ["FUSIONS", "Context", "Fusion", "build_fusion", "fusion_class", "fusion_options", "resolve_layers"]
+
+FUSIONS: dict[str, type[Fusion]] = {
+    "dwatt": DWAtt,
+    "concat": Concat,
+    "scalar_mix": ScalarMix,
+    "deeper": Deeper,
+    "mlp": MLP,
+    "last": Last,
+}
+
+
+def fusion_class(name: str) -> type[Fusion]:
+    """The class of a method.
+
+    Raises:
+        ValueError: If no method has that name; the message lists those that exist.
+    """
+    if name in FUSIONS:
+        return FUSIONS[name]
+    near = difflib.get_close_matches(str(name), FUSIONS, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"There is no fusion {name!r}.{hint} The methods are: {', '.join(FUSIONS)}.")
+
+
+def fusion_options(name: str) -> dict[str, Any]:
+    """The options of a method with their defaults; `FusionConfig` offers each as `fusion_<option>`."""
+    parameters = inspect.signature(fusion_class(name)).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "last_block"}
+
+
+def build_fusion(
+    name: str,
+    hidden_size: int,
+    num_layers: int,
+    layers: Sequence[int] | None = None,
+    last_block: nn.Module | None = None,
+    **options: Any,
+) -> Fusion:
+    """Builds a fusion with fresh float32 parameters.
+
+    Args:
+        name: A name in `FUSIONS`.
+        hidden_size: Hidden size `d` of the backbone.
+        num_layers: Number of blocks `L` of the backbone.
+        layers: Indices of the states to fuse, negatives allowed; None means `1 .. L`.
+        last_block: The backbone's last block, for methods that copy it.
+        **options: The method's own options, see `fusion_options`.
+
+    Raises:
+        ValueError: If the name, a layer index or an option does not fit; the message says what would.
+    """
+    cls = fusion_class(name)
+    if "last_block" in inspect.signature(cls).parameters:
+        options["last_block"] = last_block
+    return cls(hidden_size, resolve_layers(layers, num_layers), **options)

@@ -1,0 +1,198 @@
+"""What a layer fusion is: the contract, the index rule, and the numerics shared by all methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class Context:
+    """What one forward pass knows besides the layer states. Only fusions that mix positions read it.
+
+    Attributes:
+        attention_mask: `(B, T)`, non-zero at real tokens; or a 4-D mask as the backbone was given it; or None.
+        causal: Whether a position may only see itself and earlier ones (decoders).
+        cached_positions: Positions that the backbone keeps in its KV cache and does not show in this call.
+        block_args: Positional arguments of the last block, without its hidden states.
+        block_kwargs: Keyword arguments of the last block, without its hidden states.
+    """
+
+    attention_mask: Tensor | None = None
+    causal: bool = False
+    cached_positions: int = 0
+    block_args: tuple[Any, ...] = ()
+    block_kwargs: dict[str, Any] | None = None
+
+
+class Fusion(nn.Module):
+    """Maps the layer states of a position to one vector of the hidden size.
+
+    Layer states are numbered as `z_0 .. z_L`: `z_0` is the input of the first block, `z_i` the output of block `i`,
+    and `z_L` is taken before any final norm. Parameters are float32; matrix products run in the dtype of the states,
+    norms and softmax in float32; the result has the dtype of `z_L`.
+
+    A new method is a subclass in a file of its own and one line in the registry (`fusions/__init__.py`). Its keyword
+    arguments are its options; `FusionConfig` offers each as `fusion_<option>`.
+
+    Attributes:
+        layers: Indices of the states that `forward` wants, ascending.
+        paper: Options that give the published form.
+        has_weights: Whether `forward(..., return_weights=True)` can return weights over depth.
+        mixes_positions: Whether the result at a position depends on other positions (then a KV cache is refused).
+    """
+
+    paper: ClassVar[dict[str, Any]] = {"init": "paper"}
+    has_weights: ClassVar[bool] = False
+    mixes_positions: ClassVar[bool] = False
+
+    def __init__(self, hidden_size: int, layers: Sequence[int]) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.layers = tuple(layers)
+
+    def forward(
+        self, states: Sequence[Tensor], last: Tensor, context: Context | None = None, return_weights: bool = False
+    ) -> Any:
+        """Fuses.
+
+        Args:
+            states: The states `z_i` for `i` in `self.layers`, each `(B, T, d)` and of one dtype.
+            last: `z_L`, `(B, T, d)`; given also when `self.layers` leaves it out.
+            context: Masks and the like; None stands for no padding, bidirectional.
+            return_weights: Also return the weights over depth, float32, `(B, T, N)` or with heads `(B, T, H, N)`.
+
+        Returns:
+            The fused state `(B, T, d)` in the dtype of `last`; with `return_weights` the pair of it and the weights.
+        """
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.hidden_size}, layers={list(self.layers)}"
+
+
+def resolve_layers(layers: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
+    """Turns a choice of layers into ascending indices of the states `z_0 .. z_L`.
+
+    Args:
+        layers: Indices into the `L + 1` states, negatives count from the end (`-1` is `z_L`); None means `1 .. L`.
+        num_layers: The number of blocks `L`.
+
+    Raises:
+        ValueError: If the choice is empty, names a state twice, or names one that does not exist.
+    """
+    if layers is None:
+        return tuple(range(1, num_layers + 1))
+    count = num_layers + 1
+    wrong = [i for i in layers if not -count <= i < count]
+    if wrong:
+        raise ValueError(
+            f"fusion_layers={list(layers)}: {wrong} out of range. A backbone of {num_layers} blocks has the layer "
+            f"states 0 (embeddings) to {num_layers} (last block), or {-count} to -1 from the end. Choose among these."
+        )
+    resolved = sorted(i % count for i in layers)
+    if len(set(resolved)) != len(resolved) or not resolved:
+        raise ValueError(
+            f"fusion_layers={list(layers)} means the layer states {resolved}: name at least one state, and each "
+            "only once (a negative index counts from the end, -1 is the last block)."
+        )
+    return tuple(resolved)
+
+
+def bottleneck_width(bottleneck: int | float, hidden_size: int) -> int:
+    """Width of a bottleneck: an int is the width itself, a float a fraction of the hidden size (the papers' gamma).
+
+    Raises:
+        ValueError: If the width would be below 1.
+    """
+    width = round(bottleneck * hidden_size) if isinstance(bottleneck, float) else bottleneck
+    if width < 1:
+        raise ValueError(
+            f"fusion_bottleneck={bottleneck!r} gives a width of {width} at hidden size {hidden_size}. Give the width as "
+            "an integer of at least 1, or a positive fraction of the hidden size as a float (0.5 for half of it)."
+        )
+    return width
+
+
+def check_heads(heads: int, hidden_size: int) -> int:
+    """Returns the number of heads if it divides the hidden size.
+
+    Raises:
+        ValueError: If it does not; the message lists the numbers that do.
+    """
+    if heads < 1 or hidden_size % heads:
+        near = [h for h in range(1, min(hidden_size, 128) + 1) if hidden_size % h == 0]
+        raise ValueError(f"fusion_heads={heads} does not divide the hidden size {hidden_size}. Possible values: {near}.")
+    return heads
+
+
+def check_init(init: str) -> str:
+    """Returns `init` if it is a known start.
+
+    Raises:
+        ValueError: If it is neither `"identity"` nor `"paper"`.
+    """
+    if init not in ("identity", "paper"):
+        raise ValueError(
+            f"fusion_init={init!r} is unknown. Use 'identity' (a fresh adapter leaves the model's answers as they were) "
+            "or 'paper' (the published form and start)."
+        )
+    return init
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x W^T + b` in the dtype of `x`, from float32 parameters."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Layer norm over the last axis, computed in float32, returned in the dtype of `x`."""
+    return F.layer_norm(x.float(), weight.shape, weight, bias).to(x.dtype)
+
+
+def linear_weight(*shape: int) -> nn.Parameter:
+    """A weight of shape `(..., out, in)`, started like `torch.nn.Linear`."""
+    bound = shape[-1] ** -0.5
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+
+def linear_bias(*shape: int, fan_in: int) -> nn.Parameter:
+    """A bias of shape `(..., out)`, started like `torch.nn.Linear` with `fan_in` inputs."""
+    bound = fan_in**-0.5
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+
+class BottleneckMLP(nn.Module):
+    """DWAtt's MLP for each of `depth` layers: `f_n(x) = W_n LN_n(gelu(U_n x))` (arXiv 2209.15168, eq. 11).
+
+    The weights of all layers lie in one tensor per kind, so that a checkpoint holds few tensors whatever the depth.
+    """
+
+    def __init__(self, depth: int, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.down_weight = linear_weight(depth, width, hidden_size)
+        self.down_bias = linear_bias(depth, width, fan_in=hidden_size)
+        self.norm_weight = nn.Parameter(torch.ones(depth, width))
+        self.norm_bias = nn.Parameter(torch.zeros(depth, width))
+        self.up_weight = linear_weight(depth, hidden_size, width)
+        self.up_bias = linear_bias(depth, hidden_size, fan_in=width)
+
+    def zero_output(self) -> None:
+        """Makes every `f_n` return zero until it is trained."""
+        nn.init.zeros_(self.up_weight)
+        nn.init.zeros_(self.up_bias)
+
+    def forward(self, states: Sequence[Tensor]) -> list[Tensor]:
+        """Maps `depth` states, each `(B, T, d)`, to as many of the same shape."""
+        outputs = []
+        # unbind, not indexing: the gradient of all layers is then built in one piece
+        parameters = zip(*(p.unbind(0) for p in self.parameters()), strict=True)
+        for x, (down, down_bias, norm, norm_bias, up, up_bias) in zip(states, parameters, strict=True):
+            hidden = F.gelu(linear(x, down, down_bias))  # (B, T, r)
+            outputs.append(linear(layer_norm(hidden, norm, norm_bias), up, up_bias))  # (B, T, d)
+        return outputs

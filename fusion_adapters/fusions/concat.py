@@ -1,0 +1,60 @@
+"""Concat: one linear map over the concatenated layer states (arXiv 2209.15168, the form is inferred)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Context, Fusion, bottleneck_width, check_init, linear, linear_bias, linear_weight
+
+
+class Concat(Fusion):
+    """`h = z_L + W [z_1; ..; z_N] + b`, or with a bottleneck `h = z_L + U gelu(W [z_1; ..; z_N] + b) + c`.
+
+    With `init="paper"` the published form as far as it is known, `h = gelu(W [z_1; ..; z_N] + b)`; its exact layout
+    stands in no text that could be read. Parameters: `N d^2 + d`, with a bottleneck `r`: `N d r + r + r d + d`.
+
+    Args:
+        hidden_size: Hidden size `d`.
+        layers: The states to concatenate.
+        bottleneck: Width `r` between the two maps; an int, or a float as fraction of `d`; None for a single map.
+        init: `"identity"` adds to `z_L` and starts the last map at zero; `"paper"` has no residual.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        layers: Sequence[int],
+        *,
+        bottleneck: int | float | None = None,
+        init: str = "identity",
+    ) -> None:
+        super().__init__(hidden_size, layers)
+        self.residual = check_init(init) == "identity"
+        width = hidden_size if bottleneck is None else bottleneck_width(bottleneck, hidden_size)
+        fan_in = len(self.layers) * hidden_size
+        self.weight = linear_weight(width, fan_in)
+        self.bias = linear_bias(width, fan_in=fan_in)
+        self.up_weight: nn.Parameter | None = None
+        self.up_bias: nn.Parameter | None = None
+        if bottleneck is not None:
+            self.up_weight = linear_weight(hidden_size, width)
+            self.up_bias = linear_bias(hidden_size, fan_in=width)
+        if self.residual:
+            last_map = (self.weight, self.bias) if self.up_weight is None else (self.up_weight, self.up_bias)
+            for parameter in last_map:
+                nn.init.zeros_(parameter)  # type: ignore[arg-type]
+
+    def forward(
+        self, states: Sequence[Tensor], last: Tensor, context: Context | None = None, return_weights: bool = False
+    ) -> Any:
+        mixed = linear(torch.cat(tuple(states), dim=-1), self.weight, self.bias)  # (B, T, N d) -> (B, T, r or d)
+        if self.up_weight is not None:
+            mixed = linear(F.gelu(mixed), self.up_weight, self.up_bias)  # (B, T, d)
+        elif not self.residual:
+            mixed = F.gelu(mixed)
+        return last + mixed if self.residual else mixed

@@ -1,0 +1,96 @@
+"""DWAtt: each token attends over the outputs of all layers (arXiv 2209.15168)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import (
+    BottleneckMLP,
+    Context,
+    Fusion,
+    bottleneck_width,
+    check_heads,
+    check_init,
+    layer_norm,
+    linear_weight,
+)
+
+POSITION_SIZE = 24  # d_pos, the same for every depth (Table 4)
+
+
+class DWAtt(Fusion):
+    """Depth-wise attention, equations 4 to 11 of arXiv 2209.15168.
+
+    `h = z_L + sum_n softmax_n(q . k_n) v_n` with the query `q = 1 + elu(z_L + f_Q(z_L))` from the last layer, static
+    keys `k_n = W_K p_n` from learned layer embeddings `p_n`, and values `v_n = LN_n(f_n(z_n))` from a bottleneck MLP
+    per layer. Parameters at `N` layers and bottleneck `r`:
+    `N (2 d r + 3 r + 3 d) + (2 d r + 3 r + d) + 24 N + 24 d`.
+
+    Beyond the paper: `heads` groups the coordinates of the hidden vector, and each group has its own distribution over
+    depth; `scale` divides the scores by the square root of the group's size; `dropout` drops weights over depth.
+
+    Args:
+        hidden_size: Hidden size `d`.
+        layers: The states to attend over.
+        bottleneck: Width of the MLPs; an int, or a float as fraction of `d` (the paper's gamma).
+        heads: Distributions over depth per token; must divide `d`.
+        scale: Whether to scale the scores.
+        dropout: Probability of dropping a weight over depth in training.
+        init: `"identity"` starts the gain of every outer norm at zero, `"paper"` at one.
+    """
+
+    paper: ClassVar[dict[str, Any]] = {"bottleneck": 0.5, "heads": 1, "scale": False, "dropout": 0.0, "init": "paper"}
+    has_weights = True
+
+    def __init__(
+        self,
+        hidden_size: int,
+        layers: Sequence[int],
+        *,
+        bottleneck: int | float = 0.5,
+        heads: int = 8,
+        scale: bool = True,
+        dropout: float = 0.0,
+        init: str = "identity",
+    ) -> None:
+        super().__init__(hidden_size, layers)
+        depth, width = len(self.layers), bottleneck_width(bottleneck, hidden_size)
+        self.heads = check_heads(heads, hidden_size)
+        self.scale = (hidden_size // self.heads) ** -0.5 if scale else 1.0
+        self.dropout = dropout
+        self.position = nn.Parameter(torch.rand(depth, POSITION_SIZE))
+        self.key_weight = linear_weight(hidden_size, POSITION_SIZE)
+        self.query = BottleneckMLP(1, hidden_size, width)
+        self.value = BottleneckMLP(depth, hidden_size, width)
+        gain = 1.0 if check_init(init) == "paper" else 0.0
+        self.value_norm_weight = nn.Parameter(torch.full((depth, hidden_size), gain))
+        self.value_norm_bias = nn.Parameter(torch.zeros(depth, hidden_size))
+
+    def depth_weights(self, last: Tensor) -> Tensor:
+        """The softmax over depth, float32, `(B, T, H, N)`, from the last state `(B, T, d)` (eqs. 5, 7, 10)."""
+        (offset,) = self.query([last])
+        query = 1 + F.elu(last + offset).float()  # (B, T, d)
+        keys = self.position @ self.key_weight.T  # (N, d)
+        # float32: unscaled scores reach tens, where a bf16 product would be off by a quarter
+        scores = torch.einsum("bthc,nhc->bthn", query.unflatten(-1, (self.heads, -1)), keys.unflatten(-1, (self.heads, -1)))
+        return F.softmax(scores * self.scale, dim=-1)
+
+    def forward(
+        self, states: Sequence[Tensor], last: Tensor, context: Context | None = None, return_weights: bool = False
+    ) -> Any:
+        weights = self.depth_weights(last)  # (B, T, H, N)
+        shares = F.dropout(weights, self.dropout, self.training).to(last.dtype).unsqueeze(-1).unbind(-2)
+        norms = zip(self.value_norm_weight.unbind(0), self.value_norm_bias.unbind(0), strict=True)
+        fused = last.float()  # summed in float32: rounding would grow with depth
+        for share, value, (gain, bias) in zip(shares, self.value(states), norms, strict=True):
+            normed = layer_norm(value, gain, bias).unflatten(-1, (self.heads, -1))  # (B, T, H, d / H)
+            fused = fused + (share * normed).flatten(-2)
+        fused = fused.to(last.dtype)
+        if return_weights:
+            return fused, weights.squeeze(2) if self.heads == 1 else weights
+        return fused

@@ -1,0 +1,43 @@
+"""Quantised backbones: the bitsandbytes config that leaves task heads alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
+# Output layers of transformers' head classes. A list replaces transformers' own, so lm_head must be in it.
+HEAD_NAMES = ("classifier", "score", "qa_outputs", "pre_classifier", "lm_head", "cls", "pooler")
+
+
+def quantization_config(bits: int = 8, extra_skip: tuple[str, ...] = (), **kwargs: Any) -> BitsAndBytesConfig:
+    """A `BitsAndBytesConfig` for a backbone that gets a fusion adapter and a trainable head.
+
+    transformers would quantise a head that has a bias, and a quantised head cannot be trained.
+
+    Args:
+        bits: 8 (LLM.int8) or 4 (NF4 with double quantisation, products in bfloat16).
+        extra_skip: Names of further modules to leave in floating point.
+        **kwargs: Further fields of `BitsAndBytesConfig`; they win over these defaults.
+
+    Raises:
+        ValueError: If `bits` is neither 8 nor 4.
+    """
+    from transformers import BitsAndBytesConfig
+
+    skip = [*HEAD_NAMES, *extra_skip]
+    if bits == 8:
+        return BitsAndBytesConfig(**{"load_in_8bit": True, "llm_int8_skip_modules": skip, **kwargs})
+    if bits == 4:
+        defaults = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": torch.bfloat16,
+            "llm_int8_skip_modules": skip,
+        }
+        return BitsAndBytesConfig(**{**defaults, **kwargs})
+    raise ValueError(f"bits={bits}: bitsandbytes quantises to 8 or 4 bits. Use one of these.")

@@ -1,0 +1,35 @@
+"""The peft method: its tuner, its layer, and its entry in peft's registry.
+
+The only package that touches peft's internals.
+"""
+
+from __future__ import annotations
+
+import peft
+from peft import mapping
+from peft.tuners.lora import LoraModel
+
+from ..config import FusionConfig, FusionPeftType
+from .layer import FusionLayer, depth_weights, fusion_layer
+from .model import FusionModel
+
+__all__ = ["FusionLayer", "FusionModel", "depth_weights", "fusion_layer", "register"]
+
+
+def register() -> None:
+    """Enters the method into peft's registry. Called when `fusion_adapters` is imported.
+
+    Raises:
+        ImportError: If the installed peft is not one that this package was tested with.
+    """
+    hooks = ("_get_adapter_state_dict", "_remap_adapter_state_dict_for_load")
+    names = ("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING")
+    lacking = [n for n in names if not hasattr(mapping, n)] + [n for n in hooks if not hasattr(LoraModel, n)]
+    if lacking:
+        raise ImportError(
+            f"fusion-adapters needs peft 0.21; the installed peft {peft.__version__} lacks {', '.join(lacking)}. Install "
+            "'peft>=0.21,<0.22'."
+        )
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[FusionPeftType.FUSION] = FusionConfig  # type: ignore[index]
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING[FusionPeftType.FUSION] = FusionModel  # type: ignore[index]
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[FusionPeftType.FUSION] = LoraModel.prefix  # type: ignore[index]

@@ -1,0 +1,112 @@
+"""What an adapter must fit before it is attached or loaded: its backbone, its name, its file."""
+
+from __future__ import annotations
+
+from peft.utils import AuxiliaryTrainingWrapper, load_peft_weights
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ..backbone import Backbone, fingerprints_differ
+from ..config import FusionConfig
+from ..fusions import Fusion
+from .layer import LAYER_NAME
+
+MODEL_PREFIX = "base_model.model."
+
+
+def bind(config: FusionConfig, backbone: Backbone, signature: str | None) -> None:
+    """Checks a saved config against the backbone; writes the backbone into a new one."""
+    here = (backbone.model_type, backbone.hidden_size, backbone.num_layers)
+    if not config.bound:
+        config.fusion_model_type, config.fusion_hidden_size, config.fusion_num_layers = here
+        config.fusion_fingerprint = signature
+        config.settle_options()
+        return
+    made_for = (config.fusion_model_type, config.fusion_hidden_size, config.fusion_num_layers)
+    if made_for != here:
+        raise ValueError(
+            "The adapter was made for another backbone: a {!r} of hidden size {} with {} blocks; this one is a {!r} of "
+            "hidden size {} with {} blocks. Load the backbone that the adapter was trained on{}.".format(
+                *made_for, *here, f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else ""
+            )
+        )
+    difference = fingerprints_differ(config.fusion_fingerprint, signature)
+    if difference:
+        raise ValueError(
+            f"The adapter was made for a backbone of the same shape but with other weights: {difference} by more than "
+            "16-bit rounding. Load the checkpoint that the adapter was trained on"
+            f"{f' ({config.base_model_name_or_path})' if config.base_model_name_or_path else ''}. If the backbone is right "
+            'and was changed on purpose, remove "fusion_fingerprint" from adapter_config.json.'
+        )
+
+
+def check_adapter_name(name: str, fusion: Fusion) -> None:
+    """Raises ValueError if peft, which takes the adapter's name out of a key, would take a part of the fusion's."""
+    taken = {part for key in fusion.state_dict() for part in key.split(".")} | {"fusions", LAYER_NAME}
+    if name in taken:
+        raise ValueError(
+            f"The adapter name {name!r} is also the name of a part of the fusion ({', '.join(sorted(taken))}), and peft "
+            "would confuse the two in the saved file. Choose another name."
+        )
+
+
+def read_weights(config: FusionConfig) -> dict[str, Tensor] | None:
+    """The tensors of the file that the config was loaded with, on the CPU; None for a new config."""
+    if config.source is None:
+        return None
+    folder, where = config.source
+    try:
+        return load_peft_weights(folder, device="cpu", **where)
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights of the adapter in {folder!r} cannot be read: adapter_model.safetensors is damaged or cut short "
+            f"({error}). Copy or download the file again, or train the adapter anew."
+        ) from error
+
+
+def wrapped_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Key in the file to key in the model, for what peft keeps in wrappers: heads and fusions."""
+    return {
+        f"{name}.{file_key}": f"{name}.{model_key}"
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for file_key, model_key in module.adapter_state_dict_load_map(adapter_name).items()
+    }
+
+
+def check_wrapped_tensors(model: nn.Module, adapter_name: str, weights: dict[str, Tensor]) -> None:
+    """Raises ValueError if the file lacks tensors of a head or a fusion, which peft would look up with a bare KeyError.
+
+    All tensors are compared when they are loaded, after peft has renamed those of older architectures.
+    """
+    state = model.state_dict()
+    expected = {file_key: state[model_key] for file_key, model_key in wrapped_keys(model, adapter_name).items()}
+    given = {k.removeprefix(MODEL_PREFIX): v for k, v in weights.items()}
+    compare_tensors(expected, {k: v for k, v in given.items() if k in expected})
+
+
+def compare_tensors(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+    """Raises ValueError, with the names, if tensors are missing, surplus, or of another shape."""
+    missing = sorted(expected.keys() - given.keys())
+    surplus = sorted(given.keys() - expected.keys())
+    shapes = [
+        f"{k} has {list(given[k].shape)} in the file, {list(expected[k].shape)} in the model"
+        for k in sorted(expected.keys() & given.keys())
+        if given[k].shape != expected[k].shape
+    ]
+    if not (missing or surplus or shapes):
+        return
+    found = [
+        *([f"{len(missing)} of {len(expected)} tensors are missing ({_some(missing)})"] if missing else []),
+        *([f"{len(surplus)} have no place in the model ({_some(surplus)})"] if surplus else []),
+        *([f"{len(shapes)} have another shape ({_some(shapes)})"] if shapes else []),
+    ]
+    raise ValueError(
+        f"The adapter's file does not fit its config and this model: {'; '.join(found)}. Nothing was loaded. Check that "
+        "adapter_config.json and adapter_model.safetensors come from the same save, and that the model has the head "
+        "(class and number of labels) that the adapter was trained with."
+    )
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,69 @@
+"""Task heads: the check that none is quantised or forgotten, and float32 training of 16-bit ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from ..backbone import Backbone
+from ..config import FusionConfig
+
+# peft's own names; for some tasks it adds them to modules_to_save only after the injection
+TASK_HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
+
+
+def check_head(model: nn.Module, backbone: Backbone, config: FusionConfig) -> None:
+    """Raises ValueError if the task head is quantised, or has parameters that would stay frozen and not be saved."""
+    wanted = config.modules_to_save or []
+    in_backbone = {id(m) for m in backbone.root.modules()}
+    forgotten = []
+    for name, module in model.named_modules():
+        covered = any(name.endswith(key) for key in wanted)
+        quantised = [n for n, p in module.named_parameters() if not p.is_floating_point()]
+        if covered and quantised:
+            raise ValueError(
+                f"The task head {name!r} ({type(module).__name__}) was quantised with the backbone ({', '.join(quantised)} "
+                "is not floating point), so it cannot be trained. Load the model with "
+                "quantization_config=fusion_adapters.quantization_config(bits=8), which leaves heads alone "
+                f"(it sets llm_int8_skip_modules; yours must contain {name!r})."
+            )
+        own = next(module.named_parameters(recurse=False), None)
+        parts = name.split(".")
+        inside_covered = any(".".join(parts[:i]).endswith(key) for i in range(1, len(parts) + 1) for key in wanted)
+        if own is not None and id(module) not in in_backbone and not inside_covered:
+            forgotten.append(name)
+    if forgotten and backbone.root is not model and str(config.task_type) in TASK_HEADS:
+        raise ValueError(
+            f"The task head of {type(model).__name__} has parameters in {', '.join(map(repr, forgotten))}, which would stay "
+            f"frozen and would not be saved: task_type={config.task_type!s} covers {', '.join(map(repr, wanted))} only. Add "
+            "them to modules_to_save in the config."
+        )
+
+
+def train_head_in_float32(model: nn.Module, backbone: Backbone, adapter_name: str) -> None:
+    """Makes the trainable copy of a 16-bit head float32; peft leaves it in the dtype of the backbone."""
+    in_backbone = {id(m) for m in backbone.root.modules()}
+    for wrapper in model.modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper) or id(wrapper) in in_backbone:
+            continue
+        if adapter_name not in wrapper.modules_to_save:
+            continue
+        head = wrapper.modules_to_save[adapter_name]
+        if any(p.dtype in (torch.float16, torch.bfloat16) for p in head.parameters()):
+            head.float()
+            remove_float32_hook(head)
+            head.register_forward_pre_hook(_inputs_to_float32)
+
+
+def _inputs_to_float32(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+def remove_float32_hook(head: nn.Module) -> None:
+    """Takes back what `train_head_in_float32` hooked on."""
+    for key, hook in list(head._forward_pre_hooks.items()):
+        if hook is _inputs_to_float32:
+            del head._forward_pre_hooks[key]

@@ -1,0 +1,208 @@
+"""The layer that holds the fusions of all adapters of a model, and feeds the active one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from ..backbone import Backbone, fingerprint
+from ..fusions import Context, Fusion
+from ..taps import Taps
+
+LAYER_NAME = "layer_fusion"  # the place in the module tree: a child of the backbone
+
+
+class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
+    """The fusions of all adapters of a model, one of them active, and the taps that feed it.
+
+    It hangs in the module tree as a child of the backbone, so that peft, transformers, optimizers and `.to()` find its
+    parameters. To peft it is a training wrapper (its weights are saved and loaded whole) and a tuner layer (peft and
+    transformers switch it on and off with the LoRA layers).
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("fusions",)
+
+    def __init__(self, backbone: Backbone, adapter_name: str, fusion: Fusion) -> None:
+        super().__init__(nn.Identity(), adapter_name, fusion=fusion)
+        self._active_adapter: list[str] = []
+        # plain attributes of a plain object: registered, the backbone would become a child of its own child
+        self.backbone = backbone
+        self.fingerprint = fingerprint(backbone)
+        self.recording: list[Tensor] | None = None
+        self._trainable: dict[str, bool] = {}
+        inside = backbone.blocks_name.partition(".")[0]
+        names = [name for name, _ in backbone.root.named_children()]
+        self._upstream = names[: names.index(inside) + 1]
+        self.taps = Taps(backbone.root, backbone.blocks, self, backbone.causal)
+        self.taps.cut_graph = self._cuts_graph
+
+    # what a forward pass does
+
+    def wanted_layers(self) -> frozenset[int] | None:
+        """The layer states that the active fusion reads; None if none is active."""
+        fusion = self.active_fusion
+        return None if fusion is None else frozenset(fusion.layers)
+
+    @property
+    def active_fusion(self) -> Fusion | None:
+        """The active adapter's fusion; None if adapters are disabled or none is active."""
+        if self.disable_adapters or not self.active_adapters:
+            return None
+        return self.fusions[self.active_adapters[0]]  # type: ignore[return-value]
+
+    def forward(  # type: ignore[override]
+        self, states: Sequence[Tensor | None], last: Tensor, context: Context, adapter_names: Any = None
+    ) -> Tensor:
+        if adapter_names is not None:
+            raise ValueError(
+                "adapter_names (several adapters in one batch) does not work with a fusion, which replaces the output of "
+                "the last block for the whole batch. Run one batch per adapter, with model.set_adapter in between."
+            )
+        fusion = self.active_fusion
+        if fusion is None:
+            return last
+        chosen = [states[i] for i in fusion.layers]
+        if self.recording is None or not fusion.has_weights:
+            return fusion(chosen, last, context)
+        fused, weights = fusion(chosen, last, context, return_weights=True)
+        self.recording.append(weights.detach())
+        return fused
+
+    def trains_states(self) -> bool:
+        """Whether something trains inside the backbone, so that its layer states change."""
+        root = self.backbone.root
+        return any(p.requires_grad for name in self._upstream for p in getattr(root, name).parameters())
+
+    def train(self, mode: bool = True) -> FusionLayer:
+        """Sets the mode of the fusions, and keeps a backbone in which nothing trains in evaluation mode.
+
+        The layer states are then a function of the input alone. The backbone's own `train()` reaches this layer last.
+        """
+        super().train(mode)
+        if mode and not self.trains_states():
+            self.backbone.root.training = False
+            for child in self.backbone.root.children():
+                if child is not self and not any(p.requires_grad for p in child.parameters()):
+                    child.eval()
+        return self
+
+    def _cuts_graph(self) -> bool:
+        # gradient checkpointing makes the embeddings' output require a gradient, which nothing would use here
+        return self.training and not self.trains_states()
+
+    # what peft and transformers ask of a wrapper and of a tuner layer
+
+    @property
+    def weight(self) -> Tensor:
+        raise AttributeError("a fusion layer has no weight of a wrapped module")
+
+    @property
+    def bias(self) -> Tensor:
+        raise AttributeError("a fusion layer has no bias of a wrapped module")
+
+    def init_modules(self, adapter_name: str, **kwargs: Any) -> None:
+        self.fusions = nn.ModuleDict()
+
+    def update(self, adapter_name: str, **kwargs: Any) -> None:
+        super().update(adapter_name)
+        if "fusion" in kwargs:
+            self.fusions[adapter_name] = kwargs["fusion"]
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.fusions)
+
+    def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        known = [name for name in names if name in self.fusions]
+        if len(known) > 1:
+            raise ValueError(
+                f"{len(known)} adapters with a fusion cannot be active together ({', '.join(known)}): each replaces the "
+                "output of the last block. Activate one of them."
+            )
+        return known[0] if known else None
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        chosen = self.check_set_adapter(adapter_names)
+        for name, fusion in self.fusions.items():
+            fusion.requires_grad_(name == chosen and not inference_mode)
+        self._active_adapter = [] if chosen is None else [chosen]
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if enabled == (not self._disable_adapters):
+            return
+        self._disable_adapters = not enabled
+        if enabled:
+            for name, trainable in self._trainable.items():
+                if name in self.fusions:
+                    self.fusions[name].requires_grad_(trainable)
+            return
+        self._trainable = {n: any(p.requires_grad for p in f.parameters()) for n, f in self.fusions.items()}
+        self.fusions.requires_grad_(False)
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
+        if adapter_name not in self.fusions:
+            return
+        del self.fusions[adapter_name]
+        self._adapters.discard(adapter_name)
+        if adapter_name in self._active_adapter:
+            self.set_adapter((new_active_adapters or sorted(self.fusions))[:1])
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
+        return {k: state_dict[v] for k, v in self.adapter_state_dict_load_map(adapter_name).items()}
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        if adapter_name not in self.fusions:
+            return {}
+        return {k: f"fusions.{adapter_name}.{k}" for k in self.fusions[adapter_name].state_dict()}
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing to merge: while LoRA is folded into the weights, the fusion stays where it is."""
+
+    def unmerge(self) -> None:
+        """Nothing to undo, see `merge`."""
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if adapter_name in self.fusions and not any(p.is_meta for p in self.fusions[adapter_name].parameters()):
+            self.fusions[adapter_name].to(device or self.backbone.device)
+
+
+def fusion_layer(model: nn.Module) -> FusionLayer | None:
+    """The fusion layer of an attached model, or None."""
+    return next((m for m in model.modules() if isinstance(m, FusionLayer)), None)
+
+
+def depth_weights(model: nn.Module, **inputs: Any) -> Tensor:
+    """The weights over depth that the active fusion gives each token of a batch.
+
+    Args:
+        model: A model with an attached fusion.
+        **inputs: What the model is called with.
+
+    Returns:
+        float32 on the backbone's device, `(B, T, N)`, or `(B, T, H, N)` for a fusion with several heads; the `N` layers
+        are those of the fusion, `fusion_layers`.
+
+    Raises:
+        ValueError: If no fusion is active, or the active one has no weights over depth.
+    """
+    layer = fusion_layer(model)
+    fusion = None if layer is None else layer.active_fusion
+    if layer is None or fusion is None:
+        raise ValueError("The model has no active fusion: attach a FusionConfig by get_peft_model, or enable its adapter.")
+    if not fusion.has_weights:
+        raise ValueError(f"{type(fusion).__name__} gives no weights over depth. Methods that do: dwatt, scalar_mix.")
+    layer.recording = []
+    try:
+        with torch.no_grad():
+            model(**inputs)
+        return layer.recording[-1]
+    finally:
+        layer.recording = None

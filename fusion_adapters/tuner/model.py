@@ -1,0 +1,215 @@
+"""`FusionModel`: LoRA's tuner with a fusion on top."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+from accelerate import init_empty_weights
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_peft_model_state_dict
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import Tensor, nn
+
+from ..backbone import find_backbone, fingerprint
+from ..config import FusionConfig
+from ..fusions import build_fusion
+from .checks import (
+    MODEL_PREFIX,
+    bind,
+    check_adapter_name,
+    check_wrapped_tensors,
+    compare_tensors,
+    read_weights,
+    wrapped_keys,
+)
+from .heads import TASK_HEADS, check_head, remove_float32_hook, train_head_in_float32
+from .layer import LAYER_NAME, FusionLayer, fusion_layer
+
+
+class FusionModel(LoraModel):
+    """LoRA's tuner with a fusion on top. Users reach it through `peft.get_peft_model`."""
+
+    tuner_layer_cls = (LoraLayer, FusionLayer)  # type: ignore[assignment]
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Adds an adapter: LoRA if the config asks for it, the head, and the fusion. A failing call changes nothing.
+
+        Raises:
+            ValueError: If the config does not fit the backbone, the head is quantised or would be forgotten, or the
+                adapter's file is damaged or lacks tensors.
+        """
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, FusionConfig)  # peft refuses to mix methods in one model
+        layer = fusion_layer(model)
+        backbone = layer.backbone if layer is not None else find_backbone(model, config.fusion_blocks)
+        bind(config, backbone, layer.fingerprint if layer is not None else fingerprint(backbone))
+        heads = TASK_HEADS.get(str(config.task_type), [])
+        if heads:
+            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
+        check_head(model, backbone, config)
+        weights = read_weights(config)
+        with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
+            fusion = build_fusion(
+                config.fusion,
+                backbone.hidden_size,
+                backbone.num_layers,
+                config.fusion_layers,
+                last_block=_plain_copy(backbone.blocks[-1]) if config.fusion_copy_last else None,
+                **config.options,
+            )
+        check_adapter_name(adapter_name, fusion)
+        if not any(p.is_meta for p in fusion.parameters()):
+            fusion.to(backbone.device)
+
+        with _undone_on_error(model), _marked_lora_free(config):
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            train_head_in_float32(model, backbone, adapter_name)
+            if layer is None:
+                layer = FusionLayer(backbone, adapter_name, fusion)
+                setattr(backbone.root, LAYER_NAME, layer)
+            else:
+                layer.update(adapter_name, fusion=fusion)
+            fusion.requires_grad_(False)
+            if adapter_name in self.active_adapters:
+                layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+            if weights is not None:
+                check_wrapped_tensors(model, adapter_name, weights)
+        layer.train(backbone.root.training)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        drop_fusion: bool = False,
+    ) -> nn.Module:
+        """Folds LoRA into the backbone and takes the adapters off it.
+
+        Args:
+            progressbar: See `peft.LoraModel.merge_and_unload`.
+            safe_merge: See there.
+            adapter_names: See there.
+            drop_fusion: Confirms that the fusion, which cannot be folded into any weight, is lost.
+
+        Raises:
+            ValueError: If a fusion with parameters would be lost and `drop_fusion` is not set.
+        """
+        layer = fusion_layer(self.model)
+        lost = sum(p.numel() for p in layer.fusions.parameters()) if layer is not None else 0
+        if lost and not drop_fusion:
+            raise ValueError(
+                f"A fusion of {lost:,} parameters cannot be folded into the backbone's weights and would be lost. To "
+                "fold in LoRA and keep the fusion, call model.merge_adapter(). To lose the fusion, call "
+                "model.merge_and_unload(drop_fusion=True)."
+            )
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a weighted sum of fusions is not a fusion.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "add_weighted_adapter combines LoRA matrices, and there is no such sum for fusions, whose weights enter through "
+            "norms and a softmax. Train one adapter on the joint data, or switch between adapters with model.set_adapter."
+        )
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        layer = fusion_layer(self.model)
+        if layer is not None:
+            layer.taps.remove()
+            delattr(layer.backbone.root, LAYER_NAME)
+        for wrapper in (m for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)):
+            dtype = next((p.dtype for p in wrapper.original_module.parameters()), None)
+            for head in wrapper.modules_to_save.values():
+                remove_float32_hook(head)
+                head.to(dtype)
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        # Every load passes here (peft itself ignores what does not fit); wrapped modules have their model keys already.
+        model_state = model.state_dict()
+        expected = get_peft_model_state_dict(
+            model, state_dict=model_state, adapter_name=adapter_name, save_embedding_layers=False
+        )
+        file_keys = {model_key: file_key for file_key, model_key in wrapped_keys(model, adapter_name).items()}
+        given = {file_keys.get(k, k): v for k, v in state_dict.items()}
+        given = {k: v for k, v in given.items() if k in expected or k not in model_state}
+        # transformers' own load has no prefix in the model, but the file has
+        if not any(k.startswith(MODEL_PREFIX) for k in expected):
+            given = {k.removeprefix(MODEL_PREFIX): v for k, v in given.items()}
+        compare_tensors(expected, given)
+        return super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+
+
+def _plain_copy(block: nn.Module) -> nn.Module:
+    """A copy of a block without hooks and without tuner layers."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    memo: dict[int, Any] = {id(getattr(m, name)): OrderedDict() for m in block.modules() for name in hooks}
+    clone = copy.deepcopy(block, memo)
+    for name, module in list(clone.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(clone.get_submodule(parent), child, module.get_base_layer())
+    return clone
+
+
+@contextlib.contextmanager
+def _marked_lora_free(config: FusionConfig) -> Iterator[None]:
+    """For the time of an injection, says "no LoRA" in peft's way; None would let peft choose modules."""
+    if config.has_lora:
+        yield
+        return
+    config.target_modules = DUMMY_TARGET_MODULES
+    try:
+        yield
+    finally:
+        config.target_modules = None
+
+
+@contextlib.contextmanager
+def _undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Puts the module tree back as it was if the body fails: children, parameters, what trains, who is active."""
+    modules = list(model.modules())
+    contents: list[dict[str, Any]] = [d for m in modules for d in (m._modules, m._parameters)]
+    before = [dict(d) for d in contents]
+    trains = [(p, p.requires_grad) for p in model.parameters()]
+    adapters = [(m._adapters, set(m._adapters)) for m in modules if isinstance(m, AuxiliaryTrainingWrapper)]
+    active = [(m, m._active_adapter) for m in modules if isinstance(m, (AuxiliaryTrainingWrapper, BaseTunerLayer))]
+    layer = fusion_layer(model)
+    try:
+        yield
+    except BaseException:
+        attached = fusion_layer(model)
+        if attached is not None and attached is not layer:
+            attached.taps.remove()
+        for now, then in zip(contents, before, strict=True):
+            now.clear()
+            now.update(then)
+        for parameter, requires_grad in trains:
+            parameter.requires_grad_(requires_grad)
+        for names, names_before in adapters:
+            names.clear()
+            names.update(names_before)
+        for module, adapter in active:
+            module._active_adapter = adapter
+        raise

@@ -10,10 +10,11 @@ from peft import mapping
 from peft.tuners.lora import LoraModel
 
 from ..config import FusionConfig, FusionPeftType
-from .layer import FusionLayer, depth_weights, fusion_layer
+from .heads import TASK_HEADS
+from .layer import LAYER_NAME, FusionLayer, depth_weights, fusion_layer
 from .model import FusionModel
 
-__all__ = ["FusionLayer", "FusionModel", "depth_weights", "fusion_layer", "register"]
+__all__ = ["LAYER_NAME", "TASK_HEADS", "FusionLayer", "FusionModel", "depth_weights", "fusion_layer", "register"]
 
 
 def register() -> None:

@@ -1,0 +1,159 @@
+"""From sentences to model inputs and back: labels on first word pieces, over-long sentences in parts, scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from .data import Example
+from .recipe import Task
+
+IGNORED = -100  # positions that carry no label, as torch's cross-entropy wants it
+
+
+@dataclass
+class Encoded:
+    """Examples as rows of model inputs.
+
+    Attributes:
+        rows: `input_ids`, `attention_mask` and `labels`, one dictionary a row, not padded.
+        words: For each row the example and, at each labelled position, the index of the word.
+        notes: How many sentences were split, texts cut off, and words had no piece.
+    """
+
+    rows: list[dict[str, list[int]]] = field(default_factory=list)
+    words: list[tuple[int, list[int]]] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)
+
+
+def encode(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Sequence[str],
+    task: Task,
+    max_length: int,
+) -> Encoded:
+    """Encodes examples; every labelled word gets its label at its first piece, wherever its sentence is cut.
+
+    Args:
+        examples: The examples; their labels must be in `labels`.
+        tokenizer: A fast tokenizer.
+        labels: The label set.
+        task: Token or sequence classification.
+        max_length: Word pieces per row. A longer sentence of words becomes several rows; a longer text is cut off.
+    """
+    number = {label: i for i, label in enumerate(labels)}
+    if task == "sequence_classification":
+        return _encode_texts(examples, tokenizer, number, max_length)
+    encoded = Encoded(notes={"split_sentences": 0, "words_without_pieces": 0})
+    for index, example in enumerate(examples):
+        parts = _parts(example.words, tokenizer, max_length)
+        encoded.notes["split_sentences"] += len(parts) > 1
+        labelled = 0
+        for start, end in parts:
+            batch = tokenizer(example.words[start:end], is_split_into_words=True, truncation=True, max_length=max_length)
+            row_labels, words = [], []
+            previous = None
+            for word in batch.word_ids():
+                first = word is not None and word != previous
+                row_labels.append(number[example.labels[start + word]] if first else IGNORED)
+                if first:
+                    words.append(start + word)
+                previous = word
+            labelled += len(words)
+            row = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": row_labels}
+            encoded.rows.append(row)
+            encoded.words.append((index, words))
+        encoded.notes["words_without_pieces"] += len(example.words) - labelled
+    return encoded
+
+
+def _encode_texts(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, number: dict[str, int], max_length: int
+) -> Encoded:
+    encoded = Encoded(notes={"truncated_texts": 0})
+    for index, example in enumerate(examples):
+        whole = tokenizer(example.words[0])
+        batch = tokenizer(example.words[0], truncation=True, max_length=max_length)
+        encoded.notes["truncated_texts"] += len(whole["input_ids"]) > len(batch["input_ids"])
+        row = {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "labels": number[example.labels[0]],
+        }
+        encoded.rows.append(row)
+        encoded.words.append((index, []))
+    return encoded
+
+
+def _parts(words: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[tuple[int, int]]:
+    """Cuts a sentence between words into parts that fit; a word too long for a part stands alone and loses its tail."""
+    batch = tokenizer(list(words), is_split_into_words=True, verbose=False)
+    if len(batch["input_ids"]) <= max_length:
+        return [(0, len(words))]
+    pieces = [0] * len(words)
+    special = 0
+    for word in batch.word_ids():
+        if word is None:
+            special += 1
+        else:
+            pieces[word] += 1
+    parts, start, used = [], 0, special
+    for index, count in enumerate(pieces):
+        if used + count > max_length and index > start:
+            parts.append((start, index))
+            start, used = index, special
+        used += count
+    return [*parts, (start, len(words))]
+
+
+def decode_tags(
+    encoded: Encoded, predictions: Sequence[Sequence[int]], examples: Sequence[Example], labels: Sequence[str]
+) -> list[list[str]]:
+    """Tags for every word of every example from predicted label numbers at every position of every row.
+
+    A word that the tokenizer dropped (it has no piece) is tagged `O`.
+    """
+    tags = [["O"] * len(example.words) for example in examples]
+    for row, (index, words), predicted in zip(encoded.rows, encoded.words, predictions, strict=True):
+        positions = [i for i, label in enumerate(row["labels"]) if label != IGNORED]
+        for position, word in zip(positions, words, strict=True):
+            tags[index][word] = labels[int(predicted[position])]
+    return tags
+
+
+def score(task: Task, gold: Sequence[Any], predicted: Sequence[Any]) -> dict[str, Any]:
+    """Scores: entity-level precision, recall and F1 by seqeval, or accuracy and macro-F1.
+
+    Args:
+        task: Token or sequence classification.
+        gold: Lists of tags, or labels.
+        predicted: The same shape.
+
+    Returns:
+        Fractions between 0 and 1; for tokens also the F1 of each entity type, as `f1_by_type`.
+    """
+    if task == "sequence_classification":
+        from sklearn.metrics import accuracy_score, f1_score
+
+        return {
+            "accuracy": float(accuracy_score(gold, predicted)),
+            "macro_f1": float(f1_score(gold, predicted, average="macro", zero_division=0)),
+        }
+    from seqeval.metrics import classification_report
+
+    report = classification_report(gold, predicted, output_dict=True, zero_division=0)
+    overall = report["micro avg"]
+    kinds = {k: float(v["f1-score"]) for k, v in report.items() if not k.endswith(" avg")}
+    return {
+        "f1": float(overall["f1-score"]),
+        "precision": float(overall["precision"]),
+        "recall": float(overall["recall"]),
+        "f1_by_type": kinds,
+    }
+
+
+MAIN_SCORE = {"token_classification": "f1", "sequence_classification": "accuracy"}

@@ -1,0 +1,118 @@
+"""The shell's front door: parses, calls, prints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+except ImportError as error:
+    raise SystemExit(
+        f"The command line needs packages that are not installed ({error.name}): pip install 'fusion-adapters[cli]'."
+    ) from error
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Layer fusion for frozen transformers models, from recipes."
+)
+DEBUG = "FUSION_ADAPTERS_DEBUG"
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, see recipes/.")],
+    output: Annotated[Path, typer.Option(help="Folder of the run; it appears when the run is complete.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value: section.key=value.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in that folder.")] = False,
+) -> None:
+    """Train an adapter and write adapter/, metrics.json and run.json."""
+    from .recipe import load_recipe
+    from .reporting import metrics_table
+    from .training import run_recipe
+
+    metrics = run_recipe(load_recipe(recipe, settings), output, overwrite)
+    console = Console()
+    console.print(metrics_table(metrics, f"{recipe.name}, seed {metrics['seed']}"))
+    console.print(f"adapter: {output / 'adapter'}\nfigures: {output / 'metrics.json'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def predict(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that train wrote.")],
+    text: Annotated[
+        list[str] | None, typer.Option(help="A text; may be repeated. Without it, lines of standard input.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a text, for programs.")] = False,
+) -> None:
+    """Reload an adapter and print entities or classes."""
+    texts = text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not texts:
+        raise ValueError("There is no text to predict. Give --text '...', or lines on standard input.")
+    from .predicting import load_run
+    from .predicting import predict as predict_texts
+    from .reporting import prediction_lines
+
+    console = Console()
+    for prediction in predict_texts(load_run(folder), texts):
+        if as_json:
+            print(json.dumps(prediction, ensure_ascii=False))
+        else:
+            console.print(prediction_lines(prediction), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that train wrote.")],
+    text: Annotated[str, typer.Option(help="The text to look at.")],
+    output: Annotated[Path, typer.Option(help="The picture to write, a .png.")],
+) -> None:
+    """Draw which layers each token reads, as a heatmap of tokens against depth."""
+    from .predicting import depth_map, load_run
+    from .reporting import draw_depth_map
+
+    run = load_run(folder)
+    tokens, layers, weights = depth_map(run, text)
+    config = run.model.active_peft_config
+    title = f"{config.fusion}: attention over the layers of {run.recipe.backbone.model}"
+    draw_depth_map(tokens, layers, weights, output, title, config.fusion_num_layers)
+    print(output)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line; an error that a user can mend is one paragraph and exit code 2."""
+    # a figure or an error is easier to find without the loading bars of every small model
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # at import it recommends a package that would only speed up 4-bit products on a CPU
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        app(arguments, standalone_mode=False)
+    except typer.Exit as stop:
+        raise SystemExit(stop.exit_code) from None
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get(DEBUG):
+            raise
+        _print_error(error)
+        raise SystemExit(2) from None
+    except Exception as error:
+        show: Any = getattr(error, "show", None)  # click's own errors: a wrong option, a missing argument
+        if show is None:
+            raise
+        show()
+        raise SystemExit(getattr(error, "exit_code", 2)) from None
+
+
+def _print_error(error: BaseException) -> None:
+    text = " ".join(str(error).split()) or type(error).__name__
+    Console(stderr=True).print(f"[bold red]Error:[/] {escape(text)}", soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""Readers of data files and hub sets: examples with string labels, and the label set."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from .recipe import DataRecipe, Task
+
+PACKAGED = "package:"
+FORMATS = {
+    ".conll": "conll",
+    ".bio": "conll",
+    ".iob": "conll",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+}
+TEXT_NAMES = {"token_classification": ("tokens", "words"), "sequence_classification": ("text", "sentence")}
+LABEL_NAMES = {
+    "token_classification": ("tags", "ner_tags", "labels"),
+    "sequence_classification": ("label", "category", "labels", "intent"),
+}
+
+
+@dataclass
+class Example:
+    """One example: a sentence of words with a tag each, or a text with one label."""
+
+    words: list[str]
+    labels: list[str]
+
+
+@dataclass
+class Splits:
+    """The examples of a run and the label set, in the order of the model's outputs."""
+
+    train: list[Example]
+    dev: list[Example]
+    test: list[Example]
+    labels: list[str]
+
+
+def load_splits(recipe: DataRecipe, task: Task, seed: int) -> Splits:
+    """Reads what a recipe names, cuts and draws by the seed, and checks the labels.
+
+    Raises:
+        FileNotFoundError: If a file or folder is missing.
+        ValueError: If a file is empty or not as its format asks, or a label lies outside the label set.
+    """
+    names = {"train": recipe.train, "dev": recipe.dev, "test": recipe.test}
+    if recipe.path.startswith(PACKAGED):
+        folder = Path(str(resources.files("fusion_adapters") / recipe.path.removeprefix(PACKAGED)))
+    else:
+        folder = Path(recipe.path)
+    if folder.is_dir() and any(n is not None and (folder / n).suffix for n in names.values()):
+        read = {split: _read_file(folder / name, recipe, task) for split, name in names.items() if name is not None}
+    else:
+        read = _read_dataset(recipe, task, names)
+    if not read.get("train"):
+        raise ValueError(f"data.train is not set: name the training file or split of {recipe.path!r}.")
+    train = read["train"]
+    labels = recipe.labels or _label_set(train, task)
+    for split, examples in read.items():
+        _check_labels(examples, labels, f"{recipe.path}, {split}")
+    order = random.Random(seed)
+    if "dev" not in read:
+        # the same cut for every seed: runs of one recipe are compared on the same development data
+        train, read["dev"] = _cut(train, recipe.dev_fraction)
+    if recipe.limit is not None:
+        if recipe.limit > len(train):
+            raise ValueError(
+                f"data.limit={recipe.limit}, but there are {len(train)} training examples. Lower the limit or remove it."
+            )
+        train = order.sample(train, recipe.limit)
+    return Splits(train, read["dev"], read.get("test", []), labels)
+
+
+def read_conll(path: Path) -> list[Example]:
+    """Reads a CoNLL file: a word and, in the last column, its tag on each line; blank lines between sentences.
+
+    Columns are separated by tabs, or by spaces where a line has no tab. IOB1 tags become BIO.
+
+    Raises:
+        ValueError: If a line has no tag, or the tags are not of the forms `O`, `B-X`, `I-X`.
+    """
+    examples: list[Example] = []
+    words: list[str] = []
+    tags: list[str] = []
+
+    def finish() -> None:
+        if words:
+            examples.append(Example(words.copy(), tags.copy()))
+            words.clear()
+            tags.clear()
+
+    # not splitlines: a word may be a character that Python takes for the end of a line
+    for number, line in enumerate(_text_of(path).split("\n"), start=1):
+        if not line.strip():
+            finish()
+            continue
+        if line.startswith("-DOCSTART-"):
+            continue
+        columns = line.rstrip("\r").split("\t") if "\t" in line else line.split()
+        word, tag = columns[0], columns[-1].strip()
+        if len(columns) < 2 or not (tag == "O" or tag[:2] in ("B-", "I-")):
+            raise ValueError(
+                f"{path}, line {number}: {line.strip()!r} is not a word and a tag. A CoNLL file has a word and, in its last "
+                "column, a tag (O, B-TYPE or I-TYPE) on each line, separated by a tab or spaces."
+            )
+        words.append(word)
+        tags.append(tag)
+    finish()
+    return [Example(e.words, _to_bio(e.labels)) for e in examples]
+
+
+def _to_bio(tags: list[str]) -> list[str]:
+    """IOB1 to BIO: an entity begins with B-. BIO stays as it is."""
+    previous = "O"
+    result = []
+    for tag in tags:
+        begins = tag.startswith("I-") and previous[2:] != tag[2:]
+        result.append(f"B-{tag[2:]}" if begins else tag)
+        previous = tag
+    return result
+
+
+def _text_of(path: Path) -> str:
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*") if p.is_file()) if path.parent.is_dir() else []
+        raise FileNotFoundError(
+            f"There is no file {str(path)!r}. " + (f"The folder holds: {', '.join(near)}." if near else "Check data.path.")
+        )
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}). Convert it to UTF-8.") from error
+    if not text.strip():
+        raise ValueError(f"{path} is empty ({path.stat().st_size} bytes, no examples). Check the file, or data.path.")
+    return text
+
+
+def _read_file(path: Path, recipe: DataRecipe, task: Task) -> list[Example]:
+    kind = recipe.format or FORMATS.get(path.suffix)
+    if kind is None:
+        raise ValueError(f"The format of {str(path)!r} cannot be told from its name. Set data.format to conll, csv or json.")
+    if kind == "conll":
+        if task != "token_classification":
+            raise ValueError(f"{path}: CoNLL files hold tagged words, for task: token_classification; the task is {task}.")
+        return read_conll(path)
+    import pandas as pd
+
+    _text_of(path)
+    # strings as they stand: pandas would read the texts "NA" and "null" as missing
+    try:
+        if kind == "csv":
+            table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=str, keep_default_na=False)
+        else:
+            table = pd.read_json(path, lines=path.suffix == ".jsonl", dtype=False, convert_dates=False)
+    except (ValueError, pd.errors.ParserError) as error:
+        raise ValueError(f"{path} is not valid {kind.upper()}: {' '.join(str(error).split())}.") from error
+    return _examples(table.to_dict("list"), str(path), recipe, task)
+
+
+def _read_dataset(recipe: DataRecipe, task: Task, names: dict[str, str | None]) -> dict[str, list[Example]]:
+    """Reads a hub dataset, or a local folder laid out like one."""
+    from datasets import ClassLabel, load_dataset
+
+    try:
+        dataset = load_dataset(recipe.path, recipe.config_name)
+    except Exception as error:
+        raise FileNotFoundError(
+            f"The data {recipe.path!r} cannot be read: it is neither a folder that holds the files named in the recipe "
+            f"({', '.join(n for n in names.values() if n) or 'none are named'}) nor a dataset that could be loaded "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Set data.path."
+        ) from error
+    read = {}
+    for split, default in (("train", "train"), ("dev", "validation"), ("test", "test")):
+        name = names[split] or default
+        if name not in dataset:
+            if names[split] is not None or split == "train":
+                raise ValueError(f"{recipe.path!r} has no split {name!r}; it has {', '.join(map(repr, dataset))}.")
+            continue
+        part = dataset[name]
+        columns = {column: list(part[column]) for column in part.column_names}
+        for column, feature in part.features.items():
+            inner = getattr(feature, "feature", feature)
+            if isinstance(inner, ClassLabel):
+                columns[column] = [inner.int2str(value) for value in columns[column]]
+        read[split] = _examples(columns, f"{recipe.path}, {name}", recipe, task)
+    return read
+
+
+def _examples(columns: dict[str, Any], source: str, recipe: DataRecipe, task: Task) -> list[Example]:
+    text = _column(columns, recipe.text, TEXT_NAMES[task], source, "data.text")
+    label = _column(columns, recipe.label, LABEL_NAMES[task], source, "data.label")
+    if task == "sequence_classification":
+        return [Example([str(t)], [str(y)]) for t, y in zip(columns[text], columns[label], strict=True)]
+    examples = []
+    for row, (words, tags) in enumerate(zip(columns[text], columns[label], strict=True)):
+        if not isinstance(words, list) or not isinstance(tags, list) or len(words) != len(tags):
+            raise ValueError(
+                f"{source}, row {row}: {text!r} and {label!r} must be lists of equal length, a tag for each word."
+            )
+        if words:
+            examples.append(Example([str(w) for w in words], _to_bio([str(t) for t in tags])))
+    return examples
+
+
+def _column(columns: dict[str, Any], wanted: str | None, usual: tuple[str, ...], source: str, key: str) -> str:
+    for name in (wanted,) if wanted else usual:
+        if name in columns:
+            return name
+    looked_for = repr(wanted) if wanted else ", ".join(map(repr, usual))
+    raise ValueError(
+        f"{source} has no column {looked_for}; it has {', '.join(map(repr, columns))}. Set {key} to one of these."
+    )
+
+
+def _label_set(examples: list[Example], task: Task) -> list[str]:
+    found = {label for example in examples for label in example.labels}
+    if task == "token_classification":
+        # whole BIO pairs, so that a type which only occurs as B- in the data can also go on
+        types = sorted({label[2:] for label in found if label != "O"})
+        return ["O", *(f"{mark}-{kind}" for kind in types for mark in "BI")]
+    return sorted(found)
+
+
+def _check_labels(examples: list[Example], labels: list[str], source: str) -> None:
+    known = set(labels)
+    strange = [label for example in examples for label in example.labels if label not in known]
+    if strange:
+        raise ValueError(
+            f"{source}: {len(strange)} labels lie outside the label set ({', '.join(sorted(set(strange))[:10])}). The "
+            f"set has {len(labels)} labels ({', '.join(labels[:15])}{', ...' if len(labels) > 15 else ''}). Correct the "
+            "file, or give the whole set as data.labels."
+        )
+
+
+def _cut(examples: list[Example], fraction: float) -> tuple[list[Example], list[Example]]:
+    size = max(1, round(fraction * len(examples)))
+    if size >= len(examples):
+        raise ValueError(
+            f"{len(examples)} training examples are too few to cut {size} of them off for development. Give data.dev."
+        )
+    chosen = set(random.Random(0).sample(range(len(examples)), size))
+    train = [e for i, e in enumerate(examples) if i not in chosen]
+    return train, [examples[i] for i in sorted(chosen)]

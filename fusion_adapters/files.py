@@ -1,0 +1,48 @@
+"""Output folders that are whole or not there: written aside, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def check_output(path: str | Path, overwrite: bool = False) -> Path:
+    """Checks, before any work is done, that a folder may be written.
+
+    Raises:
+        FileExistsError: If something other than an empty folder is there and `overwrite` is not set, or it is a file.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"The output {str(path)!r} is a file. Give a folder that does not exist yet.")
+    if path.exists() and any(path.iterdir()):
+        if not overwrite:
+            raise FileExistsError(
+                f"The output folder {str(path)!r} is not empty ({sum(1 for _ in path.iterdir())} entries). Give another "
+                "folder, or add --overwrite to replace it."
+            )
+        if not (path / "run.json").is_file():
+            raise FileExistsError(
+                f"The output folder {str(path)!r} holds no earlier run (no run.json), so --overwrite does not delete it. "
+                "Give another folder, or empty it yourself."
+            )
+    return path
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yields a new folder beside `path`, renamed to it when the body ends well, and removed when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield aside
+        os.chmod(aside, 0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        aside.rename(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

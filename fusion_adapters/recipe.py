@@ -1,0 +1,156 @@
+"""Recipes: what a YAML file may say, read strictly, so that a misspelt key is an error and not a silent default."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from transformers import TrainingArguments
+
+from .config import FusionConfig
+
+Task = Literal["token_classification", "sequence_classification"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class BackboneRecipe(_Section):
+    """Which model, and how it is loaded."""
+
+    model: str = Field(description="A hub id or a local folder.")
+    bits: Literal[4, 8] | None = Field(None, description="Quantise the backbone with bitsandbytes.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Dtype of the backbone's weights.")
+
+
+class DataRecipe(_Section):
+    """Where the examples are, and how they are cut."""
+
+    path: str = Field(description="A folder, a hub dataset id, or package:quickstart.")
+    train: str | None = Field(None, description="Training file in the folder, or split of the hub dataset.")
+    dev: str | None = Field(None, description="Development file or split; without one, dev_fraction of train is cut off.")
+    test: str | None = Field(None, description="Test file or split.")
+    config_name: str | None = Field(None, description="Configuration of a hub dataset.")
+    format: Literal["conll", "csv", "json"] | None = Field(
+        None, description="Format of the files; None reads it from the name."
+    )
+    text: str | None = Field(None, description="Column of the text (or of the tokens); None takes the usual names.")
+    label: str | None = Field(None, description="Column of the label (or of the tags); None takes the usual names.")
+    labels: list[str] | None = Field(None, description="The label set; None takes the labels of the training data.")
+    dev_fraction: float = Field(
+        0.1, gt=0, lt=1, description="Share of train to cut off for development, if there is no dev."
+    )
+    limit: int | None = Field(None, ge=1, description="Use this many training examples, drawn by the seed.")
+    max_length: int = Field(256, ge=8, description="Word pieces per example; longer sentences of tokens are split.")
+
+
+class Recipe(_Section):
+    """One run: backbone, adapter, data and training."""
+
+    task: Task
+    backbone: BackboneRecipe
+    adapter: dict[str, Any] = Field(default_factory=dict, description="Fields of FusionConfig.")
+    data: DataRecipe
+    training: dict[str, Any] = Field(default_factory=dict, description="Fields of transformers' TrainingArguments.")
+    seed: int = 1
+
+
+# Set by the run itself.
+RESERVED_TRAINING = {"output_dir", "seed", "data_seed", "metric_for_best_model", "greater_is_better", "label_names"}
+RESERVED_ADAPTER = {"task_type", "peft_type", "inference_mode"}
+
+
+def load_recipe(path: str | Path, settings: list[str] | None = None) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        path: The YAML file.
+        settings: Changes, `section.key=value`, the value in YAML.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no YAML mapping, or a key or a value does not fit; names near misses.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no recipe {str(path)!r}. Give the path of a YAML file, for example one of recipes/."
+        )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"The recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"The recipe {str(path)!r} must hold sections with keys ({', '.join(Recipe.model_fields)}); it is empty or a list."
+        )
+    for setting in settings or []:
+        _apply(values, setting)
+    return parse_recipe(values, str(path))
+
+
+def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
+    """Checks the content of a recipe; `source` names it in errors. Raises ValueError."""
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"The recipe {source!r} does not fit. {' '.join(_explain(e) for e in error.errors())}") from error
+    adapter_fields = {f.name for f in dataclasses.fields(FusionConfig) if f.init} - RESERVED_ADAPTER
+    training_fields = {f.name for f in dataclasses.fields(TrainingArguments) if f.init} - RESERVED_TRAINING
+    _check_keys(source, "adapter", recipe.adapter, adapter_fields, RESERVED_ADAPTER)
+    _check_keys(source, "training", recipe.training, training_fields, RESERVED_TRAINING)
+    return recipe
+
+
+def _apply(values: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ValueError(
+            f"--set {setting!r} must have the form section.key=value, for example --set training.learning_rate=1e-3."
+        )
+    section = values
+    for part in parts[:-1]:
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            raise ValueError(f"--set {setting!r}: {part!r} is a value in the recipe, not a section with keys.")
+    try:
+        section[parts[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {setting!r}: the value is not valid YAML ({' '.join(str(error).split())}).") from error
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        model: Any = Recipe
+        for part in error["loc"][:-1]:
+            model = model.model_fields[str(part)].annotation
+        return f"{where!r} is not a key of a recipe.{_nearest(str(error['loc'][-1]), set(model.model_fields))}"
+    if error["type"] == "missing":
+        return f"{where!r} is missing."
+    return f"{where!r} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}."
+
+
+def _check_keys(source: str, section: str, given: dict[str, Any], known: set[str], reserved: set[str]) -> None:
+    for key in given:
+        if key in reserved:
+            raise ValueError(
+                f"The recipe {source!r} sets {section}.{key}, which the run sets itself (task, seed and --output). Remove it."
+            )
+        if key not in known:
+            raise ValueError(
+                f"The recipe {source!r} does not fit. '{section}.{key}' is not a key of this section.{_nearest(key, known)}"
+            )
+
+
+def _nearest(key: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)
+    if near:
+        return f" Did you mean {near[0]!r}?"
+    return f" The keys are: {', '.join(sorted(known))}." if len(known) < 20 else ""

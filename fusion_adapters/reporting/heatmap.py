@@ -1,0 +1,52 @@
+"""A heatmap of the attention over depth: which layers each token reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+MAX_TOKENS = 60
+
+
+def draw_depth_map(
+    tokens: Sequence[str], layers: Sequence[int], weights: Tensor, path: str | Path, title: str, last_layer: int
+) -> None:
+    """Draws tokens against layers and writes a PNG.
+
+    Args:
+        tokens: The word pieces, `T` of them; at most 60 are drawn.
+        layers: The numbers of the `N` layers.
+        weights: `(T, N)`, or `(T, H, N)`, of which the mean over the heads is drawn.
+        path: The PNG to write.
+        title: Printed above.
+        last_layer: The number of the last block, to name it on the axis.
+
+    Raises:
+        ValueError: If the path does not end in .png.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"The picture {str(path)!r} must be a .png file.")
+    heads = weights.shape[1] if weights.dim() == 3 else 1
+    grid = (weights.mean(dim=1) if weights.dim() == 3 else weights)[:MAX_TOKENS].T  # (N, T)
+    shown = list(tokens[:MAX_TOKENS])
+    figure = Figure(figsize=(max(5.0, 0.42 * len(shown) + 2.2), max(2.6, 0.42 * len(layers) + 1.9)), layout="constrained")
+    axes = figure.add_subplot()
+    # one hue from light to dark: reads the same in print and for the colour-blind; uniform weights lie mid-scale or below
+    image = axes.imshow(
+        grid.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=max(float(grid.max()), 2 / len(layers)), origin="lower"
+    )
+    axes.set_xticks(range(len(shown)), shown, rotation=55, ha="right", rotation_mode="anchor", fontsize=9)
+    names = {0: "0 (embeddings)", last_layer: f"{last_layer} (last block)"}
+    axes.set_yticks(range(len(layers)), [names.get(layer, str(layer)) for layer in layers], fontsize=9)
+    axes.set_ylabel("layer")
+    cut = f", first {MAX_TOKENS} of {len(tokens)} tokens" if len(tokens) > MAX_TOKENS else ""
+    axes.set_title(title + (f" (mean of {heads} heads{cut})" if heads > 1 or cut else ""), fontsize=10)
+    bar = figure.colorbar(image, ax=axes, label="weight over depth")
+    bar.ax.axhline(1 / len(layers), color="black", linewidth=1, linestyle=":")
+    axes.set_xlabel(f"token (dotted line on the scale: uniform weight, 1/{len(layers)})", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, format="png")

@@ -1,0 +1,44 @@
+"""Short tables and lines for the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+
+def metrics_table(metrics: dict[str, Any], title: str) -> Table:
+    """The figures of a run that a person wants to see first, from the content of `metrics.json`."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    for split, scores in metrics["scores"].items():
+        for name, value in scores.items():
+            if isinstance(value, float):
+                table.add_row(f"{split} {name.replace('_', ' ')}", f"{100 * value:.1f}")
+    counts = metrics["parameters"]
+    parts = ", ".join(f"{part} {counts[part]:,}" for part in ("fusion", "lora", "head", "other") if counts[part])
+    table.add_row("trainable parameters", f"{counts['total']:,}")
+    table.add_row("", f"({parts})")
+    table.add_row("adapter on disk", f"{sum(metrics['bytes'].values()) / 2**20:.2f} MiB")
+    table.add_row("training", f"{metrics['seconds']['train']:.1f} s")
+    table.add_row("peak memory", f"{metrics['peak_memory_mib']:,.0f} MiB")
+    for split, notes in metrics["notes"].items():
+        for name, value in notes.items():
+            if value:
+                table.add_row(f"{split}: {name.replace('_', ' ')}", str(value))
+    return table
+
+
+def prediction_lines(prediction: dict[str, Any]) -> str:
+    """A prediction as rich text: the sentence with its entities marked, or the class with its probability."""
+    text = prediction["text"]
+    if "label" in prediction:
+        return f"{escape(text)}\n  [bold cyan]{escape(prediction['label'])}[/] {prediction['probability']:.2f}"
+    marked, position = "", 0
+    for entity in prediction["entities"]:
+        marked += escape(text[position : entity["start"]])
+        marked += f"[bold cyan]{escape(entity['text'])}[/][dim]\\[{escape(entity['type'])}][/]"
+        position = entity["end"]
+    return marked + escape(text[position:])

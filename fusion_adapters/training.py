@@ -1,0 +1,221 @@
+"""A recipe to a run: load, attach, train with transformers' Trainer, score, save."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import peft
+import torch
+import transformers
+import yaml
+from datasets import Dataset
+from peft import get_peft_model
+from torch import nn
+from transformers import (
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from . import __version__
+from .alignment import MAIN_SCORE, Encoded, decode_tags, encode, score
+from .budget import count_trainable
+from .config import FusionConfig
+from .data import Example, Splits, load_splits
+from .files import check_output, written_aside
+from .loading import PEFT_TASKS, load_model, load_tokenizer
+from .recipe import Recipe, Task
+
+# Of the recipe's own; whatever it sets wins.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "num_train_epochs": 10,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 64,
+    "warmup_steps": 0.1,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "logging_strategy": "epoch",
+    "load_best_model_at_end": True,
+    "save_total_limit": 1,
+    "report_to": "none",
+}
+
+
+@dataclass
+class Evaluation:
+    """Examples with their encoding; turns the logits of a model into scores."""
+
+    task: Task
+    labels: list[str]
+    examples: Sequence[Example]
+    encoded: Encoded
+
+    @property
+    def dataset(self) -> Dataset:
+        """The rows as a dataset."""
+        return Dataset.from_list(self.encoded.rows)
+
+    def scores(self, predictions: Any) -> dict[str, Any]:
+        """Scores of predicted label numbers, `(rows, positions)` or `(rows,)`."""
+        if self.task == "sequence_classification":
+            return score(self.task, [e.labels[0] for e in self.examples], [self.labels[int(p)] for p in predictions])
+        tags = decode_tags(self.encoded, predictions, self.examples, self.labels)
+        return score(self.task, [e.labels for e in self.examples], tags)
+
+
+def run_recipe(recipe: Recipe, output: str | Path, overwrite: bool = False) -> dict[str, Any]:
+    """Trains what a recipe describes and writes the run to a folder.
+
+    The folder holds `adapter/` (what peft saves), `metrics.json`, `run.json` (what `predict` needs: recipe, labels) and
+    `recipe.yaml`. It appears when the run is complete.
+
+    Args:
+        recipe: The recipe.
+        output: The folder, new or empty.
+        overwrite: Replace an earlier run in that folder.
+
+    Returns:
+        The content of `metrics.json`.
+
+    Raises:
+        ValueError: If data, adapter and backbone do not fit.
+        OSError: If the model, the data or the output folder cannot be read or written.
+    """
+    output = check_output(output, overwrite)
+    started = time.perf_counter()
+    splits = load_splits(recipe.data, recipe.task, recipe.seed)
+    set_seed(recipe.seed)
+    if not torch.cuda.is_available():
+        # sharp softmaxes over depth make denormal numbers, on which a CPU is several times slower
+        torch.set_flush_denormal(True)
+    config = FusionConfig(task_type=PEFT_TASKS[recipe.task], **recipe.adapter)  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(recipe.backbone)
+    backbone = load_model(recipe.backbone, recipe.task, splits.labels, config.modules_to_save or ())
+    model = attach(backbone, config, tokenizer)
+    with written_aside(output) as folder:
+        metrics = train(model, tokenizer, recipe, splits, folder)
+        config.base_model_name_or_path = recipe.backbone.model  # not the folder of an installed package
+        model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+        metrics["bytes"] = {p.name: p.stat().st_size for p in sorted((folder / "adapter").iterdir())}
+        metrics["seconds"]["total"] = round(time.perf_counter() - started, 2)
+        run = {"recipe": recipe.model_dump(), "labels": splits.labels}
+        (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False), encoding="utf-8")
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    return metrics
+
+
+def attach(model: nn.Module, config: FusionConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Attaches the adapter, and tells a model without padding token which one the tokenizer uses."""
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
+    return get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+def train(model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, splits: Splits, folder: Path) -> dict[str, Any]:
+    """Trains an attached model on the splits, keeps the best epoch by the development score, and measures.
+
+    Args:
+        model: The attached model.
+        tokenizer: Its tokenizer.
+        recipe: Training arguments, task and seed.
+        splits: The data.
+        folder: Where checkpoints go while training; they are removed at the end.
+
+    Returns:
+        Scores, counts, times, memory and versions, as in `metrics.json`.
+    """
+    sets = {
+        name: Evaluation(
+            recipe.task,
+            splits.labels,
+            examples,
+            encode(examples, tokenizer, splits.labels, recipe.task, recipe.data.max_length),
+        )
+        for name, examples in (("train", splits.train), ("dev", splits.dev), ("test", splits.test))
+        if examples
+    }
+    trainer = make_trainer(model, tokenizer, recipe, sets["train"], sets["dev"], folder / "checkpoints")
+    begun = time.perf_counter()
+    trainer.train()
+    trained = time.perf_counter()
+    trainer.compute_metrics = None  # it scores the development set
+    scores = {n: sets[n].scores(trainer.predict(sets[n].dataset).predictions) for n in ("dev", "test") if n in sets}  # type: ignore[arg-type]
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    name = MAIN_SCORE[recipe.task]
+    history = [
+        {"epoch": round(entry["epoch"], 2), "loss": entry["eval_loss"], name: entry[f"eval_{name}"]}
+        for entry in trainer.state.log_history
+        if f"eval_{name}" in entry
+    ]
+    return {
+        "scores": scores,
+        "dev_by_epoch": history,
+        "parameters": count_trainable(model),
+        "examples": {name: len(s.examples) for name, s in sets.items()},
+        "notes": {name: s.encoded.notes for name, s in sets.items()},
+        "seconds": {"train": round(trained - begun, 2)},
+        "peak_memory_mib": _peak_memory(),
+        "device": str(trainer.args.device),
+        "seed": recipe.seed,
+        "versions": {
+            "python": platform.python_version(),
+            "fusion_adapters": __version__,
+            **{m.__name__: m.__version__ for m in (torch, transformers, peft, accelerate)},
+        },
+    }
+
+
+def make_trainer(
+    model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, train_set: Evaluation, dev_set: Evaluation, folder: Path
+) -> Trainer:
+    """A Trainer with our defaults, the recipe's arguments, and the task's collator and score.
+
+    Raises:
+        ValueError: If a training argument has a value that transformers refuses.
+    """
+    chosen = {**TRAINING_DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available(), **recipe.training}
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            seed=recipe.seed,
+            metric_for_best_model=MAIN_SCORE[recipe.task],
+            greater_is_better=True,
+            label_names=["labels"],
+            **chosen,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The recipe's section 'training' does not fit: {' '.join(str(error).split())}") from error
+    tokens = recipe.task == "token_classification"
+    name = MAIN_SCORE[recipe.task]
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_set.dataset,
+        eval_dataset=dev_set.dataset,
+        data_collator=DataCollatorForTokenClassification(tokenizer) if tokens else DataCollatorWithPadding(tokenizer),
+        compute_metrics=lambda result: {name: dev_set.scores(result.predictions)[name]},
+        # label numbers instead of logits: the scores need no more, and a large set of labels would fill the memory
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+    )
+
+
+def _peak_memory() -> float:
+    """Peak memory in MiB: of the allocator on CUDA, else of the process."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    unit = 1024 if platform.system() == "Linux" else 2**20  # macOS counts bytes, Linux KiB
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -90,8 +90,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; an error that a user can mend is one paragraph and exit code 2."""
     # a figure or an error is easier to find without the loading bars of every small model
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # at import it recommends a package that would only speed up 4-bit products on a CPU
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # peft still asks transformers 5 for it
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated.*")
     try:
         app(arguments, standalone_mode=False)
     except typer.Exit as stop:

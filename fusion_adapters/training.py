@@ -107,7 +107,8 @@ def run_recipe(recipe: Recipe, output: str | Path, overwrite: bool = False) -> d
     model = attach(backbone, config, tokenizer)
     with written_aside(output) as folder:
         metrics = train(model, tokenizer, recipe, splits, folder)
-        config.base_model_name_or_path = recipe.backbone.model  # not the folder of an installed package
+        # the name to record is the recipe's, not the folder of an installed package
+        config.base_model_name_or_path = model.config._name_or_path = recipe.backbone.model
         model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
         metrics["bytes"] = {p.name: p.stat().st_size for p in sorted((folder / "adapter").iterdir())}
         metrics["seconds"]["total"] = round(time.perf_counter() - started, 2)

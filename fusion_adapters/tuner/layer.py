@@ -56,13 +56,8 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
         return self.fusions[self.active_adapters[0]]  # type: ignore[return-value]
 
     def forward(  # type: ignore[override]
-        self, states: Sequence[Tensor | None], last: Tensor, context: Context, adapter_names: Any = None
+        self, states: Sequence[Tensor | None], last: Tensor, context: Context
     ) -> Tensor:
-        if adapter_names is not None:
-            raise ValueError(
-                "adapter_names (several adapters in one batch) does not work with a fusion, which replaces the output of "
-                "the last block for the whole batch. Run one batch per adapter, with model.set_adapter in between."
-            )
         fusion = self.active_fusion
         if fusion is None:
             return last

@@ -89,6 +89,24 @@ class FusionModel(LoraModel):
                 check_wrapped_tensors(model, adapter_name, weights)
         layer.train(backbone.root.training)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter; if it was active, the first of those that are left becomes active."""
+        super().delete_adapter(adapter_name)
+        layer = fusion_layer(self.model)
+        # peft asks the first LoRA layer who is left, which knows nothing of adapters without LoRA
+        if layer is not None and layer.fusions and not self.active_adapters:
+            self.set_adapter(sorted(layer.fusions)[0])
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names (several adapters in one batch) does not work with a fusion, which replaces the output of "
+                "the last block for the whole batch. Run one batch per adapter, with model.set_adapter in between."
+            )
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
+
     def merge_and_unload(
         self,
         progressbar: bool = False,

@@ -1,0 +1,106 @@
+"""The papers' equations read literally, one token and one layer at a time, in float64. Slow on purpose.
+
+Written from the equations (docs/methods.md), not from the package: it takes the parameters by name and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def _norm(x, gain, bias, eps=1e-5):
+    mean = sum(x.tolist()) / len(x)
+    variance = sum((v - mean) ** 2 for v in x.tolist()) / len(x)
+    return (x - mean) / math.sqrt(variance + eps) * gain + bias
+
+
+def _gelu(x):
+    return torch.tensor([0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in x.tolist()], dtype=torch.float64)
+
+
+def _elu(x):
+    return torch.tensor([v if v > 0 else math.exp(v) - 1 for v in x.tolist()], dtype=torch.float64)
+
+
+def _softmax(scores):
+    top = max(scores)
+    powers = [math.exp(s - top) for s in scores]
+    return [p / sum(powers) for p in powers]
+
+
+def _mlp(p, prefix, n, x):
+    """Equation 11: f(x) = W LN(gelu(U x))."""
+    hidden = _gelu(p[f"{prefix}.down_weight"][n] @ x + p[f"{prefix}.down_bias"][n])
+    normed = _norm(hidden, p[f"{prefix}.norm_weight"][n], p[f"{prefix}.norm_bias"][n])
+    return p[f"{prefix}.up_weight"][n] @ normed + p[f"{prefix}.up_bias"][n]
+
+
+def dwatt_token(p, states, last, heads=1, scaled=False, gain_scale=1.0):
+    """Equations 4 to 10 for one token: its N states, each (d,), and its last state. Returns the fused state and weights."""
+    size = len(last) // heads
+    inner = last + _mlp(p, "query", 0, last)
+    query = 1 + _elu(inner)  # equation 5
+    keys = [p["key_weight"] @ position for position in p["position"]]  # equation 10
+    values = [  # equation 4
+        _norm(_mlp(p, "value", n, state), gain_scale * p["value_norm_weight"][n], gain_scale * p["value_norm_bias"][n])
+        for n, state in enumerate(states)
+    ]
+    attended = torch.zeros_like(last)
+    weights = []
+    for h in range(heads):
+        part = slice(h * size, (h + 1) * size)
+        scores = [float(query[part] @ key[part]) / (math.sqrt(size) if scaled else 1) for key in keys]
+        share = _softmax(scores)  # equation 7
+        weights.append(share)
+        for s, value in zip(share, values, strict=True):
+            attended[part] += s * value[part]  # equation 8
+    return last + attended, torch.tensor(weights, dtype=torch.float64)  # equation 9
+
+
+def concat_token(p, states, last, residual):
+    """gelu(W [z_1; ..; z_N] + b), or in the residual form z_L + W [..] + b, or with a bottleneck."""
+    joined = torch.cat(list(states))
+    mixed = p["weight"] @ joined + p["bias"]
+    if "up_weight" in p:
+        mixed = p["up_weight"] @ _gelu(mixed) + p["up_bias"]
+    elif not residual:
+        mixed = _gelu(mixed)
+    return last + mixed if residual else mixed
+
+
+def scalar_mix_token(p, states, last, residual):
+    """gamma sum_n softmax(w)_n z_n, with or without the last state added."""
+    share = _softmax(p["logits"].tolist())
+    mixed = sum(s * state for s, state in zip(share, states, strict=True)) * p["gamma"]
+    return last + mixed if residual else mixed
+
+
+def mlp_token(p, last):
+    """The last state plus equation 11 of it."""
+    return last + _mlp(p, "mlp", 0, last)
+
+
+def encoder_block(p, prefix, x, visible, heads):
+    """A pre-norm transformer block on one sequence (T, d); `visible[i][j]` says whether i may attend to j."""
+    length, width = x.shape
+    size = width // heads
+    normed = torch.stack([_norm(v, p[f"{prefix}norm_weight"][0], p[f"{prefix}norm_bias"][0]) for v in x])
+    qkv = normed @ p[f"{prefix}qkv_weight"].T + p[f"{prefix}qkv_bias"]
+    q, k, v = qkv[:, :width], qkv[:, width : 2 * width], qkv[:, 2 * width :]
+    attended = torch.zeros_like(x)
+    for h in range(heads):
+        part = slice(h * size, (h + 1) * size)
+        for i in range(length):
+            seen = [j for j in range(length) if visible[i][j]]
+            share = _softmax([float(q[i, part] @ k[j, part]) / math.sqrt(size) for j in seen])
+            for s, j in zip(share, seen, strict=True):
+                attended[i, part] += s * v[j, part]
+    x = x + attended @ p[f"{prefix}out_weight"].T + p[f"{prefix}out_bias"]
+    rows = []
+    for row in x:
+        hidden = _norm(row, p[f"{prefix}norm_weight"][1], p[f"{prefix}norm_bias"][1])
+        hidden = _gelu(p[f"{prefix}up_weight"] @ hidden + p[f"{prefix}up_bias"])
+        rows.append(row + p[f"{prefix}down_weight"] @ hidden + p[f"{prefix}down_bias"])
+    return torch.stack(rows)

@@ -1,0 +1,284 @@
+"""What attaching does to a model: identity, who trains, which mode, which graph, which numbers."""
+
+import copy
+import io
+
+import pytest
+import torch
+from support import DEPTH, LORA, METHODS, WIDTH, attached, batch, disturb, layer_of, logits, tiny
+
+from fusion_adapters import FUSIONS, FusionConfig, depth_weights
+from fusion_adapters.budget import count_trainable
+
+WITH_AND_WITHOUT_LORA = pytest.mark.parametrize("lora", [False, True], ids=["alone", "lora"])
+
+
+def fields(method, family, lora):
+    return METHODS[method] | (LORA[family] if lora else {})
+
+
+@pytest.mark.parametrize("method", METHODS)
+@WITH_AND_WITHOUT_LORA
+def test_a_fresh_adapter_leaves_the_answers_as_they_were(family, method, lora):
+    before = logits(tiny(family))
+    after = logits(attached(family, **fields(method, family, lora)))
+    assert (after - before).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("head", ["token", "sequence", "lm"])
+def test_identity_with_every_head(head):
+    before = logits(tiny("llama", head), head)
+    assert (logits(attached("llama", head), head) - before).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("method", METHODS)
+@WITH_AND_WITHOUT_LORA
+def test_gradients_reach_fusion_lora_and_head_and_nothing_else(family, method, lora):
+    model = disturb(attached(family, **fields(method, family, lora))).train()
+    model(**batch()).loss.backward()
+    parts = {"layer_fusion": 0, "lora_": 0, "modules_to_save": 0}
+    for name, parameter in model.named_parameters():
+        part = next((part for part in parts if part in name), None)
+        moved = parameter.grad is not None and parameter.grad.abs().sum() > 0
+        # the bias of a head's keys cancels in the softmax over positions: no gradient in exact arithmetic
+        idle = "qkv_bias" in name
+        assert moved == (part is not None) or idle, name
+        assert parameter.requires_grad == (part is not None), name
+        if part is not None:
+            parts[part] += parameter.numel()
+    counts = count_trainable(model)
+    assert counts == {
+        "fusion": parts["layer_fusion"],
+        "lora": parts["lora_"],
+        "head": parts["modules_to_save"],
+        "other": 0,
+        "total": sum(parts.values()),
+    }
+    assert (parts["lora_"] > 0) == lora
+    assert (parts["layer_fusion"] > 0) == (method != "last")
+
+
+def test_only_what_trains_changes_in_a_step(family):
+    model = attached(family, **LORA[family]).train()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(**batch()).loss.backward()
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+
+
+class Saved:
+    """Counts what autograd keeps, by the size of the tensors."""
+
+    def __init__(self):
+        self.shapes = []
+
+    def __enter__(self):
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *args):
+        self.hooks.__exit__(*args)
+
+    def _pack(self, tensor):
+        self.shapes.append(tuple(tensor.shape))
+        return tensor
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fusion_alone_builds_no_graph_in_the_backbone(family, checkpointing):
+    model = attached(family, fusion="last")
+    if checkpointing:
+        model.enable_input_require_grads()  # what Trainer does for gradient checkpointing with peft
+        model.base_model.model.gradient_checkpointing_enable()
+    model.train()
+    backbone = layer_of(model).backbone
+    states = []
+    for block in backbone.blocks:
+        block.register_forward_hook(lambda m, a, out: states.append(out[0] if isinstance(out, tuple) else out))
+    with Saved() as saved:
+        model(**batch()).loss.backward()
+    assert len(states) == DEPTH and not any(s.requires_grad for s in states)
+    width = backbone.blocks[0].get_submodule("intermediate.dense" if family == "bert" else "mlp.gate_proj").out_features
+    assert width == 2 * WIDTH
+    assert not any(shape[-1:] == (width,) for shape in saved.shapes), "activations of a block's MLP were kept"
+
+
+def test_with_lora_the_graph_goes_through_the_blocks(family):
+    model = attached(family, **LORA[family]).train()
+    with Saved() as saved:
+        model(**batch()).loss.backward()
+    assert any(shape[-1:] == (2 * WIDTH,) for shape in saved.shapes)
+
+
+@pytest.mark.parametrize("head", ["token", "sequence"])
+def test_a_frozen_backbone_stays_in_evaluation_mode(family, head):
+    model = attached(family, head, model=tiny(family, head, dropout=0.5), fusion_dropout=0.1).train()
+    backbone, layer = layer_of(model).backbone, layer_of(model)
+    inside = [m for m in backbone.root.modules() if m is not layer and not any(m is f for f in layer.modules())]
+    assert not any(m.training for m in inside)
+    assert layer.training and all(m.training for m in layer.fusions.modules())
+    heads = [m for n, m in model.named_modules() if n.endswith("modules_to_save.default")]
+    assert heads and all(m.training for m in heads)
+    model.eval()
+    assert not any(m.training for m in model.modules())
+
+
+def test_with_lora_the_backbone_follows_train(family):
+    model = attached(family, **LORA[family]).train()
+    assert all(block.training for block in layer_of(model).backbone.blocks)
+
+
+def test_layer_states_of_a_frozen_backbone_do_not_depend_on_the_mode(family):
+    model = attached(family, model=tiny(family, dropout=0.5))
+    seen = []
+    layer_of(model).register_forward_pre_hook(lambda m, args: seen.append([s for s in args[0] if s is not None]))
+    for mode in (True, False):
+        model.train(mode)
+        model(**batch())
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def test_taps_read_what_transformers_reports_as_hidden_states(family):
+    model = tiny(family)
+    reported = model(**batch(), output_hidden_states=True).hidden_states
+    model = attached(family, model=model, fusion_layers=list(range(DEPTH + 1)))
+    seen = []
+    layer_of(model).register_forward_pre_hook(lambda m, args: seen.extend(args[0]))
+    logits(model)
+    assert len(seen) == len(reported) == DEPTH + 1
+    for i, (ours, theirs) in enumerate(zip(seen, reported, strict=True)):
+        if i == DEPTH and family == "llama":  # theirs is after the final norm
+            theirs_before = model.base_model.model.model.norm(ours)
+            torch.testing.assert_close(theirs_before, theirs)
+        else:
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_only_the_wanted_layers_are_kept_and_none_after_the_pass(family):
+    model = attached(family, fusion_layers=[1, -1])
+    seen = []
+    layer_of(model).register_forward_pre_hook(lambda m, args: seen.extend(i for i, s in enumerate(args[0]) if s is not None))
+    logits(model)
+    assert seen == [1, DEPTH]
+    assert layer_of(model).taps.held == 0
+
+
+def test_an_exception_in_a_forward_pass_leaves_the_next_one_right(family):
+    model = disturb(attached(family))
+    expected = logits(model)
+    handle = (
+        layer_of(model).backbone.blocks[2].register_forward_pre_hook(lambda *a: (_ for _ in ()).throw(RuntimeError("stop")))
+    )
+    with pytest.raises(RuntimeError, match="stop"):
+        logits(model)
+    handle.remove()
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", METHODS)
+@WITH_AND_WITHOUT_LORA
+def test_16_bit_backbones_train_float32_adapters_and_heads(family, dtype, method, lora):
+    model = attached(family, model=tiny(family, dtype=dtype), **fields(method, family, lora)).train()
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    answer = model(**batch())
+    answer.loss.backward()
+    assert answer.logits.isfinite().all()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    backbone = layer_of(model).backbone
+    assert {p.dtype for b in backbone.blocks for n, p in b.named_parameters() if "lora_" not in n} == {dtype}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast_works_on_float32_and_bfloat16_backbones(family, method):
+    for dtype in (torch.float32, torch.bfloat16):
+        model = disturb(attached(family, model=tiny(family, dtype=dtype), **METHODS[method])).train()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(**batch()).loss
+        loss.backward()
+        assert loss.isfinite()
+
+
+def test_depth_weights_come_on_request(family):
+    model = disturb(attached(family, fusion_heads=2))
+    weights = depth_weights(model, **batch())
+    assert weights.shape == (2, 9, 2, DEPTH)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 9, 2))
+    assert depth_weights(attached(family, fusion_heads=1), **batch()).shape == (2, 9, DEPTH)
+    assert layer_of(model).recording is None
+    with pytest.raises(ValueError, match="Methods that do: dwatt, scalar_mix"):
+        depth_weights(attached(family, fusion="concat"), **batch())
+    with pytest.raises(ValueError, match="no active fusion"):
+        depth_weights(tiny(family), **batch())
+
+
+def test_a_hooked_model_can_be_copied_and_pickled(family):
+    model = disturb(attached(family, **LORA[family]))
+    expected = logits(model)
+    clone = copy.deepcopy(model)
+    disturb(model, scale=0.5)
+    assert torch.equal(logits(clone), expected), "the copy's hooks point at the old model"
+    assert not torch.equal(logits(model), expected)
+    buffer = io.BytesIO()
+    torch.save(clone, buffer)
+    buffer.seek(0)
+    assert torch.equal(logits(torch.load(buffer, weights_only=False)), expected)
+
+
+def test_one_compiled_graph_without_breaks(family):
+    model = disturb(attached(family))
+    expected = logits(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(logits(compiled), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_generation_agrees_with_and_without_cache():
+    model = disturb(attached("llama", "lm"), scale=0.3)
+    prompt = {"input_ids": torch.randint(1, 100, (2, 5)), "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1] * 5])}
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    cached = model.generate(**prompt, **options, use_cache=True)
+    assert torch.equal(cached, model.generate(**prompt, **options, use_cache=False))
+    with model.disable_adapter():
+        plain = model.generate(**prompt, **options)
+    assert not torch.equal(cached, plain), "the fusion has no effect, so the test shows nothing"
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_deeper_refuses_a_cache_that_hides_positions_and_generates_without(copied):
+    model = disturb(attached("llama", "lm", fusion="deeper", fusion_copy_last=copied))
+    prompt = {"input_ids": torch.randint(1, 100, (1, 5)), "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model.generate(**prompt, use_cache=True)
+    assert model.generate(**prompt, use_cache=False).shape == (1, 8)
+
+
+def test_deeper_copy_starts_as_the_last_block_twice():
+    model = tiny("bert")
+    blocks = model.bert.encoder.layer
+    preset = FusionConfig.paper("deeper", fusion_copy_last=True)
+    ours = logits(
+        attached(
+            "bert",
+            model=copy.deepcopy(model),
+            **{k: v for k, v in vars(preset).items() if k.startswith("fusion") and v is not None},
+        )
+    )
+    blocks.append(copy.deepcopy(blocks[-1]))
+    torch.testing.assert_close(ours, logits(model))
+
+
+def test_paper_preset_has_the_published_count():
+    config = FusionConfig.paper("dwatt", task_type="TOKEN_CLS")
+    assert (config.fusion_heads, config.fusion_scale, config.fusion_bottleneck, config.fusion_init) == (
+        1,
+        False,
+        0.5,
+        "paper",
+    )
+    assert FusionConfig.paper("dwatt", fusion_heads=4).fusion_heads == 4
+    assert {FusionConfig.paper(name).fusion for name in FUSIONS} == set(FUSIONS)

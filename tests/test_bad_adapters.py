@@ -1,0 +1,225 @@
+"""Bad configs, wrong backbones and damaged files: one paragraph each, and a model that is as it was."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from support import LORA, attached, disturb, logits, tiny
+from torch import nn
+from transformers import BertConfig, BertForTokenClassification
+
+from fusion_adapters import FusionConfig
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A saved adapter of the tiny BERT, with LoRA."""
+    disturb(attached("bert", **LORA["bert"])).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def state(model):
+    names = [n for n, _ in model.named_modules()]
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    trained = {n: p.requires_grad for n, p in model.named_parameters()}
+    return names, hooks, trained
+
+
+def refuses(model, folder, match):
+    before, answer = state(model), logits(model)
+    with pytest.raises(ValueError, match=match) as caught:
+        PeftModel.from_pretrained(model, folder)
+    assert "\n" not in str(caught.value)
+    assert state(model) == before
+    assert torch.equal(logits(model), answer)
+
+
+def edit(folder, change):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def test_wrong_type(adapter):
+    refuses(tiny("llama"), adapter, r"a 'bert' of hidden size 32 with 4 blocks; this one is a 'llama'")
+
+
+def test_wrong_width(adapter):
+    refuses(tiny("bert", width=64), adapter, "this one is a 'bert' of hidden size 64 with 4 blocks")
+
+
+def test_wrong_depth(adapter):
+    refuses(tiny("bert", depth=3), adapter, "this one is a 'bert' of hidden size 32 with 3 blocks")
+
+
+def test_same_shape_other_weights(adapter):
+    refuses(tiny("bert", seed=5), adapter, r"\d+ of \d+ sampled weights differ")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_same_weights_in_16_bits_are_the_same_backbone(adapter, dtype):
+    PeftModel.from_pretrained(tiny("bert", dtype=dtype), adapter)
+
+
+def test_the_same_weights_with_more_tokens_are_the_same_backbone(adapter):
+    model = tiny("bert")
+    model.resize_token_embeddings(130)
+    PeftModel.from_pretrained(model, adapter)
+
+
+@pytest.mark.parametrize(
+    "part", ["layer_fusion.value.up_weight", "classifier.weight", "layer.1.attention.self.query.lora_A.weight"]
+)
+def test_a_missing_tensor(adapter, part):
+    edit(adapter, lambda tensors: tensors.pop(next(k for k in tensors if k.endswith(part))))
+    model = tiny("bert")
+    with pytest.raises(ValueError, match=rf"1 of \d+ tensors are missing \(.*{part}\)"):
+        PeftModel.from_pretrained(model, adapter)
+
+
+def test_a_surplus_tensor(adapter):
+    edit(adapter, lambda tensors: tensors.update({"base_model.model.bert.layer_fusion.value.extra": torch.zeros(3)}))
+    with pytest.raises(ValueError, match=r"1 have no place in the model \(.*value.extra\)"):
+        PeftModel.from_pretrained(tiny("bert"), adapter)
+
+
+def test_another_number_of_labels(adapter):
+    with pytest.raises(ValueError, match=r"classifier.weight has \[5, 32\] in the file, \[7, 32\] in the model"):
+        PeftModel.from_pretrained(tiny("bert", labels=7), adapter)
+
+
+def test_missing_and_surplus_when_loading_into_an_existing_adapter(adapter):
+    model = attached("bert", **LORA["bert"])
+    answer = logits(model)
+    edit(adapter, lambda tensors: tensors.pop(next(k for k in tensors if "lora_B" in k)))
+    with pytest.raises(ValueError, match="tensors are missing"):
+        model.load_adapter(adapter, "default")
+    assert torch.equal(logits(model), answer)
+
+
+@pytest.mark.parametrize("size", [0, 4, 300, -40])
+def test_a_truncated_file(adapter, size):
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    refuses(tiny("bert"), adapter, "damaged or cut short")
+
+
+def test_a_second_adapter_that_does_not_fit_changes_nothing(adapter):
+    model = disturb(attached("bert"))
+    before, answer = state(model), logits(model)
+    for bad in (
+        FusionConfig(task_type="TOKEN_CLS", fusion_layers=[9]),
+        FusionConfig(task_type="TOKEN_CLS", r=4, target_modules=["no_such_module"]),
+        FusionConfig(task_type="TOKEN_CLS", fusion_heads=7),
+    ):
+        with pytest.raises(ValueError):
+            model.add_adapter("bad", bad)
+        assert state(model) == before and "bad" not in model.peft_config
+    edit(adapter, lambda tensors: tensors.pop("base_model.model.classifier.bias"))
+    with pytest.raises(ValueError, match=r"classifier\.bias"):
+        model.load_adapter(adapter, "bad")
+    assert state(model) == before
+    with pytest.raises(ValueError, match="already exists"):
+        model.add_adapter("default", FusionConfig(task_type="TOKEN_CLS"))
+    assert torch.equal(logits(model), answer)
+
+
+def test_a_first_adapter_that_does_not_fit_changes_nothing():
+    model = tiny("bert")
+    before = state(model)
+    with pytest.raises(ValueError, match="No modules were targeted"):
+        get_peft_model(model, FusionConfig(task_type="TOKEN_CLS", r=4, target_modules=["no_such_module"]))
+    assert state(model) == before
+
+
+def test_without_the_plug_in_a_file_is_refused(adapter, tmp_path):
+    import subprocess
+    import sys
+
+    tiny("bert").save_pretrained(tmp_path / "base")
+    code = (
+        "from peft import PeftModel\nfrom transformers import AutoModelForTokenClassification as A\n"
+        f"PeftModel.from_pretrained(A.from_pretrained({str(tmp_path / 'base')!r}, num_labels=5), {str(adapter)!r})\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "FUSION" in result.stderr.strip().splitlines()[-1]
+    good = subprocess.run(
+        [sys.executable, "-c", "import fusion_adapters\n" + code], capture_output=True, text=True, check=False
+    )
+    assert good.returncode == 0, good.stderr
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"fusion": "dwat"}, "Did you mean 'dwatt'"),
+        ({"fusion": "last", "fusion_heads": 2}, "'last' has no option fusion_heads.*Its options are: none"),
+        ({"fusion": "concat", "fusion_scale": True}, "'concat' has no option fusion_scale.*fusion_bottleneck"),
+        ({"fusion_dropout": 1.5}, "fusion_dropout=1.5"),
+        ({"bias": "all"}, "target_modules=None asks for a fusion alone"),
+        ({"r": 4, "target_modules": ["query"], "layer_replication": [(0, 2)]}, "layer_replication"),
+    ],
+)
+def test_configs_are_checked_where_they_are_written(fields, message):
+    with pytest.raises(ValueError, match=message):
+        FusionConfig(**fields)
+
+
+def test_layers_out_of_range_name_the_range():
+    with pytest.raises(ValueError, match=r"\[7\] out of range.*0 \(embeddings\) to 4 \(last block\)"):
+        attached("bert", fusion_layers=[1, 7])
+
+
+class Unknown(BertForTokenClassification):
+    """A model whose list of blocks has another length than its configuration says."""
+
+    def __init__(self, config):
+        super().__init__(copy.deepcopy(config))
+        self.config.num_hidden_layers = 9
+
+
+def test_blocks_that_cannot_be_found_are_listed_and_can_be_named():
+    config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64)
+    with pytest.raises(ValueError, match=r"9 by its configuration.*'encoder.layer' \(3 members\).*fusion_blocks"):
+        get_peft_model(Unknown(config), FusionConfig(task_type="TOKEN_CLS"))
+    with pytest.raises(ValueError, match=r"fusion_blocks='encoder.laier' does not name.*'encoder.layer'"):
+        get_peft_model(Unknown(config), FusionConfig(task_type="TOKEN_CLS", fusion_blocks="encoder.laier"))
+    for name in ("encoder.layer", "bert.encoder.layer"):
+        model = get_peft_model(Unknown(config), FusionConfig(task_type="TOKEN_CLS", fusion_blocks=name))
+        assert model.peft_config["default"].fusion_num_layers == 3
+
+
+def test_no_transformers_model():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.config = BertConfig(hidden_size=4)
+
+    with pytest.raises(ValueError, match="no list of modules at all"):
+        get_peft_model(Plain(), FusionConfig())
+
+
+def test_a_head_that_would_be_forgotten():
+    model = tiny("bert")
+    model.extra = nn.Linear(32, 32)
+    with pytest.raises(ValueError, match=r"'extra', which would stay frozen.*modules_to_save"):
+        get_peft_model(model, FusionConfig(task_type="TOKEN_CLS"))
+    get_peft_model(model, FusionConfig(task_type="TOKEN_CLS", modules_to_save=["extra"]))
+
+
+def test_adapter_names_that_peft_would_confuse():
+    with pytest.raises(ValueError, match="'value' is also the name of a part of the fusion"):
+        get_peft_model(tiny("bert"), FusionConfig(task_type="TOKEN_CLS"), adapter_name="value")
+
+
+def test_a_config_without_its_weights(adapter):
+    shutil.copy(adapter / "adapter_config.json", adapter.parent / "adapter_config.json")
+    with pytest.raises((OSError, ValueError)):
+        PeftModel.from_pretrained(tiny("bert"), adapter.parent)
+    assert json.loads((adapter / "adapter_config.json").read_text())["fusion"] == "dwatt"

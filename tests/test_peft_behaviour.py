@@ -1,0 +1,244 @@
+"""The adapter as peft knows it: saving, loading, several adapters, switching off, taking off."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from peft import AutoPeftModelForTokenClassification, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from support import DEPTH, LORA, METHODS, TASKS, attached, batch, disturb, layer_of, logits, tiny
+
+from fusion_adapters import FusionConfig
+
+WITH_AND_WITHOUT_LORA = pytest.mark.parametrize("lora", [False, True], ids=["alone", "lora"])
+
+
+def second_config(**fields):
+    return FusionConfig(task_type="TOKEN_CLS", **fields)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@WITH_AND_WITHOUT_LORA
+def test_a_saved_adapter_answers_as_before(family, method, lora, tmp_path):
+    fields = METHODS[method] | (LORA[family] if lora else {})
+    model = disturb(attached(family, **fields))
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        again = PeftModel.from_pretrained(tiny(family), tmp_path)
+    assert torch.equal(logits(again), expected)
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_the_file_holds_fusion_lora_and_head_only(family, tmp_path):
+    model = attached(family, **LORA[family])
+    model.save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    head = "classifier" if family == "bert" else "score"
+    for name in tensors:
+        assert ".layer_fusion." in name or ".lora_" in name or name.startswith(f"base_model.model.{head}."), name
+    assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_the_config_comes_back_whole_with_the_backbone_in_it(family, tmp_path):
+    attached(family, fusion_layers=[1, -1], fusion_dropout=0.1).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["peft_type"] == "FUSION"
+    assert saved["target_modules"] is None
+    assert (saved["fusion_model_type"], saved["fusion_hidden_size"], saved["fusion_num_layers"]) == (family, 32, DEPTH)
+    assert saved["fusion_heads"] == 8, "the defaults of today are written down"
+    config = PeftConfig.from_pretrained(str(tmp_path))
+    assert isinstance(config, FusionConfig)
+    assert config.fusion_layers == [1, -1]
+
+
+def test_the_model_card_says_how_to_load(tmp_path):
+    attached().save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "import fusion_adapters" in card
+    attached().save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text().count("import fusion_adapters") == 1
+
+
+def test_low_cpu_mem_usage_loads_the_same(family, tmp_path):
+    model = disturb(attached(family, **LORA[family]))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny(family), tmp_path, low_cpu_mem_usage=True)
+    assert not any(p.is_meta for p in again.parameters())
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_auto_class_loads_backbone_and_adapter(family, tmp_path):
+    base = tiny(family)
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    model = disturb(attached(family, model=base, **LORA[family]))
+    model.save_pretrained(tmp_path / "adapter")
+    again = AutoPeftModelForTokenClassification.from_pretrained(tmp_path / "adapter", num_labels=5)
+    assert torch.equal(logits(again), logits(model))
+
+
+@WITH_AND_WITHOUT_LORA
+def test_transformers_own_load_adapter(family, lora, tmp_path):
+    model = disturb(attached(family, **(LORA[family] if lora else {})))
+    model.save_pretrained(tmp_path)
+    plain = tiny(family)
+    before = logits(plain)
+    plain.load_adapter(str(tmp_path))
+    torch.testing.assert_close(logits(plain), logits(model))
+    plain.disable_adapters()
+    assert torch.equal(logits(plain), before)
+
+
+def test_transformers_own_switch_turns_a_fusion_on_again(tmp_path):
+    # without a head in modules_to_save: transformers' enable_adapters leaves those off
+    model = disturb(attached("llama", "lm"))
+    model.save_pretrained(tmp_path)
+    plain = tiny("llama", "lm")
+    plain.load_adapter(str(tmp_path))
+    plain.disable_adapters()
+    plain.enable_adapters()
+    torch.testing.assert_close(logits(plain, "lm"), logits(model, "lm"))
+
+
+@WITH_AND_WITHOUT_LORA
+def test_two_adapters_and_switching(family, lora, tmp_path):
+    lora_fields = LORA[family] if lora else {}
+    model = disturb(attached(family, fusion="dwatt", **lora_fields))
+    first = logits(model)
+    model.add_adapter("other", second_config(fusion="concat"))
+    assert torch.equal(logits(model), first), "adding an adapter changed the active one"
+    model.set_adapter("other")
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(".other." in n for n in trained)
+    disturb(model)
+    second = logits(model)
+    assert not torch.equal(first, second)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    assert all(".default." in n for n, p in model.named_parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny(family), tmp_path)
+    assert torch.equal(logits(again), first)
+    again.load_adapter(tmp_path / "other", "other")
+    again.set_adapter("other")
+    assert torch.equal(logits(again), second)
+    assert not any(".default" in k or ".other" in k for k in load_file(tmp_path / "other" / "adapter_model.safetensors"))
+
+
+def test_a_loaded_second_adapter_is_not_trainable_unless_asked(family, tmp_path):
+    disturb(attached(family)).save_pretrained(tmp_path)
+    model = attached(family)
+    model.load_adapter(tmp_path, "frozen")
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".frozen." in n)
+    assert any(p.requires_grad for n, p in model.named_parameters() if ".default." in n)
+
+
+@WITH_AND_WITHOUT_LORA
+def test_disabling_restores_the_base_model_and_what_trained(family, lora):
+    base = logits(tiny(family))
+    model = disturb(attached(family, **(LORA[family] if lora else {})))
+    adapted = logits(model)
+    trained = {n: p.requires_grad for n, p in model.named_parameters()}
+    with model.disable_adapter():
+        assert (logits(model) - base).abs().max() <= 1e-6
+        assert not layer_of(model).taps.held
+    assert torch.equal(logits(model), adapted)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == trained
+
+
+def test_deleting_adapters(family):
+    base = logits(tiny(family))
+    model = disturb(attached(family))
+    first = logits(model)
+    model.add_adapter("other", second_config(fusion="mlp", **LORA[family]))
+    with pytest.raises(ValueError, match="does not exist"):
+        model.delete_adapter("unknown")
+    model.delete_adapter("other")
+    assert not any(".other." in n for n, _ in model.named_parameters())
+    assert torch.equal(logits(model), first)
+    model.add_adapter("other", second_config(fusion="mlp"))
+    model.delete_adapter("default")
+    assert set(layer_of(model).fusions) == {"other"}
+    assert model.active_adapters == ["other"]
+    model.delete_adapter("other")
+    assert len(layer_of(model).fusions) == 0
+    assert (logits(model.get_base_model()) - base).abs().max() <= 1e-6
+
+
+@WITH_AND_WITHOUT_LORA
+def test_unload_leaves_the_backbone_as_it_was(family, lora):
+    plain = tiny(family)
+    keys, base = set(plain.state_dict()), logits(plain)
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in plain.modules())
+    model = attached(family, model=plain, **(LORA[family] if lora else {}))
+    restored = model.unload()
+    assert restored is plain
+    assert set(restored.state_dict()) == keys
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in restored.modules()) == hooks
+    assert not hasattr(restored, "peft_config")
+    assert (logits(restored) - base).abs().max() <= 1e-6
+    assert (logits(get_peft_model(restored, second_config())) - base).abs().max() <= 1e-6
+
+
+def test_unload_of_a_16_bit_model_leaves_a_16_bit_head(family):
+    restored = attached(family, model=tiny(family, dtype=torch.bfloat16)).unload()
+    assert {p.dtype for p in restored.parameters()} == {torch.bfloat16}
+    assert logits(restored).isfinite().all()
+
+
+def test_merging_folds_lora_in_and_refuses_to_lose_a_fusion(family):
+    model = disturb(attached(family, **LORA[family]))
+    adapted = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    with pytest.raises(ValueError, match=r"parameters cannot be folded.*drop_fusion=True"):
+        model.merge_and_unload()
+    torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-5)
+    merged = model.merge_and_unload(drop_fusion=True)
+    assert not any("layer_fusion" in n or "lora_" in n for n, _ in merged.named_modules())
+    with pytest.raises(ValueError, match="cannot be active together"):
+        two = attached(family)
+        two.add_adapter("other", second_config())
+        two.base_model.set_adapter(["default", "other"])
+
+
+def test_merging_is_free_where_there_is_no_fusion_to_lose(family):
+    model = disturb(attached(family, fusion="last", **LORA[family]))
+    adapted = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_refusals_name_the_way_out(family):
+    model = attached(family)
+    with pytest.raises(ValueError, match="no such sum for fusions"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+    with pytest.raises(ValueError, match="one batch per adapter"):
+        model(**batch(), adapter_names=["default", "default"])
+
+
+def test_status_reports_the_method(family):
+    model = attached(family, **LORA[family])
+    status = model.get_model_status()
+    assert status.peft_types == {"default": "FUSION"}
+    assert status.enabled is True and status.active_adapters == ["default"]
+    assert any(layer.name.endswith("layer_fusion") for layer in model.get_layer_status())
+
+
+def test_a_config_may_be_used_for_several_backbones():
+    config = FusionConfig(task_type="TOKEN_CLS")
+    get_peft_model(tiny("bert"), config)
+    get_peft_model(tiny("bert", depth=2), config)
+    assert config.fusion_num_layers == 2
+
+
+@pytest.mark.parametrize("head", ["sequence", "lm"])
+def test_other_heads_come_back(head, tmp_path):
+    model = disturb(attached("llama", head))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama", head), tmp_path), head), logits(model, head))
+    assert model.peft_config["default"].task_type == TASKS[head]

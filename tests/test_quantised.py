@@ -1,0 +1,87 @@
+"""8-bit and 4-bit backbones on the CPU: train, save, reload; a quantised head is refused with the remedy."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from support import HEADS, LORA, attached, batch, disturb, logits, tiny
+from transformers import BitsAndBytesConfig
+
+from fusion_adapters import FusionConfig, quantization_config
+
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra: quantised)")
+
+WITH_AND_WITHOUT_LORA = pytest.mark.parametrize("lora", [False, True], ids=["alone", "lora"])
+
+
+@pytest.fixture
+def checkpoint(family, tmp_path):
+    tiny(family, width=64).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def load(family, folder, quantization, dtype=torch.float32):
+    return HEADS[family, "token"].from_pretrained(
+        folder, num_labels=5, quantization_config=quantization, dtype=dtype, device_map={"": "cpu"}
+    )
+
+
+def quantised(model):
+    return {n for n, p in model.named_parameters() if not p.is_floating_point()}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@WITH_AND_WITHOUT_LORA
+def test_train_save_and_reload(family, checkpoint, tmp_path, bits, lora):
+    model = attached(family, model=load(family, checkpoint, quantization_config(bits)), **(LORA[family] if lora else {}))
+    assert quantised(model), "nothing was quantised, so the test shows nothing"
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    history = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = model(**batch()).loss
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    assert history[-1] < history[0]
+    assert not quantised(model) & {n for n, p in model.named_parameters() if p.requires_grad}
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(family, checkpoint, quantization_config(bits)), tmp_path / "adapter")
+    assert torch.equal(logits(again), expected)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_an_adapter_moves_between_8_bit_and_full_precision(family, checkpoint, tmp_path):
+    model = disturb(attached(family, model=load(family, checkpoint, quantization_config(8))))
+    model.save_pretrained(tmp_path / "adapter")
+    full = HEADS[family, "token"].from_pretrained(checkpoint, num_labels=5)
+    PeftModel.from_pretrained(full, tmp_path / "adapter")  # the fingerprint is the same
+
+
+def test_a_bfloat16_8_bit_backbone_keeps_its_dtype(family, checkpoint):
+    model = attached(family, model=load(family, checkpoint, quantization_config(8), torch.bfloat16)).train()
+    model(**batch()).loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+
+
+def test_a_quantised_head_is_refused_and_the_helper_is_named(family, checkpoint):
+    model = load(family, checkpoint, BitsAndBytesConfig(load_in_8bit=True))
+    head = "classifier" if family == "bert" else "score"
+    with pytest.raises(ValueError, match=rf"{head}.*was quantised.*fusion_adapters\.quantization_config\(bits=8\)"):
+        get_peft_model(model, FusionConfig(task_type="TOKEN_CLS"))
+
+
+def test_a_quantised_last_block_cannot_be_copied(family, checkpoint):
+    with pytest.raises(ValueError, match="copy of it could not be trained"):
+        attached(family, model=load(family, checkpoint, quantization_config(8)), fusion="deeper", fusion_copy_last=True)
+
+
+def test_the_helper_keeps_what_is_given_and_knows_its_bits():
+    config = quantization_config(8, extra_skip=("special",), llm_int8_threshold=5.0)
+    assert config.llm_int8_threshold == 5.0
+    assert {"lm_head", "classifier", "score", "special"} <= set(config.llm_int8_skip_modules)
+    with pytest.raises(ValueError, match="bits=3"):
+        quantization_config(3)

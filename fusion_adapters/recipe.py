@@ -111,9 +111,18 @@ def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
     except ValidationError as error:
         raise ValueError(f"The recipe {source!r} does not fit. {' '.join(_explain(e) for e in error.errors())}") from error
     adapter_fields = {f.name for f in dataclasses.fields(FusionConfig) if f.init} - RESERVED_ADAPTER
-    training_fields = {f.name for f in dataclasses.fields(TrainingArguments) if f.init} - RESERVED_TRAINING
+    arguments = {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.init}
+    training_fields = arguments.keys() - RESERVED_TRAINING
     _check_keys(source, "adapter", recipe.adapter, adapter_fields, RESERVED_ADAPTER)
     _check_keys(source, "training", recipe.training, training_fields, RESERVED_TRAINING)
+    for key, value in recipe.training.items():
+        # transformers would find a text where a number belongs only in the middle of the run
+        wanted = {bool: (bool,), int: (int,), float: (int, float)}.get(type(arguments[key]))
+        if wanted is not None and not isinstance(value, wanted):
+            raise ValueError(
+                f"The recipe {source!r} does not fit. 'training.{key}' is {value!r}; it must be a {wanted[-1].__name__}, for "
+                f"example {arguments[key]!r}."
+            )
     return recipe
 
 

@@ -38,6 +38,7 @@ from .data import Example, Splits, load_splits
 from .files import check_output, written_aside
 from .loading import PEFT_TASKS, load_model, load_tokenizer
 from .recipe import Recipe, Task
+from .reporting import model_card
 
 # Of the recipe's own; whatever it sets wins.
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -133,8 +134,12 @@ def run_recipe(recipe: Recipe, output: str | Path, overwrite: bool = False) -> d
     with written_aside(output) as folder:
         metrics = train(model, tokenizer, recipe, splits, folder)
         # the name to record is the recipe's, not the folder of an installed package
-        config.base_model_name_or_path = model.config._name_or_path = recipe.backbone.model
+        base = model.get_base_model()
+        base.name_or_path = base.config._name_or_path = config.base_model_name_or_path = recipe.backbone.model
+        (folder / "adapter").mkdir()
+        (folder / "adapter" / "README.md").write_text(model_card(recipe, metrics), encoding="utf-8")
         model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+        metrics["reload_difference"] = reload_difference(model, folder / "adapter", tokenizer, splits.dev, recipe.task)
         metrics["bytes"] = {p.name: p.stat().st_size for p in sorted((folder / "adapter").iterdir())}
         metrics["seconds"]["total"] = round(time.perf_counter() - started, 2)
         run = {"recipe": recipe.model_dump(), "labels": splits.labels}
@@ -241,6 +246,37 @@ def make_trainer(
         # label numbers instead of logits: the scores need no more, and a large set of labels would fill the memory
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
     )
+
+
+def reload_difference(
+    model: Any, folder: Path, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], task: Task
+) -> float:
+    """Loads a saved adapter beside the one in the model and compares their answers.
+
+    Returns:
+        The largest difference of a logit over the first examples; 0 if everything came back.
+    """
+    texts = [example.words for example in examples[:8]]
+    words = task == "token_classification"
+    batch = tokenizer(
+        texts if words else [t[0] for t in texts],
+        is_split_into_words=words,
+        truncation=True,
+        max_length=64,
+        padding=True,
+        return_tensors="pt",
+    )
+    batch = batch.to(model.device)
+    active = model.active_adapter
+    model.eval()
+    with torch.no_grad():
+        before = model(**batch).logits
+        model.load_adapter(str(folder), "reloaded")
+        model.set_adapter("reloaded")
+        after = model(**batch).logits
+    model.set_adapter(active)
+    model.delete_adapter("reloaded")
+    return float((after - before).abs().max())
 
 
 def _peak_memory() -> float:

@@ -22,6 +22,7 @@ def metrics_table(metrics: dict[str, Any], title: str) -> Table:
     table.add_row("trainable parameters", f"{counts['total']:,}")
     table.add_row("", f"({parts})")
     table.add_row("adapter on disk", f"{sum(metrics['bytes'].values()) / 2**20:.2f} MiB")
+    table.add_row("reloaded, largest difference", f"{metrics['reload_difference']:.1g}")
     table.add_row("training", f"{metrics['seconds']['train']:.1f} s")
     table.add_row("peak memory", f"{metrics['peak_memory_mib']:,.0f} MiB")
     for split, notes in metrics["notes"].items():

@@ -1,0 +1,86 @@
+"""Labels on first pieces, sentences in parts, and back; scores against values worked out by hand."""
+
+import random
+
+import pytest
+import torch
+from support_text import SENTENCES, WORDS, tokenizer
+
+from fusion_adapters.alignment import IGNORED, decode_tags, encode, score
+from fusion_adapters.data import Example
+
+LABELS = ["O", "B-LOC", "I-LOC", "B-ORG", "I-ORG", "B-PER", "I-PER"]
+TOKENS, TEXTS = "token_classification", "sequence_classification"
+
+
+def examples():
+    return [Example([w for w, _ in s], [t for _, t in s]) for s in SENTENCES]
+
+
+def test_a_label_sits_on_the_first_piece_of_its_word():
+    (row,) = encode([Example(["Anna", "zoo"], ["B-PER", "O"])], tokenizer(), LABELS, TOKENS, 32).rows
+    pieces = tokenizer().convert_ids_to_tokens(row["input_ids"])
+    assert pieces == ["[CLS]", "anna", "z", "##o", "##o", "[SEP]"]
+    assert row["labels"] == [IGNORED, 5, 0, IGNORED, IGNORED, IGNORED]
+
+
+@pytest.mark.parametrize("max_length", [4, 5, 7, 12, 64])
+def test_every_word_keeps_its_label_wherever_the_sentence_is_cut(max_length):
+    order = random.Random(max_length)
+    long = [
+        Example(
+            [order.choice([*WORDS, "zebra", "q", "unusual"]) for _ in range(n)], [order.choice(LABELS) for _ in range(n)]
+        )
+        for n in (1, 2, 9, 40)
+    ]
+    encoded = encode(long, tokenizer(), LABELS, TOKENS, max_length)
+    assert all(len(row["input_ids"]) <= max_length for row in encoded.rows)
+    given = [[max(label, 0) for label in row["labels"]] for row in encoded.rows]
+    assert decode_tags(encoded, given, long, LABELS) == [e.labels for e in long]
+    assert encoded.notes["words_without_pieces"] == 0
+    assert encoded.notes["split_sentences"] == sum(len([r for r, _ in encoded.words if r == i]) > 1 for i in range(4))
+
+
+def test_a_word_without_pieces_is_counted_and_tagged_o():
+    example = Example(["Anna", "\ufe0f", "Oslo"], ["B-PER", "B-LOC", "B-LOC"])
+    encoded = encode([example], tokenizer(), LABELS, TOKENS, 32)
+    assert encoded.notes["words_without_pieces"] == 1
+    given = [[max(label, 0) for label in row["labels"]] for row in encoded.rows]
+    assert decode_tags(encoded, given, [example], LABELS) == [["B-PER", "O", "B-LOC"]]
+
+
+def test_a_text_that_is_cut_off_is_counted():
+    texts = [Example(["anna lives in oslo"], ["a"]), Example(["the old man " * 9], ["b"])]
+    encoded = encode(texts, tokenizer(), ["a", "b"], TEXTS, 8)
+    assert encoded.notes == {"truncated_texts": 1}
+    assert [row["labels"] for row in encoded.rows] == [0, 1]
+
+
+def test_scores_against_values_worked_out_by_hand():
+    gold = [e.labels for e in examples()]  # 5 entities
+    predicted = [
+        ["B-PER", "O", "O", "O", "O"],
+        ["B-PER", "O", "O", "O", "B-ORG", "I-ORG"],
+        ["O", "O", "O", "B-LOC", "B-LOC"],
+    ]
+    scores = score(TOKENS, gold, predicted)  # right: Anna, Acme Corp, Rome; wrong: Bob (too short), in
+    assert scores["precision"] == pytest.approx(3 / 5)
+    assert scores["recall"] == pytest.approx(3 / 5)
+    assert scores["f1"] == pytest.approx(3 / 5)
+    assert scores["f1_by_type"] == pytest.approx({"PER": 0.5, "ORG": 1.0, "LOC": 0.5})
+    scores = score(TEXTS, ["a", "a", "a", "b"], ["a", "a", "b", "b"])
+    assert scores["accuracy"] == pytest.approx(0.75)
+    assert scores["macro_f1"] == pytest.approx((4 / 5 + 2 / 3) / 2)
+
+
+def test_predictions_in_another_order_are_noticed():
+    from fusion_adapters.training import Evaluation
+
+    encoded = encode(examples(), tokenizer(), LABELS, TOKENS, 32)
+    evaluation = Evaluation(TOKENS, LABELS, examples(), encoded)
+    rows = evaluation.dataset["labels"]
+    width = max(map(len, rows))
+    labels = torch.tensor([row + [IGNORED] * (width - len(row)) for row in rows])
+    assert evaluation.scores(labels.clamp(min=0), labels)["f1"] == 1.0
+    with pytest.raises(RuntimeError, match="another order"):
+        evaluation.scores(labels.flip(0).clamp(min=0), labels.flip(0))

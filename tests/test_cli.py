@@ -1,0 +1,170 @@
+"""The command line end to end on a tiny model: runs, reloads, draws, and says what is wrong."""
+
+import io
+import json
+
+import pytest
+from safetensors.torch import load_file
+from support_text import save_model, write_recipe
+
+from fusion_adapters.cli import main
+from fusion_adapters.files import check_output, written_aside
+
+
+def run(*arguments):
+    main([str(a) for a in arguments])
+
+
+def fails(capsys, *arguments):
+    """Runs, expects exit code 2, and returns the one paragraph on standard error."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    error = text[text.index("Error:") :].strip()
+    assert "\n" not in error and "Traceback" not in text
+    return error
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A finished run with LoRA on tagged words."""
+    recipe = write_recipe(tmp_path, adapter={"r": 2, "target_modules": ["query", "value"]})
+    run("train", recipe, "--output", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def predictions(capsys, folder, *texts):
+    capsys.readouterr()
+    run("predict", folder, "--json", *(part for text in texts for part in ("--text", text)))
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_run_on_words(trained, capsys):
+    assert sorted(p.name for p in trained.iterdir()) == ["adapter", "metrics.json", "recipe.yaml", "run.json"]
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert set(metrics["scores"]) == {"dev", "test"} and 0 <= metrics["scores"]["test"]["f1"] <= 1
+    parts = metrics["parameters"]
+    assert parts["lora"] == 2 * 4 * 2 * 2 * 32 and parts["fusion"] > 0 and parts["head"] == 33 * 7 and parts["other"] == 0
+    assert metrics["reload_difference"] == 0
+    assert (
+        metrics["bytes"]["adapter_model.safetensors"] == (trained / "adapter" / "adapter_model.safetensors").stat().st_size
+    )
+    assert metrics["seconds"]["train"] > 0 and metrics["peak_memory_mib"] > 0 and "peft" in metrics["versions"]
+    tensors = load_file(trained / "adapter" / "adapter_model.safetensors")
+    assert sum(t.numel() for t in tensors.values()) == parts["total"]
+    card = (trained / "adapter" / "README.md").read_text()
+    assert "import fusion_adapters" in card and "| test | f1 |" in card
+
+    first = predictions(capsys, trained, "Anna lives in Oslo.", "Bob's  man")
+    assert first == predictions(capsys, trained, "Anna lives in Oslo.", "Bob's  man")
+    for prediction in first:
+        for entity in prediction["entities"]:
+            assert prediction["text"][entity["start"] : entity["end"]] == entity["text"]
+            assert entity["type"] in ("PER", "LOC", "ORG")
+
+
+def test_a_run_on_texts_and_standard_input(tmp_path, capsys, monkeypatch):
+    recipe = write_recipe(tmp_path, head="sequence")
+    run("train", recipe, "--output", tmp_path / "run", "--set", "training.num_train_epochs=2")
+    assert set(json.loads((tmp_path / "run" / "metrics.json").read_text())["scores"]["test"]) == {"accuracy", "macro_f1"}
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO("anna lives\n\nbob\n"))
+    run("predict", tmp_path / "run", "--json")
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [a["text"] for a in answers] == ["anna lives", "bob"]
+    assert all(a["label"] in ("place", "person", "none") and 0 < a["probability"] <= 1 for a in answers)
+    run("predict", tmp_path / "run", "--text", "anna [lives] in oslo")
+    assert "anna [lives] in oslo" in capsys.readouterr().out
+
+
+def test_a_run_without_test_data_and_the_same_seed_twice(tmp_path):
+    recipe = write_recipe(tmp_path)
+    for name in ("a", "b"):
+        run("train", recipe, "--output", tmp_path / name, "--set", "data.test=null")
+    first, second = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("a", "b"))
+    assert all((first[k] == second[k]).all() for k in first)
+    assert set(json.loads((tmp_path / "a" / "metrics.json").read_text())["scores"]) == {"dev"}
+
+
+def test_the_heatmap_is_a_picture(trained, tmp_path, capsys):
+    run("inspect", trained, "--text", "Anna lives in Oslo.", "--output", tmp_path / "new" / "depth.png")
+    assert (tmp_path / "new" / "depth.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert ".png" in fails(capsys, "inspect", trained, "--text", "Anna", "--output", tmp_path / "depth.pdf")
+    assert "text is empty" in fails(capsys, "inspect", trained, "--text", " ", "--output", tmp_path / "depth.png")
+
+
+def test_a_method_without_weights_has_no_heatmap(tmp_path, capsys):
+    run("train", write_recipe(tmp_path, adapter={"fusion": "concat"}), "--output", tmp_path / "run")
+    error = fails(capsys, "inspect", tmp_path / "run", "--text", "Anna", "--output", tmp_path / "depth.png")
+    assert "Methods that do: dwatt, scalar_mix" in error
+    assert not (tmp_path / "depth.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adapter": {"fusion": "dwat"}}, "Did you mean 'dwatt'"),
+        ({"adapter": {"fusion_layers": [1, 9]}}, "[9] out of range"),
+        ({"adapter": {"r": 2, "target_modules": ["nothing"]}}, "No modules were targeted"),
+        ({"data": {"train": "missing.conll"}}, "There is no file"),
+        ({"backbone": {"model": "no/such-model"}}, "neither a folder with a transformers model nor to be had from the hub"),
+        ({"training": {"eval_strategy": "sometimes"}}, "section 'training' does not fit"),
+        ({"training": {"learning_rate": "fast"}}, "learning_rate"),
+        ({"data": {"labels": ["O"]}}, "outside the label set"),
+    ],
+)
+def test_a_run_that_cannot_be_leaves_nothing(tmp_path, capsys, changes, message):
+    recipe = write_recipe(tmp_path, **changes)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert message in fails(capsys, "train", recipe, "--output", tmp_path / "run")
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_an_existing_run_is_replaced_only_on_demand(trained, capsys):
+    recipe = trained.parent / "recipe.yaml"
+    assert "is not empty (4 entries)" in fails(capsys, "train", recipe, "--output", trained)
+    run("train", recipe, "--output", trained, "--overwrite", "--set", "seed=9")
+    assert json.loads((trained / "metrics.json").read_text())["seed"] == 9
+    (trained.parent / "other").mkdir()
+    (trained.parent / "other" / "precious.txt").write_text("x")
+    assert "holds no earlier run" in fails(capsys, "train", recipe, "--output", trained.parent / "other", "--overwrite")
+    assert (trained.parent / "other" / "precious.txt").exists()
+
+
+def test_damaged_and_foreign_runs(trained, tmp_path, capsys):
+    assert "holds no run" in fails(capsys, "predict", tmp_path, "--text", "Anna")
+    weights = trained / "adapter" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert "damaged or cut short" in fails(capsys, "predict", trained, "--text", "Anna")
+    weights.write_bytes(whole)
+    save_model(tmp_path / "model", width=64)
+    error = fails(capsys, "predict", trained, "--text", "Anna")
+    assert "hidden size 32 with 4 blocks; this one is a 'bert' of hidden size 64" in error
+    (trained / "run.json").write_text("{")
+    assert "is damaged" in fails(capsys, "predict", trained, "--text", "Anna")
+
+
+def test_a_checkpoint_that_lacks_weights_of_the_backbone(tmp_path, capsys):
+    recipe = write_recipe(tmp_path, head="sequence")
+    save_model(tmp_path / "model", head="token")  # without a pooler
+    error = fails(capsys, "train", recipe, "--output", tmp_path / "run")
+    assert "lacks 2 tensors" in error and "pooler" in error and "modules_to_save" in error
+    run("train", recipe, "--output", tmp_path / "run", "--set", "adapter.modules_to_save=[pooler]")
+    run("predict", tmp_path / "run", "--text", "anna")
+
+
+def test_output_is_written_aside(tmp_path):
+    with pytest.raises(RuntimeError), written_aside(tmp_path / "out") as folder:
+        (folder / "half.txt").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with written_aside(tmp_path / "out") as folder:
+        (folder / "whole.txt").write_text("x")
+        assert not (tmp_path / "out").exists()
+    assert [p.name for p in tmp_path.rglob("*.txt")] == ["whole.txt"]
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileExistsError, match="is a file"):
+        check_output(tmp_path / "file")

@@ -1,0 +1,168 @@
+"""Readers, cuts and label sets, and what they say of bad files."""
+
+import os
+from pathlib import Path
+
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from support_text import SENTENCES, conll
+
+from fusion_adapters.data import load_splits, read_conll
+from fusion_adapters.recipe import DataRecipe
+
+TOKENS, TEXTS = "token_classification", "sequence_classification"
+REAL = Path(os.environ.get("FUSION_ADAPTERS_DATA", Path(__file__).parents[2] / "shared" / "data"))
+needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason="the data folder FUSION_ADAPTERS_DATA is absent")
+
+
+def write(folder, text, name="train.conll"):
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
+    return path
+
+
+def splits(folder, task=TOKENS, seed=1, **fields):
+    return load_splits(DataRecipe(path=str(folder), **({"train": "train.conll"} | fields)), task, seed)
+
+
+def test_conll_with_tabs_spaces_and_blank_lines_that_hold_white_space(tmp_path):
+    path = write(
+        tmp_path, "\ufeff-DOCSTART- O\n\nAnna\tB-PER\r\nlives\tO\r\n \t \nNew NNP I-LOC\nYork NNP I-LOC\nBob NNP I-PER\n\n\n"
+    )
+    examples = read_conll(path)
+    assert [e.words for e in examples] == [["Anna", "lives"], ["New", "York", "Bob"]]
+    assert examples[1].labels == ["B-LOC", "I-LOC", "B-PER"], "IOB1 becomes BIO"
+
+
+def test_conll_words_may_be_strange_characters(tmp_path):
+    words = ["\ufe0f", "a\u2028b", "\x85", "\u00a0x"]
+    (example,) = read_conll(write(tmp_path, "".join(f"{w}\tO\n" for w in words)))
+    assert example.words == words
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"is empty \(0 bytes"),
+        ("\n \n\t\n", "is empty"),
+        ("Anna\tB-PER\nlives\n", "line 2: 'lives' is not a word and a tag"),
+        ("Anna\tPER\n", "line 1.*O, B-TYPE or I-TYPE"),
+        (b"caf\xe9\tO\n", r"not UTF-8 text \(byte 3\)"),
+    ],
+)
+def test_bad_conll_files(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        read_conll(write(tmp_path, content))
+
+
+def test_a_missing_file_lists_what_is_there(tmp_path):
+    write(tmp_path, conll(SENTENCES), "training.conll")
+    with pytest.raises(FileNotFoundError, match=r"train\.conll.*The folder holds: training\.conll"):
+        splits(tmp_path)
+
+
+def test_csv_keeps_texts_as_they_stand(tmp_path):
+    write(tmp_path, 'text,category\n"two\nlines, ""quoted""",a\nNA,b\nnull,a\n007,b\n' + "x,a\n" * 6, "train.csv")
+    data = splits(tmp_path, TEXTS, train="train.csv", dev_fraction=0.1)
+    texts = {e.words[0] for e in data.train + data.dev}
+    assert {'two\nlines, "quoted"', "NA", "null", "007", "x"} == texts
+    assert data.labels == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["train.json", "train.jsonl"])
+def test_json_with_tokens_and_tags(tmp_path, name):
+    rows = Dataset.from_list([{"tokens": [w for w, _ in s], "tags": [t for _, t in s]} for s in SENTENCES * 2])
+    rows.to_json(tmp_path / name, lines=name.endswith("l"))
+    data = splits(tmp_path, train=name)
+    assert len(data.train) + len(data.dev) == 6
+    assert data.labels == ["O", "B-LOC", "I-LOC", "B-ORG", "I-ORG", "B-PER", "I-PER"]
+
+
+def test_wrong_columns_name_those_that_exist(tmp_path):
+    write(tmp_path, "utterance,intent\nhello,a\n", "train.csv")
+    with pytest.raises(ValueError, match=r"no column 'text', 'sentence'; it has 'utterance', 'intent'\. Set data\.text"):
+        splits(tmp_path, TEXTS, train="train.csv")
+    with pytest.raises(ValueError, match="no column 'intnt'"):
+        splits(tmp_path, TEXTS, train="train.csv", text="utterance", label="intnt")
+
+
+def test_labels_outside_the_label_set(tmp_path):
+    write(tmp_path, conll(SENTENCES))
+    write(tmp_path, "Anna\tB-PERS\nBob\tI-PERS\nRome\tB-LOC\n", "test.conll")
+    with pytest.raises(ValueError, match=r"test: 2 labels lie outside the label set \(B-PERS, I-PERS\).*set has 7 labels"):
+        splits(tmp_path, test="test.conll")
+    with pytest.raises(ValueError, match="outside the label set"):
+        splits(tmp_path, labels=["O", "B-PER"])
+
+
+def test_the_cut_for_development_is_disjoint_and_the_same_for_every_seed(tmp_path):
+    write(tmp_path, conll([[(f"w{i}", "O")] for i in range(50)]))
+    first, second = splits(tmp_path, seed=1, dev_fraction=0.2), splits(tmp_path, seed=2, dev_fraction=0.2)
+    assert [e.words for e in first.dev] == [e.words for e in second.dev]
+    assert len(first.dev) == 10 and len(first.train) == 40
+    assert not {e.words[0] for e in first.dev} & {e.words[0] for e in first.train}
+
+
+def test_the_limit_draws_by_the_seed(tmp_path):
+    write(tmp_path, conll([[(f"w{i}", "O")] for i in range(50)]))
+    draws = [[e.words for e in splits(tmp_path, seed=s, limit=20).train] for s in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+    assert len(draws[0]) == 20
+    with pytest.raises(ValueError, match=r"data\.limit=60, but there are 45 training examples"):
+        splits(tmp_path, limit=60)
+
+
+def test_a_folder_laid_out_like_a_hub_dataset(tmp_path):
+    names = ["O", "B-LOC", "I-LOC", "B-ORG", "I-ORG", "B-PER", "I-PER"]
+    features = Features({"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=names))})
+    rows = [{"tokens": [w for w, _ in s], "ner_tags": [names.index(t) for _, t in s]} for s in SENTENCES]
+    part = Dataset.from_list(rows, features=features)
+    for split in ("train", "validation", "test"):
+        part.to_parquet(tmp_path / "set" / f"{split}-00000-of-00001.parquet")
+    assert isinstance(DatasetDict({"train": part}), DatasetDict)
+    data = load_splits(DataRecipe(path=str(tmp_path / "set")), TOKENS, 1)
+    assert data.train[0].labels == [t for _, t in SENTENCES[0]]
+    assert len(data.train) == len(data.dev) == len(data.test) == 3
+    with pytest.raises(ValueError, match="has no split 'held_out'; it has"):
+        load_splits(DataRecipe(path=str(tmp_path / "set"), test="held_out"), TOKENS, 1)
+
+
+def test_a_path_that_is_nothing():
+    with pytest.raises(FileNotFoundError, match="'no/such/place' cannot be read"):
+        load_splits(DataRecipe(path="no/such/place", train="train.conll"), TOKENS, 1)
+
+
+def entities(examples):
+    return sum(label.startswith("B-") for e in examples for label in e.labels)
+
+
+def test_the_packaged_corpus():
+    data = load_splits(DataRecipe(path="package:quickstart", train="train.conll", test="test.conll"), TOKENS, 1)
+    assert (len(data.train) + len(data.dev), len(data.test)) == (300, 150)
+    assert entities(data.train + data.dev) == 491 and entities(data.test) == 248
+    assert {label[2:] for label in data.labels} - {""} == {"PER", "ORG", "LOC", "PROD"}
+    sentences = [tuple(e.words) for e in data.train + data.dev + data.test]
+    assert len(set(sentences)) == 450
+
+
+@needs_real_data
+def test_wnut17_as_its_source_counts_it():
+    files = {"train": "wnut17train.conll", "dev": "emerging.dev.conll", "test": "emerging.test.annotated"}
+    data = splits(REAL / "ner-wnut17", format="conll", **files)
+    assert [len(part) for part in (data.train, data.dev, data.test)] == [3394, 1009, 1287]
+    assert [entities(part) for part in (data.train, data.dev, data.test)] == [1975, 836, 1079]
+    assert len(data.labels) == 13
+
+
+@needs_real_data
+def test_wikigold_as_its_source_counts_it():
+    examples = read_conll(REAL / "ner-wikigold" / "wikigold.conll.txt")
+    documents = 145  # lines -DOCSTART-, which the source counts as sentences of one token
+    assert (len(examples), sum(len(e.words) for e in examples)) == (1841 - documents, 39152 - documents)
+    assert entities(examples) == 3558
+
+
+@needs_real_data
+def test_banking77_as_its_source_counts_it():
+    data = splits(REAL / "cls-banking77", TEXTS, train="train.csv", test="test.csv", label="category")
+    assert (len(data.train) + len(data.dev), len(data.test), len(data.labels)) == (10003, 3080, 77)

@@ -1,0 +1,77 @@
+"""The Python code in README and docs runs as it stands; the names that a reader brings along are given."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
+
+from fusion_adapters import FUSIONS, FusionConfig
+from fusion_adapters.fusions import fusion_options
+from fusion_adapters.loading import load_tokenizer, resolve_model
+from fusion_adapters.recipe import BackboneRecipe, load_recipe
+
+ROOT = Path(__file__).parents[1]
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.S)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    code = blocks(page)
+    if not code:
+        return
+    folder = resolve_model(MINILM)
+    if folder == MINILM:
+        pytest.skip("the package with the MiniLM weights is not installed (extra: demo)")
+    monkeypatch.chdir(tmp_path)
+    tokenizer = load_tokenizer(BackboneRecipe(model=MINILM))
+    rows = [
+        {**tokenizer(text), "labels": [0] * len(tokenizer(text)["input_ids"])} for text in ("A short text.", "And another.")
+    ]
+    names = {
+        "name": folder,
+        "backbone": AutoModelForTokenClassification.from_pretrained(folder, num_labels=9),
+        "collator": DataCollatorForTokenClassification(tokenizer),
+        "train_set": Dataset.from_list(rows),
+        "batch": tokenizer(["A short text."], return_tensors="pt"),
+    }
+    names["model"] = get_peft_model(
+        AutoModelForTokenClassification.from_pretrained(folder, num_labels=9), FusionConfig(task_type="TOKEN_CLS")
+    )
+    for block in code:
+        exec(compile(block.replace(f'"{MINILM}"', repr(folder)), page, "exec"), names)
+    if page == "README.md":
+        assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 5_000_000
+    if "weights" in names:
+        torch.testing.assert_close(names["weights"].sum(-1), torch.ones(names["weights"].shape[:-1]))
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+?)\)", (ROOT / page).read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_recipe_is_valid_explains_itself_and_stands_in_the_docs(recipe):
+    text = recipe.read_text(encoding="utf-8")
+    assert text.startswith("# ") and "# Shows:" in text and "# Expect:" in text
+    load_recipe(recipe)
+    assert f"`{recipe.name}`" in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+
+
+def test_every_method_and_option_stands_in_the_docs():
+    readme, methods = ((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/methods.md"))
+    fields = set(FusionConfig.__dataclass_fields__)
+    for name in FUSIONS:
+        assert f"`{name}`" in readme and f"`{name}`" in methods
+        assert {f"fusion_{option}" for option in fusion_options(name)} <= fields

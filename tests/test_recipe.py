@@ -1,0 +1,67 @@
+"""Recipes are read strictly."""
+
+import pytest
+
+from fusion_adapters.recipe import load_recipe
+
+GOOD = """
+task: token_classification
+backbone: {model: some/model}
+adapter: {fusion: dwatt, r: 8}
+data: {path: folder, train: train.conll}
+training: {learning_rate: 1e-3, num_train_epochs: 2}
+"""
+
+
+def load(folder, text=GOOD, settings=None):
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_recipe(path, settings)
+
+
+def test_values_and_settings(tmp_path):
+    recipe = load(
+        tmp_path, settings=["training.learning_rate=3e-4", "adapter.fusion_layers=[0, -1]", "data.limit=5", "seed=7"]
+    )
+    assert recipe.training == {"learning_rate": 3e-4, "num_train_epochs": 2}
+    assert recipe.adapter == {"fusion": "dwatt", "r": 8, "fusion_layers": [0, -1]}
+    assert (recipe.data.limit, recipe.seed, recipe.backbone.bits) == (5, 7, None)
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", "1.0e-3", "0.001"])
+def test_numbers_as_people_write_them(tmp_path, text):
+    assert load(tmp_path, settings=[f"training.learning_rate={text}"]).training["learning_rate"] == 0.001
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD.replace("training:", "trainning:"), "'trainning' is not a key of a recipe. Did you mean 'training'"),
+        (GOOD.replace("train: train", "trian: train"), "'data.trian' is not a key of a recipe. Did you mean 'train'"),
+        (GOOD.replace("fusion: dwatt", "fusin: dwatt"), r"'adapter\.fusin' is not a key.*Did you mean 'fusion'"),
+        (GOOD.replace("learning_rate", "learnig_rate"), r"'training\.learnig_rate'.*Did you mean 'learning_rate'"),
+        (GOOD.replace("model: some/model", "bits: 8"), "'backbone.model' is missing"),
+        (GOOD.replace("model: some/model", "model: x, bits: 5"), "'backbone.bits' is 5"),
+        (GOOD.replace("token_classification", "tagging"), "'task' is 'tagging'"),
+        (GOOD.replace("num_train_epochs", "seed"), r"sets training\.seed, which the run sets itself"),
+        (GOOD.replace("r: 8", "task_type: SEQ_CLS"), r"sets adapter\.task_type"),
+        ("", "it is empty or a list"),
+        ("- a\n- b\n", "it is empty or a list"),
+        ("a: [1, 2\n", "is not valid YAML"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load(tmp_path, text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("setting", ["training.learning_rate", "=3", "training.=3", "backbone.model.x=3", "data.limit=[1"])
+def test_bad_settings(tmp_path, setting):
+    with pytest.raises(ValueError, match="--set"):
+        load(tmp_path, settings=[setting])
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no recipe"):
+        load_recipe(tmp_path / "none.yaml")

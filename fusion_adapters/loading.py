@@ -78,8 +78,8 @@ def load_model(recipe: BackboneRecipe, task: Task, labels: list[str], trained: S
     if random:
         modules = sorted({key.rpartition(".")[0].rpartition(".")[0] or key.partition(".")[0] for key in random})
         raise ValueError(
-            f"The checkpoint {recipe.model!r} lacks {len(random)} tensors that {type(model).__name__} needs, or has other shapes ({', '.join(random[:6])}"
-            f"{', ...' if len(random) > 6 else ''}); frozen, they would stay at random values. Train them with the adapter "
+            f"The checkpoint {recipe.model!r} lacks {len(random)} tensors that {type(model).__name__} needs, or has them in other "
+            f"shapes ({', '.join(random[:6])}{', ...' if len(random) > 6 else ''}); frozen, they would stay at random values. Train them with the adapter "
             f"(adapter.modules_to_save, for example {modules}), or use another checkpoint."
         )
     return model

@@ -117,12 +117,9 @@ def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
     _check_keys(source, "training", recipe.training, training_fields, RESERVED_TRAINING)
     for key, value in recipe.training.items():
         # transformers would find a text where a number belongs only in the middle of the run
-        wanted = {bool: (bool,), int: (int,), float: (int, float)}.get(type(arguments[key]))
-        if wanted is not None and not isinstance(value, wanted):
-            raise ValueError(
-                f"The recipe {source!r} does not fit. 'training.{key}' is {value!r}; it must be a {wanted[-1].__name__}, for "
-                f"example {arguments[key]!r}."
-            )
+        number = isinstance(arguments[key], (int, float)) and not isinstance(arguments[key], bool)
+        if number and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"The recipe {source!r} does not fit. 'training.{key}' is {value!r}; it must be a number.")
     return recipe
 
 

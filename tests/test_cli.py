@@ -111,7 +111,7 @@ def test_a_method_without_weights_has_no_heatmap(tmp_path, capsys):
         ({"data": {"train": "missing.conll"}}, "There is no file"),
         ({"backbone": {"model": "no/such-model"}}, "neither a folder with a transformers model nor to be had from the hub"),
         ({"training": {"eval_strategy": "sometimes"}}, "section 'training' does not fit"),
-        ({"training": {"learning_rate": "fast"}}, "learning_rate"),
+        ({"training": {"learning_rate": "fast"}}, "'training.learning_rate' is 'fast'; it must be a number"),
         ({"data": {"labels": ["O"]}}, "outside the label set"),
     ],
 )

@@ -77,9 +77,10 @@ def load_model(recipe: BackboneRecipe, task: Task, labels: list[str], trained: S
     random = sorted(key for key in absent if not any(name in key.split(".") for name in fresh))
     if random:
         modules = sorted({key.rpartition(".")[0].rpartition(".")[0] or key.partition(".")[0] for key in random})
+        named = ", ".join(random[:6]) + (", ..." if len(random) > 6 else "")
         raise ValueError(
             f"The checkpoint {recipe.model!r} lacks {len(random)} tensors that {type(model).__name__} needs, or has them in other "
-            f"shapes ({', '.join(random[:6])}{', ...' if len(random) > 6 else ''}); frozen, they would stay at random values. Train them with the adapter "
+            f"shapes ({named}); frozen, they would stay at random values. Train them with the adapter "
             f"(adapter.modules_to_save, for example {modules}), or use another checkpoint."
         )
     return model

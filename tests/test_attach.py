@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
 from support import DEPTH, LORA, METHODS, WIDTH, attached, batch, disturb, layer_of, logits, tiny
 
 from fusion_adapters import FUSIONS, FusionConfig, depth_weights
@@ -157,6 +158,38 @@ def test_taps_read_what_transformers_reports_as_hidden_states(family):
             torch.testing.assert_close(theirs_before, theirs)
         else:
             torch.testing.assert_close(ours, theirs)
+
+
+def test_embeddings_given_by_the_caller(family):
+    model = disturb(attached(family)).eval()
+    given = model.get_input_embeddings()(batch()["input_ids"]).detach().requires_grad_()
+    answer = model(inputs_embeds=given, attention_mask=batch()["attention_mask"]).logits
+    assert torch.equal(answer, logits(model))
+    answer.sum().backward()
+    assert given.grad.abs().sum() > 0, "a gradient that the caller asked for was cut off"
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["alone", "lora"])
+def test_a_model_without_a_head(family, lora, tmp_path):
+    inputs = {k: v for k, v in batch().items() if k != "labels"}
+    base = tiny(family).base_model
+    before = base(**inputs).last_hidden_state
+    model = get_peft_model(base, FusionConfig(**(LORA[family] if lora else {}))).eval()
+    torch.testing.assert_close(model(**inputs).last_hidden_state, before, rtol=0, atol=1e-6)
+    expected = disturb(model)(**inputs).last_hidden_state
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny(family).base_model, tmp_path)
+    assert torch.equal(again(**inputs).last_hidden_state, expected)
+
+
+def test_trained_tokens_of_the_embeddings_count_as_training_inside_the_backbone():
+    model = attached("bert", trainable_token_indices={"word_embeddings": [1, 2]}).train()
+    assert layer_of(model).backbone.blocks[0].training
+    inputs = batch()
+    inputs["input_ids"][0, :2] = torch.tensor([1, 2])
+    model(**inputs).loss.backward()
+    (delta,) = (p for n, p in model.named_parameters() if "trainable_tokens_delta" in n)
+    assert delta.grad.abs().sum() > 0
 
 
 def test_only_the_wanted_layers_are_kept_and_none_after_the_pass(family):

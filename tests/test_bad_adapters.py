@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import LORA, attached, disturb, logits, tiny
 from torch import nn
@@ -211,6 +211,14 @@ def test_a_head_that_would_be_forgotten():
     with pytest.raises(ValueError, match=r"'extra', which would stay frozen.*modules_to_save"):
         get_peft_model(model, FusionConfig(task_type="TOKEN_CLS"))
     get_peft_model(model, FusionConfig(task_type="TOKEN_CLS", modules_to_save=["extra"]))
+
+
+def test_a_model_that_carries_an_adapter_of_another_method():
+    lora = get_peft_model(tiny("bert"), LoraConfig(task_type="TOKEN_CLS", r=2, target_modules=["query"]))
+    before, answer = state(lora), logits(lora)
+    with pytest.raises(ValueError, match="is a PeftModel already"):
+        get_peft_model(lora, FusionConfig(task_type="TOKEN_CLS"))
+    assert state(lora) == before and torch.equal(logits(lora), answer)
 
 
 def test_adapter_names_that_peft_would_confuse():

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from accelerate import init_empty_weights
+from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -53,6 +54,12 @@ class FusionModel(LoraModel):
         """
         config = self.peft_config[adapter_name]
         assert isinstance(config, FusionConfig)  # peft refuses to mix methods in one model
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                "The model is a PeftModel already, and two of them around one model would save each other's weights. Give "
+                "get_peft_model the plain model, with FusionConfig's own LoRA fields (r, target_modules) for LoRA and fusion in "
+                "one adapter; or fold the LoRA in first, by merge_and_unload()."
+            )
         layer = fusion_layer(model)
         backbone = layer.backbone if layer is not None else find_backbone(model, config.fusion_blocks)
         bind(config, backbone, layer.fingerprint if layer is not None else fingerprint(backbone))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
 import shutil
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 import accelerate
 import peft
+import psutil
 import torch
 import transformers
 import yaml
@@ -283,5 +283,9 @@ def _peak_memory() -> float:
     """Peak memory in MiB: of the allocator on CUDA, else of the process."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    unit = 1024 if platform.system() == "Linux" else 2**20  # macOS counts bytes, Linux KiB
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+    if platform.system() == "Windows":
+        return round(psutil.Process().memory_info().peak_wset / 2**20, 1)
+    import resource
+
+    per_mib = 2**20 if platform.system() == "Darwin" else 1024  # macOS counts bytes, Linux KiB
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_mib, 1)

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from peft import AutoPeftModelForTokenClassification, PeftConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForTokenClassification, PeftConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file
 from support import DEPTH, LORA, METHODS, TASKS, attached, batch, disturb, layer_of, logits, tiny
 
@@ -234,6 +234,13 @@ def test_a_config_may_be_used_for_several_backbones():
     get_peft_model(tiny("bert"), config)
     get_peft_model(tiny("bert", depth=2), config)
     assert config.fusion_num_layers == 2
+
+
+def test_the_task_may_be_given_as_peft_writes_it(tmp_path):
+    model = get_peft_model(tiny(dtype=torch.bfloat16), FusionConfig(task_type=TaskType.TOKEN_CLS))
+    assert {p.dtype for n, p in model.named_parameters() if ".modules_to_save." in n} == {torch.float32}
+    disturb(model).save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny(dtype=torch.bfloat16), tmp_path)), logits(model))
 
 
 @pytest.mark.parametrize("head", ["sequence", "lm"])

@@ -15,6 +15,17 @@ from ..config import FusionConfig
 TASK_HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
 
 
+def task_heads(config: FusionConfig) -> list[str]:
+    """The names of the heads that peft trains for the config's task, which may be given as text or as peft's enum."""
+    return TASK_HEADS.get(getattr(config.task_type, "value", config.task_type) or "", [])
+
+
+def name_task_heads(config: FusionConfig) -> None:
+    """Adds the task's heads to `modules_to_save`."""
+    if heads := task_heads(config):
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
+
+
 def check_head(model: nn.Module, backbone: Backbone, config: FusionConfig) -> None:
     """Raises ValueError if the task head is quantised, or has parameters that would stay frozen and not be saved."""
     wanted = config.modules_to_save or []
@@ -35,10 +46,10 @@ def check_head(model: nn.Module, backbone: Backbone, config: FusionConfig) -> No
         inside_covered = any(".".join(parts[:i]).endswith(key) for i in range(1, len(parts) + 1) for key in wanted)
         if own is not None and id(module) not in in_backbone and not inside_covered:
             forgotten.append(name)
-    if forgotten and backbone.root is not model and str(config.task_type) in TASK_HEADS:
+    if forgotten and backbone.root is not model and task_heads(config):
         raise ValueError(
             f"The task head of {type(model).__name__} has parameters in {', '.join(map(repr, forgotten))}, which would stay "
-            f"frozen and would not be saved: task_type={config.task_type!s} covers {', '.join(map(repr, wanted))} only. Add "
+            f"frozen and would not be saved: its task_type covers {', '.join(map(repr, wanted))} only. Add "
             "them to modules_to_save in the config."
         )
 

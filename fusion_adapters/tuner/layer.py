@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..backbone import Backbone, fingerprint
+from ..backbone import Backbone
 from ..fusions import Context, Fusion
 from ..taps import Taps
 
@@ -27,12 +27,12 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("fusions",)
 
-    def __init__(self, backbone: Backbone, adapter_name: str, fusion: Fusion) -> None:
+    def __init__(self, backbone: Backbone, adapter_name: str, fusion: Fusion, signature: str | None) -> None:
         super().__init__(nn.Identity(), adapter_name, fusion=fusion)
         self._active_adapter: list[str] = []
         # plain attributes of a plain object: registered, the backbone would become a child of its own child
         self.backbone = backbone
-        self.fingerprint = fingerprint(backbone)
+        self.fingerprint = signature
         self.recording: list[Tensor] | None = None
         self._trainable: dict[str, bool] = {}
         inside = backbone.blocks_name.partition(".")[0]

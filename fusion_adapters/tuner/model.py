@@ -29,7 +29,7 @@ from .checks import (
     read_weights,
     wrapped_keys,
 )
-from .heads import TASK_HEADS, check_head, remove_float32_hook, train_head_in_float32
+from .heads import check_head, name_task_heads, remove_float32_hook, train_head_in_float32
 from .layer import LAYER_NAME, FusionLayer, fusion_layer
 
 
@@ -62,10 +62,9 @@ class FusionModel(LoraModel):
             )
         layer = fusion_layer(model)
         backbone = layer.backbone if layer is not None else find_backbone(model, config.fusion_blocks)
-        bind(config, backbone, layer.fingerprint if layer is not None else fingerprint(backbone))
-        heads = TASK_HEADS.get(str(config.task_type), [])
-        if heads:
-            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
+        signature = layer.fingerprint if layer is not None else fingerprint(backbone)
+        bind(config, backbone, signature)
+        name_task_heads(config)
         check_head(model, backbone, config)
         weights = read_weights(config)
         with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
@@ -85,7 +84,7 @@ class FusionModel(LoraModel):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             train_head_in_float32(model, backbone, adapter_name)
             if layer is None:
-                layer = FusionLayer(backbone, adapter_name, fusion)
+                layer = FusionLayer(backbone, adapter_name, fusion, signature)
                 setattr(backbone.root, LAYER_NAME, layer)
             else:
                 layer.update(adapter_name, fusion=fusion)

@@ -284,7 +284,7 @@ def _peak_memory() -> float:
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     if platform.system() == "Windows":
-        return round(psutil.Process().memory_info().peak_wset / 2**20, 1)
+        return round(psutil.Process().memory_info().peak_wset / 2**20, 1)  # type: ignore[attr-defined]
     import resource
 
     per_mib = 2**20 if platform.system() == "Darwin" else 1024  # macOS counts bytes, Linux KiB

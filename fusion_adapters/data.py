@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import random
 from dataclasses import dataclass
 from importlib import resources
@@ -152,18 +155,34 @@ def _read_file(path: Path, recipe: DataRecipe, task: Task) -> list[Example]:
         if task != "token_classification":
             raise ValueError(f"{path}: CoNLL files hold tagged words, for task: token_classification; the task is {task}.")
         return read_conll(path)
-    import pandas as pd
-
-    _text_of(path)
-    # strings as they stand: pandas would read the texts "NA" and "null" as missing
+    text = _text_of(path)
     try:
-        if kind == "csv":
-            table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=str, keep_default_na=False)
-        else:
-            table = pd.read_json(path, lines=path.suffix == ".jsonl", dtype=False, convert_dates=False)
-    except (ValueError, pd.errors.ParserError) as error:
+        table = _csv_columns(text, path) if kind == "csv" else _json_columns(text, path)
+    except (csv.Error, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not valid {kind.upper()}: {' '.join(str(error).split())}.") from error
-    return _examples(table.to_dict("list"), str(path), recipe, task)
+    return _examples(table, str(path), recipe, task)
+
+
+def _csv_columns(text: str, path: Path) -> dict[str, list[str]]:
+    rows = list(csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True))
+    header, rows = rows[0], [row for row in rows[1:] if row]
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(header):
+            raise ValueError(
+                f"{path}, row {number} has {len(row)} fields, but the header has {len(header)} ({', '.join(header)})."
+            )
+    return {name: [row[i] for row in rows] for i, name in enumerate(header)}
+
+
+def _json_columns(text: str, path: Path) -> dict[str, list[Any]]:
+    rows = [json.loads(line) for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else json.loads(text)
+    if (
+        not isinstance(rows, list)
+        or not rows
+        or not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows)
+    ):
+        raise ValueError(f"{path} must hold objects with the same keys: a list of them (.json) or one a line (.jsonl).")
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _read_dataset(recipe: DataRecipe, task: Task, names: dict[str, str | None]) -> dict[str, list[Example]]:

@@ -78,6 +78,22 @@ def test_json_with_tokens_and_tags(tmp_path, name):
     assert data.labels == ["O", "B-LOC", "I-LOC", "B-ORG", "I-ORG", "B-PER", "I-PER"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train.csv", 'text,label\nhello,a\n"two, three\n', "is not valid CSV"),
+        ("train.csv", "text,label\nhello,a,b\n", r"row 1 has 3 fields, but the header has 2 \(text, label\)"),
+        ("train.json", "[1, 2", "is not valid JSON"),
+        ("train.jsonl", '{"text": "a", "label": "b"}\n{"text": "a"}\n', "objects with the same keys"),
+        ("train.json", '{"text": "a"}', "objects with the same keys"),
+    ],
+)
+def test_bad_tables(tmp_path, name, content, message):
+    write(tmp_path, content, name)
+    with pytest.raises(ValueError, match=message):
+        splits(tmp_path, TEXTS, train=name)
+
+
 def test_wrong_columns_name_those_that_exist(tmp_path):
     write(tmp_path, "utterance,intent\nhello,a\n", "train.csv")
     with pytest.raises(ValueError, match=r"no column 'text', 'sentence'; it has 'utterance', 'intent'\. Set data\.text"):

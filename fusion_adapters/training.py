@@ -121,13 +121,13 @@ def run_recipe(recipe: Recipe, output: str | Path, overwrite: bool = False) -> d
         OSError: If the model, the data or the output folder cannot be read or written.
     """
     output = check_output(output, overwrite)
+    config = FusionConfig(task_type=PEFT_TASKS[recipe.task], **recipe.adapter)  # type: ignore[arg-type]
     started = time.perf_counter()
     splits = load_splits(recipe.data, recipe.task, recipe.seed)
     set_seed(recipe.seed)
     if not torch.cuda.is_available():
         # sharp softmaxes over depth make denormal numbers, on which a CPU is several times slower
         torch.set_flush_denormal(True)
-    config = FusionConfig(task_type=PEFT_TASKS[recipe.task], **recipe.adapter)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(recipe.backbone)
     backbone = load_model(recipe.backbone, recipe.task, splits.labels, config.modules_to_save or ())
     model = attach(backbone, config, tokenizer)

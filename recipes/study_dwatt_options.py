@@ -40,6 +40,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dwatt, 8 heads": ("dwatt", {"heads": 8, "scale": False}),
     "dwatt, 8 heads, scaled": ("dwatt", {"heads": 8}),
     "dwatt, 8 heads, scaled, paper init": ("dwatt", {"heads": 8, "init": "paper"}),
+    "dwatt, 8 heads, scaled, plain gain": ("dwatt", {"heads": 8, "gain_scale": 1.0}),
     "dwatt, 48 heads, scaled": ("dwatt", {"heads": 48}),
     "dwatt, 8 heads, scaled, dropout 0.1": ("dwatt", {"heads": 8, "dropout": 0.1}),
     "dwatt, 8 heads, scaled, bottleneck 0.1": ("dwatt", {"heads": 8, "bottleneck": 0.1}),
@@ -87,7 +88,9 @@ def run(
     order = random.Random(seed)
     name, options = variant
     size, depth = train[0][0].shape[2], train[0][0].shape[1] - 1
-    fusion = build_fusion(name, size, depth, **options)
+    fusion = build_fusion(name, size, depth, **{k: v for k, v in options.items() if k != "gain_scale"})
+    if "gain_scale" in options:  # not an option of the method: what the identity start would be without it
+        fusion.gain_scale = options["gain_scale"]
     head = nn.Linear(size, len(labels))
     nn.init.normal_(head.weight, std=0.02)
     nn.init.zeros_(head.bias)

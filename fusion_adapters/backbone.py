@@ -2,42 +2,50 @@
 
 from __future__ import annotations
 
-import math
-import struct
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from transformers import PreTrainedModel
 
 HIDDEN_SIZE_NAMES = ("hidden_size", "d_model", "n_embd", "dim")
-FINGERPRINT_VERSION = "v1"
-# Token ids whose embeddings are sampled: small, so that a vocabulary resized for new tokens keeps its fingerprint.
-FINGERPRINT_ROWS = (3, 11, 101, 307)
-FINGERPRINT_VALUES = 8  # sampled per tensor
-# A cast to bf16 moves a weight by up to 2^-9 of its size; twice that is allowed.
-FINGERPRINT_TOLERANCE = 2.0**-8
+STACKS = ("encoder", "decoder")
+# How configurations of encoder-decoders name the depth of each stack, the first that is there.
+DEPTH_NAMES = {
+    "encoder": ("encoder_layers", "num_layers", "num_hidden_layers"),
+    "decoder": ("decoder_layers", "num_decoder_layers", "num_layers", "num_hidden_layers"),
+}
 
 
 @dataclass
 class Backbone:
-    """The frozen part of a transformers model, as the fusion needs to see it.
+    """The frozen part of a transformers model, as one fusion needs to see it: one stack of blocks.
 
     Attributes:
-        root: The backbone, a submodule of the model (or the model itself): what runs before the task head.
-        blocks: Its transformer blocks, in order.
+        base: The model without its task head (transformers' `base_model`), or the model itself if it has none.
+        root: The innermost model around the blocks, whose call runs them: `base` for most models, one of its two stacks
+            for an encoder-decoder.
+        blocks: The transformer blocks, in the order in which they run; a block that runs several times (ALBERT) is
+            listed as often.
         blocks_name: Name of the list of blocks inside `root`.
         hidden_size: Width `d` of the layer states.
         model_type: The `model_type` of the transformers configuration.
         causal: Whether positions see only earlier ones.
+        stack: `"encoder"` or `"decoder"` for an encoder-decoder, else None.
+        upstream: What runs before or in the blocks: if nothing in it trains, the layer states of an input never change.
     """
 
+    base: nn.Module
     root: nn.Module
     blocks: list[nn.Module]
     blocks_name: str
     hidden_size: int
     model_type: str
     causal: bool
+    stack: str | None = None
+    upstream: list[nn.Module] = field(default_factory=list)
 
     @property
     def num_layers(self) -> int:
@@ -49,27 +57,62 @@ class Backbone:
         """Where the last block computes; the fusion belongs there."""
         return next((t.device for t in self.blocks[-1].parameters()), torch.device("cpu"))
 
+    @property
+    def layer_drop(self) -> float:
+        """The probability of skipping a whole block in training (OPT, BART, Whisper, wav2vec 2.0)."""
+        rates = [getattr(m, "layerdrop", 0.0) for m in self.root.modules()]
+        rates += [getattr(getattr(self.root, "config", None), "layerdrop", 0.0)]
+        return max((float(r) for r in rates if isinstance(r, (int, float))), default=0.0)
 
-def find_backbone(model: nn.Module, blocks_name: str | None = None) -> Backbone:
-    """Finds the backbone and its blocks.
 
-    Without a name, the blocks are the one `ModuleList` of the backbone that has as many members as the configuration
-    says there are hidden layers.
+def find_backbones(model: nn.Module, blocks_name: str | None = None, stack: str | None = None) -> list[Backbone]:
+    """Finds the backbone and its blocks; for an encoder-decoder, one `Backbone` for each stack that is asked for.
+
+    Without a name, the blocks are the one `ModuleList` that has as many members as the configuration says there are
+    hidden layers.
 
     Args:
         model: A transformers model, with or without a task head.
         blocks_name: Name of the list of blocks, as in `model.named_modules()`, for models where the search fails.
+        stack: `"encoder"`, `"decoder"` or `"both"`, for an encoder-decoder; None takes the stack that the head reads,
+            the decoder where there is one.
 
     Raises:
-        ValueError: If no list of blocks, or more than one, is found; the message lists the candidates.
+        ValueError: If no list of blocks, or more than one, is found (the message lists the candidates), or if the model
+            has no such stack.
     """
-    config: Any = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    root = getattr(model, "base_model", model)
+    base = getattr(model, "base_model", model)
+    config = _text_config(model)
     if blocks_name is not None:
-        name, blocks = _named_blocks(model, root, blocks_name)
-    else:
-        name, blocks = _search_blocks(model, root, getattr(text_config, "num_hidden_layers", None))
+        name, blocks = _named_blocks(model, base, blocks_name)
+        return [_backbone(model, base, name, list(blocks))]
+    stacks = _stacks(model, base, config)
+    if not stacks:
+        if stack is not None:
+            raise ValueError(
+                f"fusion_stack={stack!r}: {type(model).__name__} is not an encoder-decoder, its blocks are one stack. Leave "
+                "fusion_stack unset."
+            )
+        return [_backbone(model, base, *_search_blocks(model, base, config))]
+    wanted = STACKS if stack == "both" else (stack or ("decoder" if "decoder" in stacks else "encoder"),)
+    lacking = [s for s in wanted if s not in stacks]
+    if lacking:
+        raise ValueError(
+            f"fusion_stack={stack!r}: {type(model).__name__} has no {lacking[0]}, it has: {', '.join(stacks)}. Choose "
+            f"fusion_stack={next(iter(stacks))!r}, or leave it unset."
+        )
+    return [_backbone(model, base, *stacks[s], stack=s) for s in wanted]
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _backbone(model: nn.Module, base: nn.Module, name: str, blocks: list[nn.Module], stack: str | None = None) -> Backbone:
+    root_name, root = _innermost_model(base, name)
+    inner = name.removeprefix(f"{root_name}.") if root_name else name
+    text_config = _text_config(root if getattr(root, "config", None) is not None else model)
     hidden_size = next((getattr(text_config, n) for n in HIDDEN_SIZE_NAMES if hasattr(text_config, n)), None)
     if hidden_size is None:
         raise ValueError(
@@ -77,40 +120,86 @@ def find_backbone(model: nn.Module, blocks_name: str | None = None) -> Backbone:
             f"{', '.join(HIDDEN_SIZE_NAMES)}. Add config.hidden_size, the width of the blocks' outputs."
         )
     return Backbone(
+        base=base,
         root=root,
-        blocks=list(blocks),
-        blocks_name=name,
+        blocks=blocks,
+        blocks_name=inner,
         hidden_size=hidden_size,
-        model_type=getattr(config, "model_type", None) or type(root).__name__,
+        model_type=getattr(getattr(model, "config", None), "model_type", None) or type(root).__name__,
         causal=_is_causal(root, blocks),
+        stack=stack,
+        upstream=_upstream(base, name),
     )
 
 
-def _candidates(root: nn.Module) -> dict[str, nn.ModuleList]:
-    return {n: m for n, m in root.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0}
+def _innermost_model(base: nn.Module, blocks_name: str) -> tuple[str, nn.Module]:
+    """The innermost transformers model around the blocks: its call, and only its, runs them with their inputs."""
+    found, module = ("", base), base
+    parts = blocks_name.split(".")
+    for i, part in enumerate(parts[:-1], start=1):
+        module = getattr(module, part)
+        if isinstance(module, PreTrainedModel):
+            found = (".".join(parts[:i]), module)
+    return found
 
 
-def _named_blocks(model: nn.Module, root: nn.Module, name: str) -> tuple[str, nn.ModuleList]:
-    for module in (model, root):
+def _upstream(base: nn.Module, blocks_name: str) -> list[nn.Module]:
+    """What is registered before the blocks, on every level of the module tree, and the blocks."""
+    before, module = [], base
+    for part in blocks_name.split("."):
+        for name, child in module.named_children():
+            if name == part:
+                break
+            before.append(child)
+        module = getattr(module, part)
+    return [*before, module]
+
+
+def _candidates(base: nn.Module) -> dict[str, nn.ModuleList]:
+    return {n: m for n, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0}
+
+
+def _named_blocks(model: nn.Module, base: nn.Module, name: str) -> tuple[str, nn.ModuleList]:
+    for module in (model, base):
         found = dict(module.named_modules()).get(name)
         if isinstance(found, nn.ModuleList) and len(found) > 0:
-            inner = next((n for n, m in root.named_modules() if m is found), None)
+            inner = next((n for n, m in base.named_modules() if m is found), None)
             if inner is not None:
                 return inner, found
     raise ValueError(
         f"fusion_blocks={name!r} does not name a list of blocks of {type(model).__name__}. "
-        f"{_describe(_candidates(root))} Set fusion_blocks to one of these."
+        f"{_describe(_candidates(base))} Set fusion_blocks to one of these."
     )
 
 
-def _search_blocks(model: nn.Module, root: nn.Module, depth: int | None) -> tuple[str, nn.ModuleList]:
-    candidates = _candidates(root)
-    # the outermost list wins: a list inside a block can have as many members as there are blocks
-    fitting = {
-        n: m
-        for n, m in candidates.items()
-        if len(m) == depth and not any(n.startswith(f"{outer}.") for outer in candidates if outer != n)
-    }
+def _stacks(model: nn.Module, base: nn.Module, config: Any) -> dict[str, tuple[str, list[nn.Module]]]:
+    """The stacks of an encoder-decoder that are there, with the name and the list of their blocks."""
+    if not getattr(config, "is_encoder_decoder", False):
+        return {}
+    found = {}
+    for stack in STACKS:
+        depth = next((getattr(config, n) for n in DEPTH_NAMES[stack] if getattr(config, n, None) is not None), None)
+        inside = {n: m for n, m in _outermost(_candidates(base)).items() if stack in n.split(".")[:-1]}
+        fitting = [(n, list(m)) for n, m in inside.items() if len(m) == depth]
+        if len(fitting) == 1:
+            found[stack] = fitting[0]
+    return found
+
+
+def _outermost(candidates: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
+    """Without lists inside of lists: one inside a block can have as many members as there are blocks."""
+    return {n: m for n, m in candidates.items() if not any(n.startswith(f"{o}.") for o in candidates if o != n)}
+
+
+def _search_blocks(model: nn.Module, base: nn.Module, config: Any) -> tuple[str, list[nn.Module]]:
+    depth = getattr(config, "num_hidden_layers", None)
+    candidates = _candidates(base)
+    outermost = _outermost(candidates)
+    fitting = {n: list(m) for n, m in outermost.items() if len(m) == depth}
+    groups = getattr(config, "num_hidden_groups", None)  # ALBERT: few groups of weights, each run many times
+    if groups and depth and not fitting:
+        order = [int(i / (depth / groups)) for i in range(depth)]
+        fitting = {n: [m[g] for g in order] for n, m in outermost.items() if len(m) == groups}
     if len(fitting) == 1:
         return next(iter(fitting.items()))
     found = "None was found" if not fitting else f"{len(fitting)} were found"
@@ -128,79 +217,12 @@ def _describe(candidates: dict[str, nn.ModuleList]) -> str:
     return "Its lists of modules are: " + ", ".join(f"{n!r} ({len(m)} members)" for n, m in candidates.items()) + "."
 
 
-def _is_causal(root: nn.Module, blocks: nn.ModuleList) -> bool:
-    """Decoders mark their attention modules with `is_causal`; encoders mark them false."""
-    flags = [m.is_causal for m in blocks[-1].modules() if isinstance(getattr(m, "is_causal", None), bool)]
-    return any(flags) if flags else bool(getattr(root.config, "is_decoder", False))
-
-
-def fingerprint(backbone: Backbone) -> str | None:
-    """A short signature of the backbone's weights, the same for every dtype and quantisation of one checkpoint.
-
-    It samples values that quantisers leave alone: rows of the input embeddings, and the norms of the first and the last
-    block. Compare two with `fingerprints_differ`.
-
-    Returns:
-        `"v1:"` and the values as hexadecimal float32; None if the weights are not in memory (meta device).
-    """
-    tensors = [t for t in (*_embedding_rows(backbone.root), *_norms(backbone.blocks)) if t.numel() > 0]
-    if not tensors or any(t.is_meta for t in tensors):
-        return None
-    values = [v for t in tensors for v in _sample(t)]
-    return f"{FINGERPRINT_VERSION}:{struct.pack(f'<{len(values)}f', *values).hex()}"
-
-
-def fingerprints_differ(first: str | None, second: str | None) -> str | None:
-    """Compares two fingerprints up to the rounding of 16-bit weights.
-
-    Returns:
-        None if they agree or one is unknown, else what differs, in words.
-    """
-    if first is None or second is None:
-        return None
-    (version, values), (other_version, others) = _parse(first), _parse(second)
-    if version != other_version:
-        return None
-    if len(values) != len(others):
-        return f"{len(values)} against {len(others)} sampled weights"
-    far = sum(abs(a - b) > FINGERPRINT_TOLERANCE * max(abs(a), abs(b)) for a, b in zip(values, others, strict=True))
-    return f"{far} of {len(values)} sampled weights differ" if far else None
-
-
-def _parse(text: str) -> tuple[str, tuple[float, ...]]:
-    version, _, data = text.partition(":")
-    raw = bytes.fromhex(data)
-    return version, struct.unpack(f"<{len(raw) // 4}f", raw)
-
-
-def _sample(tensor: Tensor) -> list[float]:
-    flat = tensor.detach().flatten()
-    step = max(1, flat.numel() // FINGERPRINT_VALUES)
-    values = flat[::step][:FINGERPRINT_VALUES].float().tolist()
-    return [v if math.isfinite(v) else 0.0 for v in values]
-
-
-def _embedding_rows(root: nn.Module) -> list[Tensor]:
-    try:
-        embedding = root.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return []
-    embedding = getattr(embedding, "original_module", embedding)
-    weight = getattr(getattr(embedding, "base_layer", embedding), "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
-        return []
-    return [weight[row] for row in FINGERPRINT_ROWS if row < weight.shape[0]]
-
-
-def _norms(blocks: list[nn.Module]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for block in (blocks[0], blocks[-1]):
-        weights = [
-            p
-            for module in block.modules()
-            if "norm" in type(module).__name__.lower()
-            for n, p in module.named_parameters(recurse=False)
-            if n in ("weight", "bias") and p.dim() == 1
-        ]
-        found += weights[:2]
-    return found
+def _is_causal(root: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+    """Decoders mark their attention modules with `is_causal`; encoders mark them false; state-space models have none."""
+    modules = list(blocks[-1].modules())
+    flags = [m.is_causal for m in modules if isinstance(getattr(m, "is_causal", None), bool)]
+    if flags:
+        return any(flags)
+    if any("attention" in type(m).__name__.lower() for m in modules):
+        return bool(getattr(getattr(root, "config", None), "is_decoder", False))
+    return True

@@ -22,6 +22,7 @@ class FusionPeftType(str, enum.Enum):
 _GENERAL = {
     "fusion_layers",
     "fusion_blocks",
+    "fusion_stack",
     "fusion_model_type",
     "fusion_hidden_size",
     "fusion_num_layers",
@@ -66,9 +67,11 @@ class FusionConfig(LoraConfig):
         fusion_feedforward: Feed-forward width of the blocks that `deeper` adds.
         fusion_copy_last: Whether `deeper` starts from copies of the backbone's last block.
         fusion_blocks: Name of the backbone's list of blocks, for models where it is not found.
+        fusion_stack: For an encoder-decoder: `"encoder"`, `"decoder"` or `"both"` (a fusion in each); None means the
+            stack that the head reads, the decoder where there is one.
         fusion_model_type: Filled in when attached: the backbone's model type.
-        fusion_hidden_size: Filled in when attached: the backbone's width.
-        fusion_num_layers: Filled in when attached: the backbone's depth.
+        fusion_hidden_size: Filled in when attached: the backbone's width; a list for both stacks of an encoder-decoder.
+        fusion_num_layers: Filled in when attached: the backbone's depth; a list for both stacks.
         fusion_fingerprint: Filled in when attached: a signature of the backbone's weights.
 
     Raises:
@@ -86,9 +89,10 @@ class FusionConfig(LoraConfig):
     fusion_feedforward: int | None = _option("Feed-forward width of the blocks that 'deeper' adds.")
     fusion_copy_last: bool | None = _option("Whether 'deeper' copies the backbone's last block.")
     fusion_blocks: str | None = _option("Name of the backbone's list of blocks.")
+    fusion_stack: str | None = _option("Stack of an encoder-decoder: 'encoder', 'decoder' or 'both'.")
     fusion_model_type: str | None = _option("Filled in when attached.")
-    fusion_hidden_size: int | None = _option("Filled in when attached.")
-    fusion_num_layers: int | None = _option("Filled in when attached.")
+    fusion_hidden_size: int | list[int] | None = _option("Filled in when attached.")
+    fusion_num_layers: int | list[int] | None = _option("Filled in when attached.")
     fusion_fingerprint: str | None = _option("Filled in when attached.")
 
     def __post_init__(self) -> None:
@@ -170,6 +174,10 @@ class FusionConfig(LoraConfig):
                 )
         if self.fusion_dropout is not None and not 0 <= self.fusion_dropout < 1:
             raise ValueError(f"fusion_dropout={self.fusion_dropout} must be at least 0 and below 1.")
+        if self.fusion_stack not in (None, "encoder", "decoder", "both"):
+            raise ValueError(
+                f"fusion_stack={self.fusion_stack!r} is unknown. Use 'encoder', 'decoder', 'both', or leave it unset."
+            )
         if self.fusion_layers is not None:
             self.fusion_layers = [int(i) for i in self.fusion_layers]
 

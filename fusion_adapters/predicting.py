@@ -16,10 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from .alignment import decode_tags, encode
 from .data import Example
-from .fusions import resolve_layers
 from .loading import load_model, load_tokenizer
 from .recipe import Recipe, parse_recipe
-from .tuner import depth_weights
+from .tuner import depth_weights, fusion_layers
 
 WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -96,8 +95,7 @@ def depth_map(run: Run, text: str) -> tuple[list[str], list[int], Tensor]:
         run.model.device
     )
     weights = depth_weights(run.model, **batch)[0]
-    config = run.model.active_peft_config
-    layers = resolve_layers(config.fusion_layers, config.fusion_num_layers)
+    layers = [layer.active_fusion.layers for layer in fusion_layers(run.model) if layer.active_fusion is not None][-1]
     pieces = [str(piece) for piece in run.tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())]
     return pieces, list(layers), weights.cpu()
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,18 +13,46 @@ from torch.utils.hooks import RemovableHandle
 
 from .fusions import Context
 
+CACHE_NAMES = ("past_key_values", "cache_params")
+
+
+@dataclass
+class Frame:
+    """What one call of the backbone has left in the taps so far.
+
+    Attributes:
+        wanted: The layers whose states are kept; None if no fusion is active.
+        states: The states by layer number, `z_0 .. z_L`.
+        context: What a fusion may know besides the states.
+        reached: The number of the block that ran last.
+    """
+
+    wanted: frozenset[int] | None
+    states: list[Tensor | None]
+    context: Context
+    reached: int = 0
+
+
+class _Frames(threading.local):
+    """The frames of the calls that are under way in this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[Frame] = []
+
 
 class Taps:
     """Permanent hooks on a backbone that collect its layer states and replace the output of its last block.
 
-    States are kept by layer number, never appended, only those that the fusion asks for, and only until the last block
-    has answered. All hooks are bound methods, so that a hooked model can be copied and pickled.
+    States are kept by layer number, only those that the fusion asks for, and only until the last block has answered.
+    Each call has a frame of its own, on a stack of its thread: calls from several threads, or a call within a call, do
+    not see each other's states. All hooks are bound methods, so that a hooked model can be copied and pickled.
 
     Args:
-        root: The backbone; its call empties the taps.
-        blocks: The backbone's blocks, in order.
+        root: The backbone; its call opens and closes a frame.
+        blocks: The backbone's blocks in the order in which they run; a block may run several times.
         fuse: Called with the states by layer number, `z_L` and the context; returns the fused state. A module whose
-            `wanted_layers()` says which layers it will read, or None to leave the backbone alone.
+            `wanted_layers()` says which layers it will read, or None to leave the backbone alone, and whose
+            `mixes_positions` says whether it must know about a KV cache.
         causal: Passed on in the context.
     """
 
@@ -33,76 +62,125 @@ class Taps:
         self.depth = len(blocks)
         self.cut_graph: Callable[[], bool] | None = None
         self._parameters = tuple(inspect.signature(root.forward).parameters)
-        self._wanted: frozenset[int] | None = None
-        self._states: list[Tensor | None] = []
-        self._context = Context()
+        self._frames = _Frames()
         self._handles: list[RemovableHandle] = [
-            root.register_forward_pre_hook(self._start, with_kwargs=True),
+            root.register_forward_pre_hook(self._open, with_kwargs=True),
+            # always: also after an exception
+            root.register_forward_hook(self._close, always_call=True),
             blocks[0].register_forward_pre_hook(self._keep_input, with_kwargs=True),
         ]
-        for index, block in enumerate(blocks[:-1], start=1):
-            self._handles.append(block.register_forward_hook(partial(self._keep_output, index)))
-        self._handles.append(blocks[-1].register_forward_hook(self._finish, with_kwargs=True))
+        for block in dict.fromkeys(blocks):
+            self._handles.append(block.register_forward_hook(self._keep_output, with_kwargs=True))
 
     def remove(self) -> None:
         """Takes all hooks off the backbone."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._clear()
 
     @property
     def held(self) -> int:
-        """The number of layer states held now; zero outside of a forward pass."""
-        return sum(state is not None for state in self._states)
+        """The number of layer states that this thread holds now; zero outside of a forward pass."""
+        return sum(state is not None for frame in self._frames.stack for state in frame.states)
 
-    def _clear(self) -> None:
-        self._states = [None] * (self.depth + 1)
-        self._context = Context()
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_frames"}  # thread-local: neither copied nor pickled
 
-    def _start(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._clear()  # also after a forward pass that ended in an exception
-        self._wanted = self.fuse.wanted_layers()
-        if self._wanted is None:
-            return
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._frames = _Frames()
+
+    @property
+    def _frame(self) -> Frame | None:
+        stack = self._frames.stack
+        return stack[-1] if stack else None
+
+    def _open(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if getattr(root, "_is_replica", False):
+            raise RuntimeError(
+                "torch.nn.DataParallel copies the backbone to other devices, but not the fusion. Hide all GPUs but one "
+                "(CUDA_VISIBLE_DEVICES=0), or start one process per GPU with 'accelerate launch' or 'torchrun'."
+            )
+        frame = Frame(self.fuse.wanted_layers(), [None] * (self.depth + 1), Context())
+        self._frames.stack.append(frame)
+        if frame.wanted is None:
+            return None
         named = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        cache: Any = named.get("past_key_values")
-        cached = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
-        self._context = Context(named.get("attention_mask"), self.causal, cached)
+        frame.context = Context(named.get("attention_mask"), self.causal)
+        if self.fuse.mixes_positions:
+            frame.context.cached_positions = max(_cached_positions(named.get(name)) for name in CACHE_NAMES)
+        encoded = kwargs.get("encoder_hidden_states")
+        if isinstance(encoded, Tensor) and encoded.requires_grad and self._cuts():
+            return args, {**kwargs, "encoder_hidden_states": encoded.detach()}
+        return None
+
+    def _close(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self._frames.stack:
+            return
+        frame = self._frames.stack.pop()
+        if output is not None and frame.wanted is not None and frame.reached < self.depth:
+            raise RuntimeError(
+                f"The backbone answered, but only {frame.reached} of its {self.depth} blocks ran, so nothing was fused. If "
+                "its configuration skips blocks in training (layerdrop), load it with layerdrop=0.0."
+            )
+
+    def _cuts(self) -> bool:
+        return self.cut_graph is not None and self.cut_graph()
 
     def _keep_input(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._wanted is None:
+        frame = self._frame
+        if frame is None or frame.wanted is None or frame.reached:
             return None
         state = args[0] if args else kwargs["hidden_states"]
         changed = None
-        if state.requires_grad and self.cut_graph is not None and self.cut_graph():
+        if state.requires_grad and self._cuts():
             state = state.detach()
             changed = ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
-        if 0 in self._wanted:
-            self._states[0] = state
+        if 0 in frame.wanted:
+            frame.states[0] = state
         return changed
 
-    def _keep_output(self, index: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._wanted is not None and index in self._wanted:
-            self._states[index] = _state_of(output)
-
-    def _finish(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self._wanted is None:
+    def _keep_output(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        frame = self._frame
+        if frame is None:
+            return self._run_alone(output)
+        if frame.wanted is None:
             return None
-        last = _state_of(output)
-        states, context = self._states, self._context
-        if self.depth in self._wanted:
-            states[self.depth] = last
+        frame.reached += 1
+        state = output[0] if isinstance(output, tuple) else output
+        if frame.reached in frame.wanted:
+            frame.states[frame.reached] = state
+        return self._finish(frame, state, args, kwargs, output) if frame.reached == self.depth else None
+
+    def _finish(
+        self, frame: Frame, last: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor | tuple[Any, ...]
+    ) -> Any:
+        states, frame.states = frame.states, []
+        context = frame.context
         context.block_args = tuple(args[1:])
         # without the KV cache, which belongs to the backbone's own blocks
-        context.block_kwargs = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values")}
-        self._clear()
+        context.block_kwargs = {k: v for k, v in kwargs.items() if k not in ("hidden_states", *CACHE_NAMES)}
         # a backbone spread over devices: the fusion sits where the last block computes
         states = [s if s is None or s.device == last.device else s.to(last.device) for s in states]
         fused = self.fuse(states, last, context)
         return (fused, *output[1:]) if isinstance(output, tuple) else fused
 
+    def _run_alone(self, output: Any) -> None:
+        """A block outside of a call of the backbone: harmless without a fusion, else a recomputation gone wrong."""
+        if self.fuse.wanted_layers() is not None:
+            raise RuntimeError(
+                "A block of the backbone ran outside of a call of the backbone, where the other layers' states are not at "
+                "hand. Activation checkpointing around blocks does that (FSDP's activation_checkpointing, "
+                "torch.utils.checkpoint): use model.gradient_checkpointing_enable() instead. To run blocks by hand, "
+                "do it within 'with model.disable_adapter():'."
+            )
 
-def _state_of(output: Any) -> Tensor:
-    """The hidden states in a block's answer, which is a tensor or a tuple that starts with one."""
-    return output[0] if isinstance(output, tuple) else output
+
+def _cached_positions(cache: Any) -> int:
+    """How many positions a KV cache holds; 1 for a state-space model's cache that has seen some, it does not count."""
+    if cache is None or not hasattr(cache, "get_seq_length"):
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:  # no attention layer in it
+        return int(cache.has_previous_state())

@@ -98,4 +98,5 @@ def logits(model, head="token"):
 
 def layer_of(model):
     """The fusion layer of an attached model."""
-    return fusion_adapters.tuner.fusion_layer(model)
+    (layer,) = fusion_adapters.tuner.fusion_layers(model)
+    return layer

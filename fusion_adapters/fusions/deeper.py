@@ -152,12 +152,14 @@ def attention_bias(context: Context, states: Tensor) -> Tensor | None:
         None where nothing needs masking (plain causal attention included); a boolean `(B, 1, T, T)` or `(B, 1, 1, T)`
         mask, true where attention is allowed; or the backbone's own 4-D additive mask.
     """
-    mask = context.attention_mask
+    mask, length = context.attention_mask, states.shape[1]
+    if mask is not None and mask.shape[-1] != length:
+        # sound models: the mask counts samples, the states are frames; the backbone has made a mask of frames
+        mask = (context.block_kwargs or {}).get("attention_mask")
     if mask is None:
         return None
     if mask.dim() == 4:
         return mask if mask.dtype == torch.bool else mask.to(states.dtype)
-    length = states.shape[1]
     allowed = mask.bool()[:, None, None, :]  # (B, 1, 1, T)
     if context.causal:
         allowed = allowed & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()

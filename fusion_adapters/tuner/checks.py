@@ -6,28 +6,40 @@ from peft.utils import AuxiliaryTrainingWrapper, load_peft_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..backbone import Backbone, fingerprints_differ
+from ..backbone import Backbone
 from ..config import FusionConfig
+from ..fingerprint import fingerprints_differ
 from ..fusions import Fusion
-from .layer import LAYER_NAME
+from .layer import LAYER_NAME, FusionLayer
 
 MODEL_PREFIX = "base_model.model."
 
 
-def bind(config: FusionConfig, backbone: Backbone, signature: str | None) -> None:
+def bind(config: FusionConfig, backbones: list[Backbone], signature: str | None) -> None:
     """Checks a saved config against the backbone; writes the backbone into a new one."""
-    here = (backbone.model_type, backbone.hidden_size, backbone.num_layers)
+    model_type = backbones[0].model_type
+    widths = [b.hidden_size for b in backbones]
+    depths = [b.num_layers for b in backbones]
     if not config.bound:
-        config.fusion_model_type, config.fusion_hidden_size, config.fusion_num_layers = here
+        config.fusion_model_type = model_type
+        config.fusion_hidden_size, config.fusion_num_layers = (
+            (widths, depths) if len(backbones) > 1 else (widths[0], depths[0])
+        )
+        config.fusion_stack = "both" if len(backbones) > 1 else backbones[0].stack
         config.fusion_fingerprint = signature
         config.settle_options()
         return
-    made_for = (config.fusion_model_type, config.fusion_hidden_size, config.fusion_num_layers)
-    if made_for != here:
+    made_for = (config.fusion_model_type, _as_list(config.fusion_hidden_size), _as_list(config.fusion_num_layers))
+    if made_for != (model_type, widths, depths):
         raise ValueError(
             "The adapter was made for another backbone: a {!r} of hidden size {} with {} blocks; this one is a {!r} of "
             "hidden size {} with {} blocks. Load the backbone that the adapter was trained on{}.".format(
-                *made_for, *here, f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else ""
+                config.fusion_model_type,
+                config.fusion_hidden_size,
+                config.fusion_num_layers,
+                model_type,
+                *((widths, depths) if len(backbones) > 1 else (widths[0], depths[0])),
+                f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else "",
             )
         )
     difference = fingerprints_differ(config.fusion_fingerprint, signature)
@@ -40,6 +52,10 @@ def bind(config: FusionConfig, backbone: Backbone, signature: str | None) -> Non
         )
 
 
+def _as_list(value: int | list[int] | None) -> list[int | None]:
+    return list(value) if isinstance(value, list) else [value]
+
+
 def check_adapter_name(name: str, fusion: Fusion) -> None:
     """Raises ValueError if peft, which takes the adapter's name out of a key, would take a part of the fusion's."""
     taken = {part for key in fusion.state_dict() for part in key.split(".")} | {"fusions", LAYER_NAME}
@@ -47,6 +63,17 @@ def check_adapter_name(name: str, fusion: Fusion) -> None:
         raise ValueError(
             f"The adapter name {name!r} is also the name of a part of the fusion ({', '.join(sorted(taken))}), and peft "
             "would confuse the two in the saved file. Choose another name."
+        )
+
+
+def check_layer_drop(layer: FusionLayer) -> None:
+    """Raises ValueError if training would skip whole blocks at random, and with them layer states."""
+    rate = layer.backbone.layer_drop
+    if rate and layer.trains_states():
+        raise ValueError(
+            f"The backbone skips each block with probability {rate} in training (layerdrop), and a fusion needs the states of "
+            "all of them. Load it with layerdrop=0.0 (from_pretrained(..., layerdrop=0.0); BART and Whisper name it "
+            "encoder_layerdrop and decoder_layerdrop), or train the fusion alone, without LoRA."
         )
 
 

@@ -8,7 +8,6 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..backbone import Backbone
 from ..config import FusionConfig
 
 # peft's own names; for some tasks it adds them to modules_to_save only after the injection
@@ -26,10 +25,10 @@ def name_task_heads(config: FusionConfig) -> None:
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
 
 
-def check_head(model: nn.Module, backbone: Backbone, config: FusionConfig) -> None:
+def check_head(model: nn.Module, base: nn.Module, config: FusionConfig) -> None:
     """Raises ValueError if the task head is quantised, or has parameters that would stay frozen and not be saved."""
     wanted = config.modules_to_save or []
-    in_backbone = {id(m) for m in backbone.root.modules()}
+    in_backbone = {id(m) for m in base.modules()}
     forgotten = []
     for name, module in model.named_modules():
         covered = any(name.endswith(key) for key in wanted)
@@ -46,7 +45,7 @@ def check_head(model: nn.Module, backbone: Backbone, config: FusionConfig) -> No
         inside_covered = any(".".join(parts[:i]).endswith(key) for i in range(1, len(parts) + 1) for key in wanted)
         if own is not None and id(module) not in in_backbone and not inside_covered:
             forgotten.append(name)
-    if forgotten and backbone.root is not model and task_heads(config):
+    if forgotten and base is not model and task_heads(config):
         raise ValueError(
             f"The task head of {type(model).__name__} has parameters in {', '.join(map(repr, forgotten))}, which would stay "
             f"frozen and would not be saved: its task_type covers {', '.join(map(repr, wanted))} only. Add "
@@ -54,9 +53,9 @@ def check_head(model: nn.Module, backbone: Backbone, config: FusionConfig) -> No
         )
 
 
-def train_head_in_float32(model: nn.Module, backbone: Backbone, adapter_name: str) -> None:
+def train_head_in_float32(model: nn.Module, base: nn.Module, adapter_name: str) -> None:
     """Makes the trainable copy of a 16-bit head float32; peft leaves it in the dtype of the backbone."""
-    in_backbone = {id(m) for m in backbone.root.modules()}
+    in_backbone = {id(m) for m in base.modules()}
     for wrapper in model.modules():
         if not isinstance(wrapper, ModulesToSaveWrapper) or id(wrapper) in in_backbone:
             continue

@@ -27,17 +27,13 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("fusions",)
 
-    def __init__(self, backbone: Backbone, adapter_name: str, fusion: Fusion, signature: str | None) -> None:
+    def __init__(self, backbone: Backbone, adapter_name: str, fusion: Fusion) -> None:
         super().__init__(nn.Identity(), adapter_name, fusion=fusion)
         self._active_adapter: list[str] = []
         # plain attributes of a plain object: registered, the backbone would become a child of its own child
         self.backbone = backbone
-        self.fingerprint = signature
         self.recording: list[Tensor] | None = None
         self._trainable: dict[str, bool] = {}
-        inside = backbone.blocks_name.partition(".")[0]
-        names = [name for name, _ in backbone.root.named_children()]
-        self._upstream = names[: names.index(inside) + 1]
         self.taps = Taps(backbone.root, backbone.blocks, self, backbone.causal)
         self.taps.cut_graph = self._cuts_graph
 
@@ -47,6 +43,12 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
         """The layer states that the active fusion reads; None if none is active."""
         fusion = self.active_fusion
         return None if fusion is None else frozenset(fusion.layers)
+
+    @property
+    def mixes_positions(self) -> bool:
+        """Whether the active fusion's result at a position depends on other positions."""
+        fusion = self.active_fusion
+        return fusion is not None and fusion.mixes_positions
 
     @property
     def active_fusion(self) -> Fusion | None:
@@ -70,8 +72,7 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
 
     def trains_states(self) -> bool:
         """Whether something trains inside the backbone, so that its layer states change."""
-        root = self.backbone.root
-        return any(p.requires_grad for name in self._upstream for p in getattr(root, name).parameters())
+        return any(p.requires_grad for module in self.backbone.upstream for p in module.parameters())
 
     def train(self, mode: bool = True) -> FusionLayer:
         """Sets the mode of the fusions, and keeps a backbone in which nothing trains in evaluation mode.
@@ -81,9 +82,9 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
         super().train(mode)
         if mode and not self.trains_states():
             self.backbone.root.training = False
-            for child in self.backbone.root.children():
-                if child is not self and not any(p.requires_grad for p in child.parameters()):
-                    child.eval()
+            for module in (*self.backbone.upstream, *self.backbone.root.children()):
+                if module is not self and not any(p.requires_grad for p in module.parameters()):
+                    module.eval()
         return self
 
     def _cuts_graph(self) -> bool:
@@ -169,16 +170,17 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
             self.fusions[adapter_name].to(device or self.backbone.device)
 
 
-def fusion_layer(model: nn.Module) -> FusionLayer | None:
-    """The fusion layer of an attached model, or None."""
-    return next((m for m in model.modules() if isinstance(m, FusionLayer)), None)
+def fusion_layers(model: nn.Module) -> list[FusionLayer]:
+    """The fusion layers of an attached model: one, or for an encoder-decoder one for each stack that has fusions."""
+    return [m for m in model.modules() if isinstance(m, FusionLayer)]
 
 
-def depth_weights(model: nn.Module, **inputs: Any) -> Tensor:
+def depth_weights(model: nn.Module, *, stack: str | None = None, **inputs: Any) -> Tensor:
     """The weights over depth that the active fusion gives each token of a batch.
 
     Args:
         model: A model with an attached fusion.
+        stack: `"encoder"` or `"decoder"`, for an adapter with a fusion in both; None takes the decoder's.
         **inputs: What the model is called with.
 
     Returns:
@@ -188,11 +190,17 @@ def depth_weights(model: nn.Module, **inputs: Any) -> Tensor:
     Raises:
         ValueError: If no fusion is active, or the active one has no weights over depth.
     """
-    layer = fusion_layer(model)
-    fusion = None if layer is None else layer.active_fusion
-    if layer is None or fusion is None:
-        raise ValueError("The model has no active fusion: attach a FusionConfig by get_peft_model, or enable its adapter.")
-    if not fusion.has_weights:
+    active = [layer for layer in fusion_layers(model) if layer.active_fusion is not None]
+    if stack is not None:
+        active = [layer for layer in active if layer.backbone.stack == stack]
+    if not active:
+        raise ValueError(
+            f"The model has no active fusion{f' in its {stack}' if stack else ''}: attach a FusionConfig by get_peft_model, "
+            "or enable its adapter."
+        )
+    layer = active[-1]  # the decoder comes last
+    fusion = layer.active_fusion
+    if fusion is None or not fusion.has_weights:
         raise ValueError(f"{type(fusion).__name__} gives no weights over depth. Methods that do: dwatt, scalar_mix.")
     layer.recording = []
     try:

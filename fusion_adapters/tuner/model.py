@@ -17,20 +17,22 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_peft_
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
-from ..backbone import find_backbone, fingerprint
+from ..backbone import Backbone, find_backbones
 from ..config import FusionConfig
-from ..fusions import build_fusion
+from ..fingerprint import fingerprint
+from ..fusions import Fusion, build_fusion
 from .checks import (
     MODEL_PREFIX,
     bind,
     check_adapter_name,
+    check_layer_drop,
     check_wrapped_tensors,
     compare_tensors,
     read_weights,
     wrapped_keys,
 )
 from .heads import check_head, name_task_heads, remove_float32_hook, train_head_in_float32
-from .layer import LAYER_NAME, FusionLayer, fusion_layer
+from .layer import LAYER_NAME, FusionLayer, fusion_layers
 
 
 class FusionModel(LoraModel):
@@ -60,48 +62,47 @@ class FusionModel(LoraModel):
                 "get_peft_model the plain model, with FusionConfig's own LoRA fields (r, target_modules) for LoRA and fusion in "
                 "one adapter; or fold the LoRA in first, by merge_and_unload()."
             )
-        layer = fusion_layer(model)
-        backbone = layer.backbone if layer is not None else find_backbone(model, config.fusion_blocks)
-        signature = layer.fingerprint if layer is not None else fingerprint(backbone)
-        bind(config, backbone, signature)
+        backbones = find_backbones(model, config.fusion_blocks, config.fusion_stack)
+        layers = {id(layer.backbone.root): layer for layer in fusion_layers(model)}
+        signature = fingerprint(backbones)
+        bind(config, backbones, signature)
         name_task_heads(config)
-        check_head(model, backbone, config)
+        check_head(model, backbones[0].base, config)
         weights = read_weights(config)
         with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
-            fusion = build_fusion(
-                config.fusion,
-                backbone.hidden_size,
-                backbone.num_layers,
-                config.fusion_layers,
-                last_block=_plain_copy(backbone.blocks[-1]) if config.fusion_copy_last else None,
-                **config.options,
-            )
-        check_adapter_name(adapter_name, fusion)
-        if not any(p.is_meta for p in fusion.parameters()):
-            fusion.to(backbone.device)
+            fusions = [_fusion_for(backbone, config) for backbone in backbones]
+        for backbone, fusion in zip(backbones, fusions, strict=True):
+            check_adapter_name(adapter_name, fusion)
+            if not any(p.is_meta for p in fusion.parameters()):
+                fusion.to(backbone.device)
 
         with _undone_on_error(model), _marked_lora_free(config):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-            train_head_in_float32(model, backbone, adapter_name)
-            if layer is None:
-                layer = FusionLayer(backbone, adapter_name, fusion, signature)
-                setattr(backbone.root, LAYER_NAME, layer)
-            else:
-                layer.update(adapter_name, fusion=fusion)
-            fusion.requires_grad_(False)
-            if adapter_name in self.active_adapters:
-                layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+            train_head_in_float32(model, backbones[0].base, adapter_name)
+            for backbone, fusion in zip(backbones, fusions, strict=True):
+                layer = layers.get(id(backbone.root))
+                if layer is None:
+                    layer = FusionLayer(backbone, adapter_name, fusion)
+                    setattr(backbone.root, LAYER_NAME, layer)
+                else:
+                    layer.update(adapter_name, fusion=fusion)
+                fusion.requires_grad_(False)
+            for layer in fusion_layers(model):
+                if adapter_name in self.active_adapters:
+                    layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+                check_layer_drop(layer)
             if weights is not None:
                 check_wrapped_tensors(model, adapter_name, weights)
-        layer.train(backbone.root.training)
+        for layer in fusion_layers(model):
+            layer.train(layer.backbone.root.training)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; if it was active, the first of those that are left becomes active."""
         super().delete_adapter(adapter_name)
-        layer = fusion_layer(self.model)
+        left = sorted({name for layer in fusion_layers(self.model) for name in layer.fusions})
         # peft asks the first LoRA layer who is left, which knows nothing of adapters without LoRA
-        if layer is not None and layer.fusions and not self.active_adapters:
-            self.set_adapter(sorted(layer.fusions)[0])
+        if left and not self.active_adapters:
+            self.set_adapter(left[0])
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -131,8 +132,7 @@ class FusionModel(LoraModel):
         Raises:
             ValueError: If a fusion with parameters would be lost and `drop_fusion` is not set.
         """
-        layer = fusion_layer(self.model)
-        lost = sum(p.numel() for p in layer.fusions.parameters()) if layer is not None else 0
+        lost = sum(p.numel() for layer in fusion_layers(self.model) for p in layer.fusions.parameters())
         if lost and not drop_fusion:
             raise ValueError(
                 f"A fusion of {lost:,} parameters cannot be folded into the backbone's weights and would be lost. To "
@@ -153,8 +153,7 @@ class FusionModel(LoraModel):
         )
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        layer = fusion_layer(self.model)
-        if layer is not None:
+        for layer in fusion_layers(self.model):
             layer.taps.remove()
             delattr(layer.backbone.root, LAYER_NAME)
         for wrapper in (m for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)):
@@ -183,6 +182,17 @@ class FusionModel(LoraModel):
         return super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
+
+
+def _fusion_for(backbone: Backbone, config: FusionConfig) -> Fusion:
+    return build_fusion(
+        config.fusion,
+        backbone.hidden_size,
+        backbone.num_layers,
+        config.fusion_layers,
+        last_block=_plain_copy(backbone.blocks[-1]) if config.fusion_copy_last else None,
+        **config.options,
+    )
 
 
 def _plain_copy(block: nn.Module) -> nn.Module:
@@ -219,13 +229,13 @@ def _undone_on_error(model: nn.Module) -> Iterator[None]:
     trains = [(p, p.requires_grad) for p in model.parameters()]
     adapters = [(m._adapters, set(m._adapters)) for m in modules if isinstance(m, AuxiliaryTrainingWrapper)]
     active = [(m, m._active_adapter) for m in modules if isinstance(m, (AuxiliaryTrainingWrapper, BaseTunerLayer))]
-    layer = fusion_layer(model)
+    layers = fusion_layers(model)
     try:
         yield
     except BaseException:
-        attached = fusion_layer(model)
-        if attached is not None and attached is not layer:
-            attached.taps.remove()
+        for attached in fusion_layers(model):
+            if not any(attached is layer for layer in layers):
+                attached.taps.remove()
         for now, then in zip(contents, before, strict=True):
             now.clear()
             now.update(then)

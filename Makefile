@@ -9,16 +9,21 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint lock clean
+# One thread a test process: two that share cores slow each other down many times over.
+.PHONY: demo test test-all backbones lint lock clean
 
 demo: $(READY)
 	$(BIN)/python recipes/quickstart.py --output outputs/quickstart
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
 
 test-all: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# The table of docs/backbones.md, measured anew; `make test` checks it.
+backbones: $(READY)
+	$(BIN)/python -m pytest -q --publish tests/test_backbones.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

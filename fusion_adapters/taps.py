@@ -157,8 +157,8 @@ class Taps:
     ) -> Any:
         states, frame.states = frame.states, []
         context = frame.context
-        context.block_args = tuple(args[1:])
         # without the KV cache, which belongs to the backbone's own blocks
+        context.block_args = tuple(None if hasattr(a, "get_seq_length") else a for a in args[1:])
         context.block_kwargs = {k: v for k, v in kwargs.items() if k not in ("hidden_states", *CACHE_NAMES)}
         # a backbone spread over devices: the fusion sits where the last block computes
         states = [s if s is None or s.device == last.device else s.to(last.device) for s in states]

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 import transformers
+from peft import get_peft_model
+
+from fusion_adapters import FusionConfig
 
 WIDTH, DEPTH, VOCABULARY, LABELS, LENGTH = 32, 4, 120, 5, 9
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -249,3 +252,17 @@ def answer(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tens
     with torch.no_grad():
         output = model(**batch)
     return output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits])
+
+
+def first_head(family: str) -> str:
+    """The head that stands for a family where one is enough."""
+    return next(iter(FAMILIES[family].classes))
+
+
+def attach(family: str, head: str | None = None, lora: bool = False, model=None, name: str = "default", **fields):
+    """A tiny model of a family with an adapter."""
+    spec, head = FAMILIES[family], head or first_head(family)
+    if lora:
+        fields = {"r": 4, "target_modules": spec.lora, "lora_dropout": 0.0, **fields}
+    model = spec.build(head) if model is None else model
+    return get_peft_model(model, FusionConfig(**spec.fields(head, **fields)), adapter_name=name)

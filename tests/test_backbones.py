@@ -5,28 +5,17 @@ Each test checks its cell of the table in docs/backbones.md, see published.py.
 
 import pytest
 import torch
-from families import DEPTH, FAMILIES, GENERATING, GRID, SUFFIX, WIDTH, answer, inputs
-from peft import PeftModel, get_peft_model
+from families import DEPTH, FAMILIES, GENERATING, GRID, SUFFIX, WIDTH, answer, attach, first_head, inputs
+from peft import PeftModel
 from support import disturb
 
-from fusion_adapters import FusionConfig, quantization_config
+from fusion_adapters import quantization_config
 from fusion_adapters.backbone import find_backbones
 
 BREAKING = ("wav2vec2", "hubert")  # transformers' own code breaks the graph
 each_family = pytest.mark.parametrize("family", FAMILIES)
 each_head = pytest.mark.parametrize(("family", "head"), GRID)
 with_and_without_lora = pytest.mark.parametrize("lora", [False, True], ids=["alone", "lora"])
-
-
-def attach(family, head, lora=False, model=None, **fields):
-    spec = FAMILIES[family]
-    if lora:
-        fields = {"r": 4, "target_modules": spec.lora, "lora_dropout": 0.0, **fields}
-    return get_peft_model(spec.build(head) if model is None else model, FusionConfig(**spec.fields(head, **fields)))
-
-
-def first_head(family):
-    return next(iter(FAMILIES[family].classes))
 
 
 def without_dropout(model):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 from peft.utils import AuxiliaryTrainingWrapper, load_peft_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 
 from ..backbone import Backbone
 from ..config import FusionConfig
@@ -63,6 +66,18 @@ def check_adapter_name(name: str, fusion: Fusion) -> None:
         raise ValueError(
             f"The adapter name {name!r} is also the name of a part of the fusion ({', '.join(sorted(taken))}), and peft "
             "would confuse the two in the saved file. Choose another name."
+        )
+
+
+def warn_if_compiled(model: nn.Module) -> None:
+    """Warns if the model was compiled already: code that torch compiled earlier does not see hooks that come later."""
+    compiled = [n for n, m in model.named_modules() if m._compiled_call_impl is not None]
+    if isinstance(model, OptimizedModule) or compiled:
+        warnings.warn(
+            "The model was compiled before the adapter was attached. Code compiled earlier does not see the fusion's hooks, so "
+            "answers may leave the fusion out. Attach first (get_peft_model), then compile (torch.compile); or call "
+            "torch.compiler.reset() now.",
+            stacklevel=2,
         )
 
 

@@ -29,6 +29,7 @@ from .checks import (
     check_wrapped_tensors,
     compare_tensors,
     read_weights,
+    warn_if_compiled,
     wrapped_keys,
 )
 from .heads import check_head, name_task_heads, remove_float32_hook, train_head_in_float32
@@ -64,6 +65,8 @@ class FusionModel(LoraModel):
             )
         backbones = find_backbones(model, config.fusion_blocks, config.fusion_stack)
         layers = {id(layer.backbone.root): layer for layer in fusion_layers(model)}
+        if not layers:
+            warn_if_compiled(model)
         signature = fingerprint(backbones)
         bind(config, backbones, signature)
         name_task_heads(config)

@@ -1,0 +1,135 @@
+"""Calls of an attached model that cross each other: threads, calls within calls, failures, replicas, compiled models."""
+
+import threading
+import warnings
+
+import pytest
+import torch
+from families import FAMILIES, answer, attach, inputs
+from support import disturb
+from torch.utils.checkpoint import checkpoint
+
+from fusion_adapters.tuner import fusion_layers
+
+FEW = pytest.mark.parametrize("family", ["bert", "llama", "albert", "t5-both", "mamba"])
+
+
+def make(family, **fields):
+    return disturb(attach(family, **fields)).eval()
+
+
+def held(model):
+    return sum(layer.taps.held for layer in fusion_layers(model))
+
+
+@FEW
+def test_threads_get_what_they_get_alone(family):
+    model = make(family)
+    head = next(iter(FAMILIES[family].classes))
+    batches = [inputs(family, head, seed=seed) for seed in range(4)]
+    alone = [answer(model, batch) for batch in batches]
+    barrier, answers, wrong = threading.Barrier(4), {}, []
+
+    def meet(block, args):
+        try:
+            barrier.wait(timeout=20)  # all threads are in the same block at the same time
+        except threading.BrokenBarrierError:
+            wrong.append("a thread did not come")
+
+    handle = fusion_layers(model)[0].backbone.blocks[1].register_forward_pre_hook(meet)
+    threads = [threading.Thread(target=lambda i=i: answers.update({i: answer(model, batches[i])})) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    handle.remove()
+    assert not wrong
+    for i in range(4):
+        torch.testing.assert_close(answers[i], alone[i], rtol=0, atol=1e-6)
+
+
+@FEW
+def test_a_call_within_a_call_does_not_mix_states(family):
+    model = make(family)
+    head = next(iter(FAMILIES[family].classes))
+    outer, inner = inputs(family, head, seed=0), inputs(family, head, seed=1)
+    expected = answer(model, outer), answer(model, inner)
+    found = []
+
+    def call_again(block, args, output):
+        handle.remove()
+        found.append(answer(model, inner))
+
+    handle = fusion_layers(model)[-1].backbone.blocks[1].register_forward_hook(call_again)
+    torch.testing.assert_close(answer(model, outer), expected[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found[0], expected[1], rtol=0, atol=1e-6)
+    assert held(model) == 0
+
+
+@FEW
+def test_a_failure_within_a_call_leaves_nothing_behind(family):
+    model = make(family)
+    batch = inputs(family, next(iter(FAMILIES[family].classes)))
+    expected = answer(model, batch)
+
+    def fail(block, args):
+        raise RuntimeError("out of something")
+
+    handle = fusion_layers(model)[-1].backbone.blocks[-1].register_forward_pre_hook(fail)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="out of something"):
+            answer(model, batch)
+        assert held(model) == 0
+    handle.remove()
+    torch.testing.assert_close(answer(model, batch), expected, rtol=0, atol=0)
+
+
+def test_replicas_of_data_parallel_are_refused():
+    model = make("bert")
+    batch = inputs("bert", "token")
+    root = fusion_layers(model)[0].backbone.root
+    root._is_replica = True  # what torch.nn.DataParallel sets on its copies
+    with pytest.raises(RuntimeError, match=r"DataParallel.*accelerate launch"):
+        answer(model, batch)
+
+
+def test_blocks_run_by_hand_or_recomputed_without_the_backbone_are_refused():
+    model = make("bert")
+    block = fusion_layers(model)[0].backbone.blocks[0]
+    state = torch.randn(1, 3, 32)
+    with pytest.raises(RuntimeError, match=r"gradient_checkpointing_enable\(\).*disable_adapter"):
+        block(state)
+    with model.disable_adapter():
+        block(state)
+
+    block.forward = lambda *args, forward=block.forward, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    model(**inputs("bert", "token")).loss.backward()  # around forward, not around the call: hooks stay outside
+
+
+def test_layer_drop_is_refused_where_it_would_drop_states():
+    rate = {"layerdrop": 0.3}
+    with pytest.raises(ValueError, match=r"probability 0\.3.*layerdrop=0\.0"):
+        attach("wav2vec2", model=FAMILIES["wav2vec2"].build("audio", **rate), lora=True)
+    frozen = attach("wav2vec2", model=FAMILIES["wav2vec2"].build("audio", **rate)).train()
+    for _ in range(4):  # a frozen backbone stays in evaluation mode and drops nothing
+        frozen(**inputs("wav2vec2", "audio")).loss.backward()
+    root = fusion_layers(frozen)[0].backbone.root
+    root.config.layerdrop = 1.0
+    for module in root.modules():  # as nobody should: train() would keep it in evaluation mode
+        module.training = True
+    with pytest.raises(RuntimeError, match=r"only 0 of its 4 blocks ran.*layerdrop"):
+        frozen(**inputs("wav2vec2", "audio"))
+
+
+def test_attaching_after_compiling_warns():
+    compiled = torch.compile(FAMILIES["bert"].build("token"), backend="eager")
+    with pytest.warns(UserWarning, match=r"compiled.*get_peft_model.*torch\.compile"):
+        model = attach("bert", model=compiled)
+    in_place = FAMILIES["bert"].build("token")
+    in_place.compile(backend="eager")
+    with pytest.warns(UserWarning, match=r"compiled.*get_peft_model.*torch\.compile"):
+        model = attach("bert", model=in_place)
+    disturb(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*compiled.*")
+        attach("bert")

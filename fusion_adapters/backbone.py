@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+LAYER_NAME = "layer_fusion"  # where a fusion hangs in the module tree: a child of the backbone
 HIDDEN_SIZE_NAMES = ("hidden_size", "d_model", "n_embd", "dim")
 STACKS = ("encoder", "decoder")
 # How configurations of encoder-decoders name the depth of each stack, the first that is there.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .tuner import LAYER_NAME
+from .backbone import LAYER_NAME
 
 
 def count_trainable(model: nn.Module) -> dict[str, int]:

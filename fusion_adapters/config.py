@@ -10,6 +10,7 @@ from typing import Any
 from peft import LoraConfig
 
 from .fusions import fusion_class, fusion_options
+from .model_card import add_loading_section
 
 
 class FusionPeftType(str, enum.Enum):
@@ -28,20 +29,6 @@ _GENERAL = {
     "fusion_num_layers",
     "fusion_fingerprint",
 }
-
-LOADING_HEADING = "## How to load this adapter"
-LOADING = """
-{heading}
-
-A layer fusion ({fusion} over a backbone of {layers} blocks{lora}), a method that the package `fusion-adapters` adds to peft:
-
-```python
-import fusion_adapters  # registers the method; without it peft refuses the file
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(backbone, "path/or/id/of/this/adapter")  # backbone: {base}
-```
-"""
 
 
 def _option(text: str) -> Any:
@@ -130,14 +117,7 @@ class FusionConfig(LoraConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Saves the config; adds to the model card that peft wrote beside it how the adapter is loaded."""
         super().save_pretrained(save_directory, **kwargs)
-        card = Path(save_directory) / "README.md"
-        if card.is_file() and LOADING_HEADING not in (text := card.read_text(encoding="utf-8")):
-            lora = f", with LoRA of rank {self.r}" if self.has_lora else ""
-            base = self.base_model_name_or_path or "the model it was trained on"
-            note = LOADING.format(
-                heading=LOADING_HEADING, fusion=self.fusion, layers=self.fusion_num_layers, lora=lora, base=base
-            )
-            card.write_text(text.rstrip() + "\n" + note, encoding="utf-8")
+        add_loading_section(save_directory, self)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dictionary, as they are saved."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -46,3 +48,22 @@ def quantization_config(bits: int = 8, extra_skip: tuple[str, ...] = (), **kwarg
         }
         return BitsAndBytesConfig(**{**defaults, **kwargs})
     raise ValueError(f"bits={bits}: bitsandbytes quantises to 8 or 4 bits. Use one of these.")
+
+
+def keep_unpacked(modules: Iterable[nn.Module]) -> None:
+    """Makes 4-bit layers on the CPU pass gradients, now and after every evaluation.
+
+    On CPUs with AVX512-BF16, bitsandbytes (0.50) packs NF4 weights for inference in the first evaluation without
+    gradients, and goes on with that kernel in training, where it raises ("a view of a leaf Variable") or, for layers
+    without bias, silently passes no gradient on. Packing also rounds the scales to bfloat16, so weights would drift with
+    every evaluation. Layers given here are unpacked, and are not packed again.
+    """
+    for module in modules:
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        state: Any = getattr(module.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            module.state_dict()  # unpacks the weight
+            if not state.nested:  # bitsandbytes leaves these scales as they were packed: transposed, 16-bit
+                state.absmax = state.absmax.T.reshape(-1).float()

@@ -89,6 +89,17 @@ def disturb(model, scale=0.1):
     return model
 
 
+def without_dropout(model):
+    """Switches dropout off, modules and functional, so that training mode is deterministic."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "dropout_rate"):  # functional dropout
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
 def logits(model, head="token"):
     """The answer of a model in evaluation mode to the common batch."""
     model.eval()

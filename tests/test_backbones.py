@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import DEPTH, FAMILIES, GENERATING, GRID, SUFFIX, WIDTH, answer, attach, first_head, inputs
 from peft import PeftModel
-from support import disturb
+from support import disturb, without_dropout
 
 from fusion_adapters import quantization_config
 from fusion_adapters.backbone import find_backbones
@@ -16,16 +16,6 @@ BREAKING = ("wav2vec2", "hubert")  # transformers' own code breaks the graph
 each_family = pytest.mark.parametrize("family", FAMILIES)
 each_head = pytest.mark.parametrize(("family", "head"), GRID)
 with_and_without_lora = pytest.mark.parametrize("lora", [False, True], ids=["alone", "lora"])
-
-
-def without_dropout(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name in ("dropout", "attention_dropout", "dropout_rate"):  # functional dropout
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-    return model
 
 
 def train(model, batch, steps=5, rate=3e-3):

@@ -9,11 +9,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
-from ..backbone import Backbone
+from ..backbone import LAYER_NAME, Backbone
 from ..config import FusionConfig
 from ..fingerprint import fingerprints_differ
 from ..fusions import Fusion
-from .layer import LAYER_NAME, FusionLayer
+from .layer import FusionLayer
 
 MODEL_PREFIX = "base_model.model."
 

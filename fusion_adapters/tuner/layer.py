@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from ..backbone import Backbone
 from ..fusions import Context, Fusion
+from ..quantization import keep_unpacked
 from ..taps import Taps
-
-LAYER_NAME = "layer_fusion"  # the place in the module tree: a child of the backbone
 
 
 class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
@@ -80,11 +79,15 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
         The layer states are then a function of the input alone. The backbone's own `train()` reaches this layer last.
         """
         super().train(mode)
-        if mode and not self.trains_states():
+        if not mode:
+            return self
+        frozen: set[nn.Module] = set()
+        if not self.trains_states():
             self.backbone.root.training = False
             for module in (*self.backbone.upstream, *self.backbone.root.children()):
                 if module is not self and not any(p.requires_grad for p in module.parameters()):
-                    module.eval()
+                    frozen.update(module.eval().modules())
+        keep_unpacked(m for m in self.backbone.base.modules() if m not in frozen)
         return self
 
     def _cuts_graph(self) -> bool:

@@ -17,10 +17,11 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_peft_
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
-from ..backbone import Backbone, find_backbones
+from ..backbone import LAYER_NAME, Backbone, find_backbones
 from ..config import FusionConfig
 from ..fingerprint import fingerprint
 from ..fusions import Fusion, build_fusion
+from ..model_card import add_loading_section
 from .checks import (
     MODEL_PREFIX,
     bind,
@@ -33,7 +34,7 @@ from .checks import (
     wrapped_keys,
 )
 from .heads import check_head, name_task_heads, remove_float32_hook, train_head_in_float32
-from .layer import LAYER_NAME, FusionLayer, fusion_layers
+from .layer import FusionLayer, fusion_layers
 
 
 class FusionModel(LoraModel):
@@ -167,6 +168,14 @@ class FusionModel(LoraModel):
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
     @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        # Every save passes here, with the PeftModel. Trainer.push_to_hub writes the card anew after saving, by peft's
+        # method; this instance's then adds our section again.
+        if isinstance(model, PeftModel) and not isinstance(model.create_or_update_model_card, _Card):
+            model.create_or_update_model_card = _Card(model)  # type: ignore[method-assign]
+        return super()._get_adapter_state_dict(model, *args, **kwargs)
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -185,6 +194,17 @@ class FusionModel(LoraModel):
         return super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
+
+
+class _Card:
+    """Writes the model card of one PeftModel by peft's own method, and adds how the adapter is loaded."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
+
+    def __call__(self, output_dir: str) -> None:
+        type(self.model).create_or_update_model_card(self.model, output_dir)
+        add_loading_section(output_dir, self.model.active_peft_config)
 
 
 def _fusion_for(backbone: Backbone, config: FusionConfig) -> Fusion:

@@ -55,8 +55,19 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where the last block computes; the fusion belongs there."""
-        return next((t.device for t in self.blocks[-1].parameters()), torch.device("cpu"))
+        """Where the last block computes; the fusion belongs there.
+
+        With a `device_map`, accelerate may keep the block's weights elsewhere (meta) and bring them for each call.
+        """
+        device = next((t.device for t in self.blocks[-1].parameters()), torch.device("cpu"))
+        if device.type == "meta":
+            hooks: list[Any] = [m._hf_hook for m in self.blocks[-1].modules() if hasattr(m, "_hf_hook")]
+            single = [h for hook in hooks for h in getattr(hook, "hooks", (hook,))]
+            where: Any = next(
+                (h.execution_device for h in single if getattr(h, "execution_device", None) is not None), device
+            )
+            device = torch.device(where)
+        return device
 
     @property
     def layer_drop(self) -> float:

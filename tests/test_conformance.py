@@ -8,6 +8,7 @@ import copy
 import itertools
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from fusion_adapters.tuner import FusionLayer, fusion_layers
 TURNS = zip(FAMILIES, itertools.cycle(METHODS), itertools.cycle([False, True, True]), strict=False)
 FULL = itertools.product(("bert", "gpt2", "t5-both"), METHODS, (False, True))
 PAIRS = [*TURNS, *FULL]
+REGRESSION = sorted(p for p in (Path(__file__).parent / "regression").glob("*/*") if (p / "adapter_config.json").is_file())
 pairs = pytest.mark.parametrize(("family", "method", "lora"), PAIRS)
 
 
@@ -333,3 +335,11 @@ def test_25_base_weights_go_out_and_in_under_their_own_names(family):
     changed = {name: tensor + 1 for name, tensor in expected.items()}
     set_base_model_state_dict(model, changed)
     assert all(torch.equal(t, changed[name]) for name, t in get_base_model_state_dict(model).items())
+
+
+@pytest.mark.parametrize("folder", REGRESSION, ids=lambda p: f"{p.parent.name}-{p.name}")
+def test_30_adapters_of_earlier_versions_still_load(folder):
+    family = {"bert": "bert", "llama": "llama", "t5": "t5-both"}[folder.name.rpartition("-")[2]]
+    model = PeftModel.from_pretrained(FAMILIES[family].build(first_head(family)), folder)
+    expected = load_file(folder / "answer.safetensors")["logits"]
+    torch.testing.assert_close(answer(model, inputs(family, first_head(family))), expected, rtol=1e-5, atol=1e-5)

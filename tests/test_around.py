@@ -3,13 +3,15 @@
 import copy
 import json
 import pickle
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from families import FAMILIES, answer, attach, first_head, inputs
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForTokenClassification, PeftModel
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForTokenClassification, PeftMixedModel, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from support import disturb
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, pipeline
@@ -75,6 +77,29 @@ def test_auto_classes(family, loader, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     again = loader.from_pretrained(tmp_path / "adapter", **({"num_labels": 5} if family == "bert" else {}))
     torch.testing.assert_close(answer(again, batch), answer(model, batch), rtol=0, atol=1e-6)
+
+
+def test_what_peft_offers_to_lora_alone_is_refused_in_words(tmp_path):
+    model = attach("bert")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"Hotswapping only supports LORA"):
+        hotswap_adapter(model, str(tmp_path), "default")
+    with pytest.raises(ValueError, match=r"not compatible with the `PeftMixedModel`"):
+        get_peft_model(FAMILIES["bert"].build("token"), config_of("bert"), mixed=True)
+    with pytest.raises(ValueError, match=r"not supported for mixed models"):
+        PeftMixedModel.from_pretrained(FAMILIES["bert"].build("token"), tmp_path)
+
+
+@pytest.mark.parametrize(("family", "head"), [("vit", "image"), ("whisper", "audio"), ("bert", "sequence")])
+def test_a_head_without_a_task_is_not_forgotten_in_silence(family, head):
+    spec = FAMILIES[family]
+    with pytest.warns(UserWarning, match=r"stays frozen and is not saved.*modules_to_save=\[.*'classifier'\]"):
+        get_peft_model(spec.build(head), FusionConfig())
+    names = spec.save.get(head, ["classifier"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*stays frozen.*")
+        get_peft_model(spec.build(head), FusionConfig(modules_to_save=names))
+        get_peft_model(FAMILIES["llama"].build("causal"), FusionConfig())
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["peft", "base"])

@@ -132,3 +132,32 @@ def test_the_helper_keeps_what_is_given_and_knows_its_bits():
     assert {"lm_head", "classifier", "score", "special"} <= set(config.llm_int8_skip_modules)
     with pytest.raises(ValueError, match="bits=3"):
         quantization_config(3)
+
+
+@WITH_AND_WITHOUT_LORA
+def test_torchao_weights_of_8_bits(family, checkpoint, tmp_path, lora):
+    pytest.importorskip("torchao", reason="torchao is not installed (make test-min installs it)")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    head = "classifier" if family == "bert" else "score"
+
+    def load_ao():
+        return load(family, checkpoint, TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=[head]))
+
+    model = load_ao()
+    assert any("Int8" in type(p).__name__ for p in model.parameters()), "nothing was quantised, so the test shows nothing"
+    model = attached(family, model=model, **(LORA[family] if lora else {}))
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    history = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = model(**batch()).loss
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    assert history[-1] < history[0]
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(PeftModel.from_pretrained(load_ao(), tmp_path / "adapter")), expected)

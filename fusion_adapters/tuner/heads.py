@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from ..backbone import Backbone
 from ..config import FusionConfig
 
 # peft's own names; for some tasks it adds them to modules_to_save only after the injection
 TASK_HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
+
+
+# What the names of transformers' classes with a new head have in common; others predict tokens by the embeddings.
+CLASSIFIERS = ("Classification", "QuestionAnswering", "MultipleChoice")
 
 
 def task_heads(config: FusionConfig) -> list[str]:
@@ -25,10 +31,16 @@ def name_task_heads(config: FusionConfig) -> None:
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
 
 
-def check_head(model: nn.Module, base: nn.Module, config: FusionConfig) -> None:
-    """Raises ValueError if the task head is quantised, or has parameters that would stay frozen and not be saved."""
+def check_head(model: nn.Module, backbones: list[Backbone], config: FusionConfig) -> None:
+    """Looks for a task head that cannot be trained, or that would stay frozen and not be saved.
+
+    Raises:
+        ValueError: If the head is quantised, or peft would train and save only a part of it.
+    """
     wanted = config.modules_to_save or []
-    in_backbone = {id(m) for m in base.modules()}
+    base = backbones[0].base
+    inside = [base] if base is not model else [backbone.root for backbone in backbones]
+    in_backbone = {id(m) for module in inside for m in module.modules()}
     forgotten = []
     for name, module in model.named_modules():
         covered = any(name.endswith(key) for key in wanted)
@@ -44,13 +56,21 @@ def check_head(model: nn.Module, base: nn.Module, config: FusionConfig) -> None:
         parts = name.split(".")
         inside_covered = any(".".join(parts[:i]).endswith(key) for i in range(1, len(parts) + 1) for key in wanted)
         if own is not None and id(module) not in in_backbone and not inside_covered:
-            forgotten.append(name)
-    if forgotten and base is not model and task_heads(config):
+            forgotten.append(name or own[0])
+    if not forgotten or not any(kind in type(model).__name__ for kind in CLASSIFIERS) or config.inference_mode:
+        return
+    named = ", ".join(map(repr, forgotten))
+    if task_heads(config):
         raise ValueError(
-            f"The task head of {type(model).__name__} has parameters in {', '.join(map(repr, forgotten))}, which would stay "
+            f"The task head of {type(model).__name__} has parameters in {named}, which would stay "
             f"frozen and would not be saved: its task_type covers {', '.join(map(repr, wanted))} only. Add "
             "them to modules_to_save in the config."
         )
+    warnings.warn(
+        f"The task head of {type(model).__name__} ({named}) stays frozen and is not saved with the adapter. If it is new, "
+        f"train it: modules_to_save={forgotten} in the config.",
+        stacklevel=2,
+    )
 
 
 def train_head_in_float32(model: nn.Module, base: nn.Module, adapter_name: str) -> None:

@@ -71,7 +71,7 @@ class FusionModel(LoraModel):
         signature = fingerprint(backbones)
         bind(config, backbones, signature)
         name_task_heads(config)
-        check_head(model, backbones[0].base, config)
+        check_head(model, backbones, config)
         weights = read_weights(config)
         with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
             fusions = [_fusion_for(backbone, config) for backbone in backbones]

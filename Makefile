@@ -9,17 +9,27 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-# One thread a test process: two that share cores slow each other down many times over.
-.PHONY: demo test test-all backbones lint lock clean
+.PHONY: demo test test-all test-min backbones lint lock clean
 
 demo: $(READY)
 	$(BIN)/python recipes/quickstart.py --output outputs/quickstart
 
+# One thread a test process: two that share cores slow each other down many times over.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
 
 test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# The oldest versions that pyproject.toml admits, and the newest that there are, each in an environment of its own.
+# Without a GPU, too, these install torch as the index has it, often a CUDA build of several gigabytes.
+test-min:
+	$(PYTHON) -m venv .venv-min
+	.venv-min/bin/pip install --quiet --constraint requirements.min --editable '.[dev]'
+	OMP_NUM_THREADS=1 .venv-min/bin/python -m pytest -n auto -m "not slow"
+	$(PYTHON) -m venv .venv-new
+	.venv-new/bin/pip install --quiet --upgrade --editable '.[dev]' torchao
+	OMP_NUM_THREADS=1 .venv-new/bin/python -m pytest -n auto -m "not slow"
 
 # The table of docs/backbones.md, measured anew; `make test` checks it.
 backbones: $(READY)
@@ -43,4 +53,4 @@ lock: $(READY)
 	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock
 
 clean:
-	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .venv-min .venv-new outputs .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -105,7 +105,10 @@ class Taps:
         self._frames.stack.append(frame)
         if frame.wanted is None:
             return None
-        named = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        named = {
+            self._parameters[i]: value for i, value in enumerate(args)
+        }  # no zip: torch 2.8 cannot trace unequal lengths
+        named.update(kwargs)
         frame.context = Context(named.get("attention_mask"), self.causal)
         if self.fuse.mixes_positions:
             frame.context.cached_positions = max(_cached_positions(named.get(name)) for name in CACHE_NAMES)

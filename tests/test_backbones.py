@@ -6,13 +6,13 @@ Each test checks its cell of the table in docs/backbones.md, see published.py.
 import pytest
 import torch
 from families import DEPTH, FAMILIES, GENERATING, GRID, SUFFIX, WIDTH, answer, attach, first_head, inputs
+from packaging.version import Version
 from peft import PeftModel
 from support import disturb, without_dropout
 
 from fusion_adapters import quantization_config
 from fusion_adapters.backbone import find_backbones
 
-BREAKING = ("wav2vec2", "hubert")  # transformers' own code breaks the graph
 each_family = pytest.mark.parametrize("family", FAMILIES)
 each_head = pytest.mark.parametrize(("family", "head"), GRID)
 with_and_without_lora = pytest.mark.parametrize("lora", [False, True], ids=["alone", "lora"])
@@ -148,9 +148,11 @@ def test_a_compiled_model_is_one_graph(family, lora, table):
     head = first_head(family)
     batch = {k: v for k, v in inputs(family, head).items() if k != "labels" or head == "seq2seq"}
     model = disturb(attach(family, head, lora))
-    if family in BREAKING:
-        with pytest.raises(torch._dynamo.exc.Unsupported):
-            answer(compiled(FAMILIES[family].build(head)), batch)
+    try:
+        answer(compiled(FAMILIES[family].build(head)), batch)
+    except torch._dynamo.exc.Unsupported:
+        if Version(torch.__version__) < Version("2.13"):
+            pytest.skip(f"torch {torch.__version__} breaks the graph of transformers' own {family}")
         table.cell(family, "compile", "breaks without fusion too")
         return
     torch.testing.assert_close(answer(compiled(model), batch), answer(model, batch), rtol=1e-4, atol=1e-5)

@@ -28,8 +28,8 @@ def register() -> None:
     lacking = [n for n in names if not hasattr(mapping, n)] + [n for n in hooks if not hasattr(LoraModel, n)]
     if lacking:
         raise ImportError(
-            f"fusion-adapters needs peft 0.21; the installed peft {peft.__version__} lacks {', '.join(lacking)}. Install "
-            "'peft>=0.21,<0.22'."
+            f"fusion-adapters needs peft 0.21.2; the installed peft {peft.__version__} lacks {', '.join(lacking)}. Install "
+            "'peft>=0.21.2,<0.22'."
         )
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[FusionPeftType.FUSION] = FusionConfig  # type: ignore[index]
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[FusionPeftType.FUSION] = FusionModel  # type: ignore[index]

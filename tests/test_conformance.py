@@ -104,6 +104,16 @@ def test_5_6_7_what_is_saved(make, plain, batch, family, method, lora, tmp_path)
     torch.testing.assert_close(answer(again, batch), answer(model, batch), rtol=0, atol=1e-6)  # 16
 
 
+@pytest.mark.parametrize("family", ["bert", "t5-both"])
+def test_5_the_older_format_is_read_too(family, tmp_path):
+    model = disturb(attach(family, lora=True))
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    assert (tmp_path / "adapter_model.bin").exists() and not (tmp_path / "adapter_model.safetensors").exists()
+    batch = inputs(family, first_head(family))
+    again = PeftModel.from_pretrained(FAMILIES[family].build(first_head(family)), tmp_path)
+    torch.testing.assert_close(answer(again, batch), answer(model, batch), rtol=0, atol=1e-6)
+
+
 @pairs
 def test_8_9_adapters_with_names_inside_names(make, plain, batch, family, method, lora, tmp_path):
     names = ("mine", "mine2", "other_mine", "foomine_bar", "in")
@@ -255,6 +265,9 @@ def test_21_unloading(make, plain, batch, family, method, lora):
 @pairs
 def test_22_disabling(make, plain, batch, family, method, lora):
     model = make()
+    for layer in fusion_layers(model):  # an irregular state comes back too
+        for parameter in list(layer.fusions.parameters())[:1]:
+            parameter.requires_grad_(False)
     trains = {n: p.requires_grad for n, p in model.named_parameters()}
     expected = answer(model, batch)
     with model.disable_adapter():

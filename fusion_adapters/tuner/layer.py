@@ -136,11 +136,10 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
             return
         self._disable_adapters = not enabled
         if enabled:
-            for name, trainable in self._trainable.items():
-                if name in self.fusions:
-                    self.fusions[name].requires_grad_(trainable)
+            for name, parameter in self.fusions.named_parameters():
+                parameter.requires_grad_(self._trainable.get(name, parameter.requires_grad))
             return
-        self._trainable = {n: any(p.requires_grad for p in f.parameters()) for n, f in self.fusions.items()}
+        self._trainable = {name: p.requires_grad for name, p in self.fusions.named_parameters()}
         self.fusions.requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:

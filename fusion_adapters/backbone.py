@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class Backbone:
         model_type: The `model_type` of the transformers configuration.
         causal: Whether positions see only earlier ones.
         stack: `"encoder"` or `"decoder"` for an encoder-decoder, else None.
-        upstream: What runs before or in the blocks: if nothing in it trains, the layer states of an input never change.
+        path: Name of the list of blocks inside `base`.
     """
 
     base: nn.Module
@@ -46,12 +46,28 @@ class Backbone:
     model_type: str
     causal: bool
     stack: str | None = None
-    upstream: list[nn.Module] = field(default_factory=list)
+    path: str = ""
 
     @property
     def num_layers(self) -> int:
         """The number of blocks `L`."""
         return len(self.blocks)
+
+    @property
+    def upstream(self) -> list[nn.Module]:
+        """What runs before or in the blocks: if nothing in it trains, the layer states of an input never change.
+
+        These are the modules registered before the blocks on every level of the module tree, and the blocks; looked up at
+        each call, because peft puts wrappers in the place of modules.
+        """
+        before, module = [], self.base
+        for part in self.path.split("."):
+            for name, child in module.named_children():
+                if name == part:
+                    break
+                before.append(child)
+            module = getattr(module, part)
+        return [*before, module]
 
     @property
     def device(self) -> torch.device:
@@ -140,7 +156,7 @@ def _backbone(model: nn.Module, base: nn.Module, name: str, blocks: list[nn.Modu
         model_type=getattr(getattr(model, "config", None), "model_type", None) or type(root).__name__,
         causal=_is_causal(root, blocks),
         stack=stack,
-        upstream=_upstream(base, name),
+        path=name,
     )
 
 
@@ -155,20 +171,9 @@ def _innermost_model(base: nn.Module, blocks_name: str) -> tuple[str, nn.Module]
     return found
 
 
-def _upstream(base: nn.Module, blocks_name: str) -> list[nn.Module]:
-    """What is registered before the blocks, on every level of the module tree, and the blocks."""
-    before, module = [], base
-    for part in blocks_name.split("."):
-        for name, child in module.named_children():
-            if name == part:
-                break
-            before.append(child)
-        module = getattr(module, part)
-    return [*before, module]
-
-
 def _candidates(base: nn.Module) -> dict[str, nn.ModuleList]:
-    return {n: m for n, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0}
+    lists = {n: m for n, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0}
+    return {n: m for n, m in lists.items() if LAYER_NAME not in n.split(".")}  # not those of fusions attached before
 
 
 def _named_blocks(model: nn.Module, base: nn.Module, name: str) -> tuple[str, nn.ModuleList]:

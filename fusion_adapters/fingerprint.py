@@ -19,24 +19,26 @@ FINGERPRINT_VALUES = 8  # sampled per tensor
 FINGERPRINT_TOLERANCE = 2.0**-8
 
 
-def fingerprint(backbones: Sequence[Backbone]) -> str | None:
+def fingerprint(backbone: Backbone) -> str | None:
     """A short signature of the backbone's weights, the same for every dtype and quantisation of one checkpoint.
 
     It samples values that quantisers leave alone: rows of the input embeddings (of image and sound models: weights of
     the first convolution), and the norms of the first and the last block. Compare two with `fingerprints_differ`.
 
-    Args:
-        backbones: The stacks that an adapter reads.
-
     Returns:
         `"v1:"` and the values as hexadecimal float32; None if the weights are not in memory (meta device).
     """
-    norms = [t for backbone in backbones for t in _norms(backbone.blocks)]
-    tensors = [t for t in (*_embedding_rows(backbones[0]), *norms) if t.numel() > 0]
+    tensors = [t for t in (*_embedding_rows(backbone), *_norms(backbone.blocks)) if t.numel() > 0]
     if not tensors or any(t.is_meta for t in tensors):
         return None
     values = [v for t in tensors for v in _sample(t)]
     return f"{FINGERPRINT_VERSION}:{struct.pack(f'<{len(values)}f', *values).hex()}"
+
+
+def join_fingerprints(parts: Sequence[str | None]) -> str | None:
+    """The signature of several stacks, from theirs; None if one is unknown."""
+    known = [part.partition(":")[2] for part in parts if part is not None]
+    return f"{FINGERPRINT_VERSION}:{''.join(known)}" if len(known) == len(parts) else None
 
 
 def fingerprints_differ(first: str | None, second: str | None) -> str | None:

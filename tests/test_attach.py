@@ -182,14 +182,22 @@ def test_a_model_without_a_head(family, lora, tmp_path):
     assert torch.equal(again(**inputs).last_hidden_state, expected)
 
 
-def test_trained_tokens_of_the_embeddings_count_as_training_inside_the_backbone():
-    model = attached("bert", trainable_token_indices={"word_embeddings": [1, 2]}).train()
+@pytest.mark.parametrize("fields", ["tokens", "whole", "lora"])
+def test_trained_embeddings_count_as_training_inside_the_backbone(family, fields):
+    name = {"bert": "word_embeddings", "llama": "embed_tokens"}[family]
+    options = {
+        "tokens": {"trainable_token_indices": {name: [1, 2]}},
+        "whole": {"modules_to_save": [name]},
+        "lora": {"r": 4, "target_modules": [name]},
+    }
+    model = disturb(attached(family, **options[fields])).train()
     assert layer_of(model).backbone.blocks[0].training
     inputs = batch()
     inputs["input_ids"][0, :2] = torch.tensor([1, 2])
     model(**inputs).loss.backward()
-    (delta,) = (p for n, p in model.named_parameters() if "trainable_tokens_delta" in n)
-    assert delta.grad.abs().sum() > 0
+    kinds = {"tokens": "trainable_tokens_delta", "whole": f"{name}.modules_to_save", "lora": "lora_embedding"}
+    trained = [p for n, p in model.named_parameters() if kinds[fields] in n and p.requires_grad]
+    assert trained and all(p.grad.abs().sum() > 0 for p in trained)
 
 
 def test_only_the_wanted_layers_are_kept_and_none_after_the_pass(family):

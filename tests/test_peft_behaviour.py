@@ -249,3 +249,19 @@ def test_other_heads_come_back(head, tmp_path):
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama", head), tmp_path), head), logits(model, head))
     assert model.peft_config["default"].task_type == TASKS[head]
+
+
+def test_a_second_adapter_beside_a_stack_of_new_blocks_as_deep_as_the_backbone(family):
+    model = attached(family, fusion="deeper", fusion_num_blocks=DEPTH)
+    model.add_adapter("second", FusionConfig(task_type="TOKEN_CLS"))
+    model.set_adapter("second")
+    assert torch.isfinite(logits(model)).all()
+
+
+def test_what_an_adapter_trains_in_the_backbone_does_not_make_it_another(family, tmp_path):
+    attached(family).save_pretrained(tmp_path)
+    model = attached(family, bias="all", **LORA[family])
+    disturb(model, scale=0.5)  # biases of norms, which the fingerprint samples
+    model.load_adapter(tmp_path, "second")
+    model.add_adapter("third", FusionConfig(task_type="TOKEN_CLS"))
+    assert model.peft_config["third"].fusion_fingerprint == model.peft_config["default"].fusion_fingerprint

@@ -11,6 +11,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..backbone import Backbone
+from ..fingerprint import fingerprint
 from ..fusions import Context, Fusion
 from ..quantization import keep_unpacked
 from ..taps import Taps
@@ -31,6 +32,7 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
         self._active_adapter: list[str] = []
         # plain attributes of a plain object: registered, the backbone would become a child of its own child
         self.backbone = backbone
+        self.fingerprint = fingerprint(backbone)  # now: a training may change what it samples (bias='all')
         self.recording: list[Tensor] | None = None
         self._trainable: dict[str, bool] = {}
         self.taps = Taps(backbone.root, backbone.blocks, self, backbone.causal)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..backbone import LAYER_NAME, Backbone, find_backbones
 from ..config import FusionConfig
-from ..fingerprint import fingerprint
+from ..fingerprint import fingerprint, join_fingerprints
 from ..fusions import Fusion, build_fusion
 from ..model_card import add_loading_section
 from .checks import (
@@ -68,8 +68,10 @@ class FusionModel(LoraModel):
         layers = {id(layer.backbone.root): layer for layer in fusion_layers(model)}
         if not layers:
             warn_if_compiled(model)
-        signature = fingerprint(backbones)
-        bind(config, backbones, signature)
+        # those of attached stacks as they were then
+        backbones = [layers[id(b.root)].backbone if id(b.root) in layers else b for b in backbones]
+        known = {root: layer.fingerprint for root, layer in layers.items()}
+        bind(config, backbones, join_fingerprints([known.get(id(b.root)) or fingerprint(b) for b in backbones]))
         name_task_heads(config)
         check_head(model, backbones, config)
         weights = read_weights(config)

@@ -105,9 +105,8 @@ class Taps:
         self._frames.stack.append(frame)
         if frame.wanted is None:
             return None
-        named = {
-            self._parameters[i]: value for i, value in enumerate(args)
-        }  # no zip: torch 2.8 cannot trace unequal lengths
+        # no zip: torch 2.8 cannot trace one over unequal lengths
+        named = {self._parameters[i]: value for i, value in enumerate(args)}
         named.update(kwargs)
         frame.context = Context(named.get("attention_mask"), self.causal)
         if self.fuse.mixes_positions:

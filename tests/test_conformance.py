@@ -356,3 +356,20 @@ def test_30_adapters_of_earlier_versions_still_load(folder):
     model = PeftModel.from_pretrained(FAMILIES[family].build(first_head(family)), folder)
     expected = load_file(folder / "answer.safetensors")["logits"]
     torch.testing.assert_close(answer(model, inputs(family, first_head(family))), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_26_sixteen_bits(family, dtype, autocast):
+    head = first_head(family)
+    model = disturb(attach(family, lora=True, model=FAMILIES[family].build(head).to(dtype))).train()
+    batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs(family, head).items()}
+    with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+        loss = model(**batch).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.float32, name
+            assert parameter.grad.dtype == torch.float32 and torch.isfinite(parameter.grad).all(), name

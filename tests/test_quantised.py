@@ -26,15 +26,7 @@ def load(family, folder, quantization, dtype=torch.float32):
     )
 
 
-def quantised(model):
-    return {n for n, p in model.named_parameters() if not p.is_floating_point()}
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-@WITH_AND_WITHOUT_LORA
-def test_train_save_and_reload(family, checkpoint, tmp_path, bits, lora):
-    model = attached(family, model=load(family, checkpoint, quantization_config(bits)), **(LORA[family] if lora else {}))
-    assert quantised(model), "nothing was quantised, so the test shows nothing"
+def learns(model):
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     history = []
@@ -45,6 +37,18 @@ def test_train_save_and_reload(family, checkpoint, tmp_path, bits, lora):
         optimizer.step()
         history.append(loss.item())
     assert history[-1] < history[0]
+
+
+def quantised(model):
+    return {n for n, p in model.named_parameters() if not p.is_floating_point()}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@WITH_AND_WITHOUT_LORA
+def test_train_save_and_reload(family, checkpoint, tmp_path, bits, lora):
+    model = attached(family, model=load(family, checkpoint, quantization_config(bits)), **(LORA[family] if lora else {}))
+    assert quantised(model), "nothing was quantised, so the test shows nothing"
+    learns(model)
     assert not quantised(model) & {n for n, p in model.named_parameters() if p.requires_grad}
     expected = logits(model)
     model.save_pretrained(tmp_path / "adapter")
@@ -148,16 +152,7 @@ def test_torchao_weights_of_8_bits(family, checkpoint, tmp_path, lora):
     model = load_ao()
     assert any("Int8" in type(p).__name__ for p in model.parameters()), "nothing was quantised, so the test shows nothing"
     model = attached(family, model=model, **(LORA[family] if lora else {}))
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    history = []
-    for _ in range(8):
-        optimizer.zero_grad()
-        loss = model(**batch()).loss
-        loss.backward()
-        optimizer.step()
-        history.append(loss.item())
-    assert history[-1] < history[0]
+    learns(model)
     expected = logits(model)
     model.save_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(PeftModel.from_pretrained(load_ao(), tmp_path / "adapter")), expected)

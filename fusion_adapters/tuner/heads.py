@@ -38,9 +38,7 @@ def check_head(model: nn.Module, backbones: list[Backbone], config: FusionConfig
         ValueError: If the head is quantised, or peft would train and save only a part of it.
     """
     wanted = config.modules_to_save or []
-    base = backbones[0].base
-    inside = [base] if base is not model else [backbone.root for backbone in backbones]
-    in_backbone = {id(m) for module in inside for m in module.modules()}
+    in_backbone = _modules_of(model, backbones)
     forgotten = []
     for name, module in model.named_modules():
         covered = any(name.endswith(key) for key in wanted)
@@ -73,9 +71,16 @@ def check_head(model: nn.Module, backbones: list[Backbone], config: FusionConfig
     )
 
 
-def train_head_in_float32(model: nn.Module, base: nn.Module, adapter_name: str) -> None:
+def _modules_of(model: nn.Module, backbones: list[Backbone]) -> set[int]:
+    """The identities of the modules below the head; a model that is its own base (Whisper's) has its head beside a stack."""
+    base = backbones[0].base
+    inside = [base] if base is not model else [backbone.root for backbone in backbones]
+    return {id(m) for module in inside for m in module.modules()}
+
+
+def train_head_in_float32(model: nn.Module, backbones: list[Backbone], adapter_name: str) -> None:
     """Makes the trainable copy of a 16-bit head float32; peft leaves it in the dtype of the backbone."""
-    in_backbone = {id(m) for m in base.modules()}
+    in_backbone = _modules_of(model, backbones)
     for wrapper in model.modules():
         if not isinstance(wrapper, ModulesToSaveWrapper) or id(wrapper) in in_backbone:
             continue

@@ -84,7 +84,7 @@ class FusionModel(LoraModel):
 
         with _undone_on_error(model), _marked_lora_free(config):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-            train_head_in_float32(model, backbones[0].base, adapter_name)
+            train_head_in_float32(model, backbones, adapter_name)
             for backbone, fusion in zip(backbones, fusions, strict=True):
                 layer = layers.get(id(backbone.root))
                 if layer is None:

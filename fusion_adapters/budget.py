@@ -1,10 +1,25 @@
-"""Parameter counts: what trains, split by its part."""
+"""Parameter counts, and the solver that fits a method to a budget. Nothing here needs the backbone's weights."""
 
 from __future__ import annotations
 
-from torch import nn
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
-from .backbone import LAYER_NAME
+import torch
+from accelerate import init_empty_weights
+from peft import get_peft_model
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
+
+from .backbone import LAYER_NAME, Backbone, find_backbones
+from .config import FusionConfig
+from .counts import DWATT_PAPER, lora_rank, read_count
+from .fusions import build_fusion, fusion_options
+
+BYTES_PER_PARAMETER = 4  # adapters are stored in float32
 
 
 def count_trainable(model: nn.Module) -> dict[str, int]:
@@ -27,3 +42,223 @@ def count_trainable(model: nn.Module) -> dict[str, int]:
             part = "other"
         counts[part] += parameter.numel()
     return {**counts, "total": sum(counts.values())}
+
+
+class BudgetTooSmallError(ValueError):
+    """A budget below the smallest size of a method.
+
+    Attributes:
+        smallest: The parameters of that size.
+    """
+
+    def __init__(self, what: str, smallest: int, parameters: int) -> None:
+        self.smallest = smallest
+        super().__init__(
+            f"The budget of {parameters:,} parameters is too small: {what} trains {smallest:,}. Raise the budget to at "
+            "least that, or choose another method."
+        )
+
+
+def skeleton(model: str | PreTrainedConfig) -> nn.Module:
+    """A model without weights (meta device), from its configuration alone; of any size in seconds.
+
+    Args:
+        model: A hub id, a folder with a `config.json`, or a configuration.
+
+    Raises:
+        OSError: If there is no configuration to be had under that name.
+    """
+    config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model
+    with init_empty_weights():
+        return AutoModel.from_config(config)
+
+
+def count_config(config: FusionConfig, model: nn.Module) -> dict[str, int]:
+    """What a config would train on a model, split as in `count_trainable`.
+
+    The adapter is attached to a copy without weights, so that the count is that of the real adapter for every method,
+    every option of LoRA and every model.
+
+    Args:
+        config: Any config; it is not changed.
+        model: A model with or without weights, see `skeleton`.
+    """
+    with init_empty_weights(), torch.device("meta"):
+        empty = copy.deepcopy(model) if _is_empty(model) else type(model)(model.config)  # type: ignore[call-arg]
+        return count_trainable(get_peft_model(empty, copy.deepcopy(config), low_cpu_mem_usage=True))
+
+
+def fit_budget(config: FusionConfig, model: nn.Module, parameters: int) -> FusionConfig:
+    """Chooses the free width of a method so that fusion and LoRA together train at most so many parameters.
+
+    Free are the bottleneck of `dwatt`, `concat` and `mlp`; feed-forward width and number of blocks of `deeper`; and for
+    `last` with LoRA the rank. The largest width that fits is taken. LoRA beside another fusion keeps its rank.
+
+    Args:
+        config: The config to start from; it is not changed.
+        model: The model, with or without weights.
+        parameters: The budget, heads excluded.
+
+    Returns:
+        A copy with the width filled in; `count_config` tells what it trains.
+
+    Raises:
+        BudgetTooSmallError: If the smallest width is too large, or the method has no width to choose and does not fit.
+    """
+    config = replace(config, fusion_budget=None)
+    lora = count_config(config, model)["lora"] if config.has_lora else 0
+    if config.fusion == "last" and config.has_lora:
+        per_rank = count_config(replace(config, r=1), model)["lora"]
+        if per_rank > parameters:
+            raise BudgetTooSmallError("LoRA of rank 1", per_rank, parameters)
+        return replace(config, r=parameters // per_rank)
+    backbones = find_backbones(model, config.fusion_blocks, config.fusion_stack)
+
+    def count(**options: Any) -> int:
+        return lora + _count_fusions(config, backbones, **options)
+
+    known = fusion_options(config.fusion)
+    if "bottleneck" in known:
+        width = _largest(lambda r: count(bottleneck=r), parameters)
+        if width < 1:
+            raise BudgetTooSmallError(f"{config.fusion!r} with a bottleneck of 1", count(bottleneck=1), parameters)
+        return replace(config, fusion_bottleneck=width)
+    if "feedforward" in known and not config.fusion_copy_last:
+        return _fit_blocks(config, count, 4 * backbones[0].hidden_size, parameters)
+    if count() > parameters:
+        raise BudgetTooSmallError(f"{config.fusion!r}, which has no width to choose,", count(), parameters)
+    return config
+
+
+def resolve_budget(config: FusionConfig, model: nn.Module) -> int | None:
+    """The number of parameters that `config.fusion_budget` stands for on this model.
+
+    Args:
+        config: `"dwatt-paper"` takes its stack; `"lora:r=16"` its `target_modules`, without them peft's usual choice.
+        model: The model, with or without weights.
+
+    Returns:
+        The number; None if the config sets no budget.
+
+    Raises:
+        ValueError: If peft knows no usual modules for LoRA in this model.
+    """
+    budget = config.fusion_budget
+    if budget is None or isinstance(budget, int):
+        return budget
+    if budget == DWATT_PAPER:
+        backbones = find_backbones(model, config.fusion_blocks, config.fusion_stack)
+        return _count_fusions(FusionConfig.paper("dwatt"), backbones)
+    rank = lora_rank(budget)
+    if rank is None:
+        return read_count(budget)
+    model_type = str(getattr(getattr(model, "config", None), "model_type", None))
+    modules: Any = config.target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+    if not modules:
+        raise ValueError(
+            f"fusion_budget={budget!r}: peft knows no usual modules for LoRA in a {model_type!r}. Set target_modules (then "
+            "LoRA trains beside the fusion), or give the budget as a number of parameters."
+        )
+    return count_config(FusionConfig(fusion="last", r=rank, target_modules=modules), model)["lora"]
+
+
+def settle_budget(config: FusionConfig, model: nn.Module) -> None:
+    """Puts the width that fits `config.fusion_budget` into the config, in the budget's place."""
+    parameters = resolve_budget(config, model)
+    if parameters is None:
+        return
+    fitted = fit_budget(config, model, parameters)
+    for name in ("fusion_budget", "fusion_bottleneck", "fusion_num_blocks", "fusion_feedforward", "r"):
+        setattr(config, name, getattr(fitted, name))
+
+
+def _count_fusions(config: FusionConfig, backbones: list[Backbone], **options: Any) -> int:
+    chosen = {**config.options, **options}
+    with torch.device("meta"):
+        fusions = [
+            build_fusion(config.fusion, b.hidden_size, b.num_layers, config.fusion_layers, **chosen) for b in backbones
+        ]
+    return sum(p.numel() for fusion in fusions for p in fusion.parameters())
+
+
+def _fit_blocks(config: FusionConfig, count: Callable[..., int], usual: int, parameters: int) -> FusionConfig:
+    """The number of blocks, each up to the usual feed-forward width, that comes nearest to the budget from below."""
+    one = count(num_blocks=1, feedforward=1)
+    block, unit = count(num_blocks=2, feedforward=1) - one, count(num_blocks=1, feedforward=2) - one
+    if one > parameters:
+        raise BudgetTooSmallError("'deeper' of one block with a feed-forward width of 1", one, parameters)
+    fits = []  # parameters, fewer blocks first, blocks, width
+    for blocks in range(1, 2 + (parameters - one) // block):
+        left = parameters - one - (blocks - 1) * block
+        width = min(usual, 1 + left // (blocks * unit))
+        fits.append((_blocks_count(one, block, unit, blocks, width), -blocks, width))
+    _, blocks, width = max(fits)
+    return replace(config, fusion_num_blocks=-blocks, fusion_feedforward=width)
+
+
+def _blocks_count(one: int, block: int, unit: int, blocks: int, width: int) -> int:
+    """Parameters of `blocks` equal blocks: linear in their number and in their width."""
+    return one + (blocks - 1) * block + blocks * (width - 1) * unit
+
+
+def _largest(count: Callable[[int], int], limit: int) -> int:
+    """The largest width whose count is within the limit; 0 if none is."""
+    low, high = 0, 1
+    while count(high) <= limit:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(middle) <= limit else (low, middle)
+    return low
+
+
+def _is_empty(model: nn.Module) -> bool:
+    return all(p.is_meta for p in model.parameters())
+
+
+def compare_budgets(model: nn.Module, methods: list[str], parameters: int, lora: list[str]) -> list[dict[str, Any]]:
+    """Fits methods to one budget.
+
+    Args:
+        model: The backbone, see `skeleton`.
+        methods: Names in `FUSIONS`, with their defaults.
+        parameters: The budget, heads excluded.
+        lora: Modules for a row of LoRA alone; empty for none.
+
+    Returns:
+        A row a method: `method`, `choice` (the widths that were solved), `parameters`, `bytes` of the file's tensors, and
+        `flops_percent`, the multiply-adds per token added to the forward pass, against those of the backbone's weights
+        (two a weight; attention over positions and embeddings are left out on both sides). A method that does not fit has
+        `smallest` instead, the budget that it needs.
+    """
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    backbone = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+    configs = [(name, FusionConfig(fusion=name)) for name in methods]
+    if lora:
+        configs.append(("lora", FusionConfig(fusion="last", r=1, target_modules=lora)))
+    rows = []
+    for name, config in configs:
+        try:
+            fitted = fit_budget(config, model, parameters)
+        except BudgetTooSmallError as error:
+            rows.append({"method": name, "smallest": error.smallest})
+            continue
+        counts = count_config(fitted, model)
+        total = counts["fusion"] + counts["lora"]
+        rows.append(
+            {
+                "method": name,
+                "choice": _choice(fitted),
+                "parameters": total,
+                "bytes": BYTES_PER_PARAMETER * total,
+                "flops_percent": 100 * total / backbone,
+            }
+        )
+    return rows
+
+
+def _choice(config: FusionConfig) -> dict[str, Any]:
+    if config.has_lora:
+        return {"r": config.r}
+    names = ("bottleneck", "num_blocks", "feedforward")
+    return {n: config.options[n] for n in names if n in config.options}

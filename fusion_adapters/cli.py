@@ -86,8 +86,31 @@ def inspect(
     tokens, layers, weights = depth_map(run, text)
     config = run.model.active_peft_config
     title = f"{config.fusion}: attention over the layers of {run.recipe.backbone.model}"
-    draw_depth_map(tokens, layers, weights, output, title, config.fusion_num_layers)
+    depth = config.fusion_num_layers  # of both stacks of an encoder-decoder: the weights are the decoder's
+    draw_depth_map(tokens, layers, weights, output, title, depth[-1] if isinstance(depth, list) else depth)
     print(output)
+
+
+@app.command()
+def budget(
+    model: Annotated[str, typer.Option(help="A hub id or a folder; only its configuration is read.")],
+    parameters: Annotated[str, typer.Option(help="What each method may train, heads excluded: 1000000, 1M, 2.5M, 50k.")],
+    methods: Annotated[str, typer.Option(help="Names of methods, with commas between.")] = "dwatt,concat,deeper,mlp",
+    lora: Annotated[str | None, typer.Option(help="Also LoRA on these modules, with commas between.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Fit methods to one budget of trainable parameters and print what each then costs."""
+    from .budget import compare_budgets, skeleton
+    from .counts import read_count
+    from .loading import resolve_model
+    from .reporting import budget_table
+
+    modules = [name for name in (lora or "").split(",") if name]
+    rows = compare_budgets(skeleton(resolve_model(model)), methods.split(","), read_count(parameters), modules)
+    if as_json:
+        print(json.dumps(rows))
+    else:
+        Console().print(budget_table(rows, f"{model}, at most {read_count(parameters):,} parameters"))
 
 
 def main(arguments: list[str] | None = None) -> None:

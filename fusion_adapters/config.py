@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import LoraConfig
 
+from .counts import check_budget
 from .fusions import fusion_class, fusion_options
 from .model_card import add_loading_section
 
@@ -22,6 +23,7 @@ class FusionPeftType(str, enum.Enum):
 # Fields named fusion_* that are not options of a method.
 _GENERAL = {
     "fusion_layers",
+    "fusion_budget",
     "fusion_blocks",
     "fusion_stack",
     "fusion_model_type",
@@ -53,6 +55,9 @@ class FusionConfig(LoraConfig):
         fusion_num_blocks: How many blocks `deeper` adds.
         fusion_feedforward: Feed-forward width of the blocks that `deeper` adds.
         fusion_copy_last: Whether `deeper` starts from copies of the backbone's last block.
+        fusion_budget: How many parameters fusion and LoRA may train together: a number, `"1M"`, `"dwatt-paper"` (what the
+            paper's DWAtt would train) or `"lora:r=16"` (what that LoRA would). When attached, the method's free width (see
+            `fit_budget`) is set to the largest that fits, and this field to None.
         fusion_blocks: Name of the backbone's list of blocks, for models where it is not found.
         fusion_stack: For an encoder-decoder: `"encoder"`, `"decoder"` or `"both"` (a fusion in each); None means the
             stack that the head reads, the decoder where there is one.
@@ -75,6 +80,7 @@ class FusionConfig(LoraConfig):
     fusion_num_blocks: int | None = _option("How many blocks 'deeper' adds.")
     fusion_feedforward: int | None = _option("Feed-forward width of the blocks that 'deeper' adds.")
     fusion_copy_last: bool | None = _option("Whether 'deeper' copies the backbone's last block.")
+    fusion_budget: int | str | None = _option("Trainable parameters to choose the method's width by.")
     fusion_blocks: str | None = _option("Name of the backbone's list of blocks.")
     fusion_stack: str | None = _option("Stack of an encoder-decoder: 'encoder', 'decoder' or 'both'.")
     fusion_model_type: str | None = _option("Filled in when attached.")
@@ -90,6 +96,7 @@ class FusionConfig(LoraConfig):
         # Where the config was loaded from; its weights are checked against the model before they are used.
         self.source: tuple[str, dict[str, Any]] | None = None
         self._check_method()
+        self._check_budget()
         self._check_lora()
 
     @classmethod
@@ -160,6 +167,17 @@ class FusionConfig(LoraConfig):
             )
         if self.fusion_layers is not None:
             self.fusion_layers = [int(i) for i in self.fusion_layers]
+
+    def _check_budget(self) -> None:
+        if self.fusion_budget is None:
+            return
+        check_budget(self.fusion_budget)
+        given = [f for f in ("fusion_bottleneck", "fusion_num_blocks", "fusion_feedforward") if getattr(self, f) is not None]
+        if given:
+            raise ValueError(
+                f"fusion_budget={self.fusion_budget!r} chooses the width of {self.fusion!r}, but {' and '.join(given)} "
+                "set it too. Give one of them."
+            )
 
     def _check_lora(self) -> None:
         if self.layer_replication:

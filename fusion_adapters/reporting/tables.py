@@ -43,3 +43,19 @@ def prediction_lines(prediction: dict[str, Any]) -> str:
         marked += f"[bold cyan]{escape(entity['text'])}[/][dim]\\[{escape(entity['type'])}][/]"
         position = entity["end"]
     return marked + escape(text[position:])
+
+
+def budget_table(rows: list[dict[str, Any]], title: str) -> Table:
+    """Methods fitted to one budget, from `budget.compare_budgets`."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("method")
+    for name in ("choice", "parameters", "adapter on disk", "extra FLOPs per token"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        if "smallest" in row:
+            table.add_row(row["method"], f"needs {row['smallest']:,}", "-", "-", "-")
+            continue
+        choice = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in row["choice"].items())
+        size = f"{row['bytes'] / 2**20:,.1f} MiB"
+        table.add_row(row["method"], choice or "-", f"{row['parameters']:,}", size, f"{row['flops_percent']:.2f} %")
+    return table

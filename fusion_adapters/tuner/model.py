@@ -18,6 +18,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
 from ..backbone import LAYER_NAME, Backbone, find_backbones
+from ..budget import settle_budget
 from ..config import FusionConfig
 from ..fingerprint import fingerprint, join_fingerprints
 from ..fusions import Fusion, build_fusion
@@ -64,6 +65,7 @@ class FusionModel(LoraModel):
                 "get_peft_model the plain model, with FusionConfig's own LoRA fields (r, target_modules) for LoRA and fusion in "
                 "one adapter; or fold the LoRA in first, by merge_and_unload()."
             )
+        settle_budget(config, model)
         backbones = find_backbones(model, config.fusion_blocks, config.fusion_stack)
         layers = {id(layer.backbone.root): layer for layer in fusion_layers(model)}
         if not layers:

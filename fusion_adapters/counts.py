@@ -1,0 +1,45 @@
+"""Numbers of parameters as people write them: `1M`, `50k`, `dwatt-paper`, `lora:r=16`."""
+
+from __future__ import annotations
+
+import re
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+DWATT_PAPER = "dwatt-paper"
+_LORA = re.compile(r"lora:r=([1-9][0-9]*)")
+
+
+def read_count(text: str) -> int:
+    """Reads a number of parameters: `1000000`, `1M`, `2.5M`, `50k`, `1_000`.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    match = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?)([kmb]?)", text.strip().lower())
+    if match is None:
+        raise ValueError(f"{text!r} is not a number of parameters. Write it as 1000000, 1M, 2.5M or 50k.")
+    return round(float(re.sub("[_,]", "", match[1])) * UNITS[match[2]])
+
+
+def lora_rank(budget: int | str) -> int | None:
+    """The rank in `lora:r=16`; None for every other budget."""
+    match = _LORA.fullmatch(budget.strip()) if isinstance(budget, str) else None
+    return int(match[1]) if match else None
+
+
+def check_budget(budget: int | str) -> None:
+    """Checks the form of a budget, before a model is at hand.
+
+    Raises:
+        ValueError: If it is none of the forms; the message lists them.
+    """
+    if isinstance(budget, str) and budget != DWATT_PAPER and lora_rank(budget) is None:
+        try:
+            read_count(budget)
+        except ValueError as error:
+            raise ValueError(
+                f"fusion_budget={budget!r} is not a budget. Give a number of trainable parameters (1000000, '1M', '50k'), "
+                f"{DWATT_PAPER!r} (what the paper's DWAtt would train), or 'lora:r=16' (what that LoRA would train)."
+            ) from error
+    elif not isinstance(budget, str) and budget < 1:
+        raise ValueError(f"fusion_budget={budget} must be at least 1.")

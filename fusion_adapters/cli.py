@@ -36,16 +36,35 @@ def train(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value: section.key=value.")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in that folder.")] = False,
+    cache_folder: Annotated[
+        Path | None, typer.Option("--cache", help="Train from layer states that 'cache' wrote, without the backbone.")
+    ] = None,
 ) -> None:
     """Train an adapter and write adapter/, metrics.json and run.json."""
     from .recipe import load_recipe
     from .reporting import metrics_table
     from .training import run_recipe
 
-    metrics = run_recipe(load_recipe(recipe, settings), output, overwrite)
+    metrics = run_recipe(load_recipe(recipe, settings), output, overwrite, cache_folder)
     console = Console()
     console.print(metrics_table(metrics, f"{recipe.name}, seed {metrics['seed']}"))
     console.print(f"adapter: {output / 'adapter'}\nfigures: {output / 'metrics.json'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def cache(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, see recipes/.")],
+    output: Annotated[Path, typer.Option(help="Folder of the cache; an extraction that was stopped goes on there.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value: section.key=value.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16, float32, or int8 (half the bytes).")] = "float16",
+) -> None:
+    """Compute the layer states of a recipe's data once; train --cache then runs without the backbone."""
+    from .recipe import load_recipe
+    from .training import cache_recipe
+
+    print(cache_recipe(load_recipe(recipe, settings), output, dtype))
 
 
 @app.command()

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .fusions import Context
 
 CACHE_NAMES = ("past_key_values", "cache_params")
+
+
+@dataclass
+class GivenStates:
+    """Layer states that were computed earlier and stand for a run of the blocks.
+
+    Attributes:
+        states: `(N, tokens, d)`, without padding: the layers that the fusion reads, ascending, and `z_L` last.
+        positions: `(tokens,)`, the place of each token in the padded batch `(B, T)`, counted along rows.
+    """
+
+    states: Tensor
+    positions: Tensor
 
 
 @dataclass
@@ -38,6 +53,7 @@ class _Frames(threading.local):
 
     def __init__(self) -> None:
         self.stack: list[Frame] = []
+        self.given: GivenStates | None = None
 
 
 class Taps:
@@ -61,6 +77,8 @@ class Taps:
         self.causal = causal
         self.depth = len(blocks)
         self.cut_graph: Callable[[], bool] | None = None
+        self._blocks = list(dict.fromkeys(blocks))
+        self._answers: dict[type, int | None] = {}  # how each class of block answers: items of a tuple, None for a tensor
         self._parameters = tuple(inspect.signature(root.forward).parameters)
         self._frames = _Frames()
         self._handles: list[RemovableHandle] = [
@@ -77,6 +95,27 @@ class Taps:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    @contextlib.contextmanager
+    def replaying(self, given: GivenStates) -> Iterator[None]:
+        """In the body, calls of the backbone take these layer states; its blocks do not run.
+
+        Everything else runs as always: embeddings and masks before the blocks, fusion, final norm, pooler and head after
+        them.
+        """
+        before = [block.__dict__.get("forward") for block in self._blocks]
+        for block in self._blocks:
+            block.forward = _StandIn(block, self._answers)  # type: ignore[method-assign]
+        self._frames.given = given
+        try:
+            yield
+        finally:
+            self._frames.given = None
+            for block, forward in zip(self._blocks, before, strict=True):
+                if forward is None:
+                    del block.forward
+                else:  # accelerate's, for a backbone spread over devices
+                    block.forward = forward
 
     @property
     def held(self) -> int:
@@ -150,6 +189,9 @@ class Taps:
             return None
         frame.reached += 1
         state = output[0] if isinstance(output, tuple) else output
+        given = self._frames.given
+        if given is not None:
+            return self._finish_given(frame, given, state, args, kwargs, output) if frame.reached == self.depth else None
         if frame.reached in frame.wanted:
             frame.states[frame.reached] = state
         return self._finish(frame, state, args, kwargs, output) if frame.reached == self.depth else None
@@ -158,13 +200,40 @@ class Taps:
         self, frame: Frame, last: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor | tuple[Any, ...]
     ) -> Any:
         states, frame.states = frame.states, []
-        context = frame.context
-        # without the KV cache, which belongs to the backbone's own blocks
-        context.block_args = tuple(None if hasattr(a, "get_seq_length") else a for a in args[1:])
-        context.block_kwargs = {k: v for k, v in kwargs.items() if k not in ("hidden_states", *CACHE_NAMES)}
+        context = _with_block_inputs(frame.context, args, kwargs)
         # a backbone spread over devices: the fusion sits where the last block computes
         states = [s if s is None or s.device == last.device else s.to(last.device) for s in states]
         fused = self.fuse(states, last, context)
+        return (fused, *output[1:]) if isinstance(output, tuple) else fused
+
+    def _finish_given(
+        self, frame: Frame, given: GivenStates, shown: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """As `_finish`, from states without padding; `shown` `(B, T, d)` is what stood in for the last block's output."""
+        wanted = sorted(frame.wanted or ())
+        count, size = len({*wanted, self.depth}), shown.shape[-1]
+        if given.states.dim() != 3 or (given.states.shape[0], given.states.shape[2]) != (count, size):
+            raise ValueError(
+                f"layer_states has the shape {tuple(given.states.shape)}, but the fusion wants ({count}, tokens, {size}): the "
+                f"states of the layers {sorted({*wanted, self.depth})}. Take dataset and collator from a cache made for this "
+                "model."
+            )
+        packed = given.states.to(device=shown.device, dtype=shown.dtype)
+        place = given.positions.to(shown.device)
+        if self.fuse.mixes_positions:
+            padded = packed.new_zeros(count, shown.shape[0] * shown.shape[1], size).index_copy(1, place, packed)
+            packed = padded.unflatten(1, shown.shape[:2])  # (N, B, T, d)
+            context = _with_block_inputs(frame.context, args, kwargs)
+        else:  # no arithmetic for padding
+            packed = packed.unsqueeze(1)  # (N, 1, tokens, d)
+            context = Context(causal=self.causal)
+        states: list[Tensor | None] = [None] * (self.depth + 1)
+        for layer, state in zip(sorted({*wanted, self.depth}), packed.unbind(0), strict=True):
+            states[layer] = state
+        fused = self.fuse(states, packed[-1], context)
+        if not self.fuse.mixes_positions:
+            # (1, tokens, d) -> (B, T, d)
+            fused = fused.new_zeros(shown.shape[0] * shown.shape[1], size).index_copy(0, place, fused[0]).view(shown.shape)
         return (fused, *output[1:]) if isinstance(output, tuple) else fused
 
     def _run_alone(self, output: Any) -> None:
@@ -176,6 +245,31 @@ class Taps:
                 "torch.utils.checkpoint): use model.gradient_checkpointing_enable() instead. To run blocks by hand, "
                 "do it within 'with model.disable_adapter():'."
             )
+
+
+class _StandIn:
+    """Takes the place of a block's `forward`: hands its input on, in the form in which the block answers."""
+
+    def __init__(self, block: nn.Module, answers: dict[type, int | None]) -> None:
+        self.block = block
+        self.answers = answers
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kind = type(self.block)
+        if kind not in self.answers:  # once, to see
+            with torch.no_grad():
+                answer = kind.forward(self.block, *args, **kwargs)
+            self.answers[kind] = len(answer) if isinstance(answer, tuple) else None
+        state = args[0] if args else kwargs["hidden_states"]
+        length = self.answers[kind]
+        return state if length is None else (state, *([None] * (length - 1)))
+
+
+def _with_block_inputs(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context:
+    """Adds the inputs of the last block, without the KV cache, which belongs to the backbone's own blocks."""
+    context.block_args = tuple(None if hasattr(a, "get_seq_length") else a for a in args[1:])
+    context.block_kwargs = {k: v for k, v in kwargs.items() if k not in ("hidden_states", *CACHE_NAMES)}
+    return context
 
 
 def _cached_positions(cache: Any) -> int:

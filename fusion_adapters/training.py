@@ -35,6 +35,7 @@ from .alignment import MAIN_SCORE, Encoded, decode_tags, encode, score
 from .budget import count_trainable
 from .config import FusionConfig
 from .data import Example, Splits, load_splits
+from .features import LayerStateCache, cache_layer_states
 from .files import check_output, written_aside
 from .loading import PEFT_TASKS, load_model, load_tokenizer
 from .recipe import Recipe, Task
@@ -60,18 +61,20 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 class Evaluation:
     """Examples with their encoding; turns the label numbers that a model predicts into scores.
 
-    The dataset is sorted by length, so that a batch has little padding.
+    The dataset is sorted by length, so that a batch has little padding; with a cache it brings the layer states along.
     """
 
     task: Task
     labels: list[str]
     examples: Sequence[Example]
     encoded: Encoded
+    cache: LayerStateCache | None = None
 
     def __post_init__(self) -> None:
         rows = self.encoded.rows
         self.order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]), reverse=True)
-        self.dataset = Dataset.from_list([rows[i] for i in self.order])
+        ordered = [rows[i] for i in self.order]
+        self.dataset: Any = Dataset.from_list(ordered) if self.cache is None else self.cache.dataset(ordered)
 
     def scores(self, predictions: Any, label_ids: Any) -> dict[str, Any]:
         """Scores of predicted label numbers.
@@ -102,7 +105,9 @@ class OrderedTrainer(Trainer):
         return SequentialSampler(eval_dataset)
 
 
-def run_recipe(recipe: Recipe, output: str | Path, overwrite: bool = False) -> dict[str, Any]:
+def run_recipe(
+    recipe: Recipe, output: str | Path, overwrite: bool = False, cache: str | Path | None = None
+) -> dict[str, Any]:
     """Trains what a recipe describes and writes the run to a folder.
 
     The folder holds `adapter/` (what peft saves), `metrics.json`, `run.json` (what `predict` needs: recipe, labels) and
@@ -112,27 +117,27 @@ def run_recipe(recipe: Recipe, output: str | Path, overwrite: bool = False) -> d
         recipe: The recipe.
         output: The folder, new or empty.
         overwrite: Replace an earlier run in that folder.
+        cache: A folder of cached layer states to train from, see `cache_recipe`.
 
     Returns:
         The content of `metrics.json`.
 
     Raises:
+        StaleCacheError: If the cache belongs to something else.
         ValueError: If data, adapter and backbone do not fit.
         OSError: If the model, the data or the output folder cannot be read or written.
     """
     output = check_output(output, overwrite)
-    config = FusionConfig(task_type=PEFT_TASKS[recipe.task], **recipe.adapter)  # type: ignore[arg-type]
+    config = adapter_config(recipe)
     started = time.perf_counter()
     splits = load_splits(recipe.data, recipe.task, recipe.seed)
-    set_seed(recipe.seed)
-    if not torch.cuda.is_available():
-        # sharp softmaxes over depth make denormal numbers, on which a CPU is several times slower
-        torch.set_flush_denormal(True)
-    tokenizer = load_tokenizer(recipe.backbone)
-    backbone = load_model(recipe.backbone, recipe.task, splits.labels, config.modules_to_save or ())
-    model = attach(backbone, config, tokenizer)
+    model, tokenizer = load_attached(recipe, config, splits.labels)
+    states = None
+    if cache is not None:
+        states = LayerStateCache(cache, model)
+        states.check(model, tokenizer=tokenizer, max_length=recipe.data.max_length)
     with written_aside(output) as folder:
-        metrics = train(model, tokenizer, recipe, splits, folder)
+        metrics = train(model, tokenizer, recipe, splits, folder, states)
         # the name to record is the recipe's, not the folder of an installed package
         base = model.get_base_model()
         base.name_or_path = base.config._name_or_path = config.base_model_name_or_path = recipe.backbone.model
@@ -149,6 +154,43 @@ def run_recipe(recipe: Recipe, output: str | Path, overwrite: bool = False) -> d
     return metrics
 
 
+def cache_recipe(recipe: Recipe, folder: str | Path, dtype: str = "float16") -> LayerStateCache:
+    """Computes the layer states of a recipe's data once, for `run_recipe(..., cache=folder)`.
+
+    Args:
+        recipe: The recipe; its backbone must stay as it is, so no LoRA.
+        folder: See `cache_layer_states`.
+        dtype: See there.
+    """
+    config = adapter_config(recipe)
+    splits = load_splits(recipe.data, recipe.task, recipe.seed)
+    model, tokenizer = load_attached(recipe, config, splits.labels)
+    length = recipe.data.max_length
+    rows = [
+        row
+        for examples in (splits.train, splits.dev, splits.test)
+        for row in encode(examples, tokenizer, splits.labels, recipe.task, length).rows
+    ]
+    collator = DataCollatorWithPadding(tokenizer)
+    return cache_layer_states(model, rows, folder, collator, dtype=dtype, tokenizer=tokenizer, max_length=length)
+
+
+def adapter_config(recipe: Recipe) -> FusionConfig:
+    """The adapter that a recipe describes."""
+    return FusionConfig(task_type=PEFT_TASKS[recipe.task], **recipe.adapter)  # type: ignore[arg-type]
+
+
+def load_attached(recipe: Recipe, config: FusionConfig, labels: list[str]) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Seeds, loads backbone and tokenizer, and attaches the adapter with a fresh head."""
+    set_seed(recipe.seed)
+    if not torch.cuda.is_available():
+        # sharp softmaxes over depth make denormal numbers, on which a CPU is several times slower
+        torch.set_flush_denormal(True)
+    tokenizer = load_tokenizer(recipe.backbone)
+    backbone = load_model(recipe.backbone, recipe.task, labels, config.modules_to_save or ())
+    return attach(backbone, config, tokenizer), tokenizer
+
+
 def attach(model: nn.Module, config: FusionConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Attaches the adapter, and tells a model without padding token which one the tokenizer uses."""
     if getattr(model.config, "pad_token_id", None) is None:
@@ -156,7 +198,14 @@ def attach(model: nn.Module, config: FusionConfig, tokenizer: PreTrainedTokenize
     return get_peft_model(model, config)  # type: ignore[arg-type]
 
 
-def train(model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, splits: Splits, folder: Path) -> dict[str, Any]:
+def train(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    splits: Splits,
+    folder: Path,
+    cache: LayerStateCache | None = None,
+) -> dict[str, Any]:
     """Trains an attached model on the splits, keeps the best epoch by the development score, and measures.
 
     Args:
@@ -165,6 +214,7 @@ def train(model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, splits
         recipe: Training arguments, task and seed.
         splits: The data.
         folder: Where checkpoints go while training; they are removed at the end.
+        cache: Layer states to train and score from, instead of running the backbone.
 
     Returns:
         Scores, counts, times, memory and versions, as in `metrics.json`.
@@ -175,6 +225,7 @@ def train(model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, splits
             splits.labels,
             examples,
             encode(examples, tokenizer, splits.labels, recipe.task, recipe.data.max_length),
+            cache,
         )
         for name, examples in (("train", splits.train), ("dev", splits.dev), ("test", splits.test))
         if examples
@@ -235,13 +286,16 @@ def make_trainer(
     except (TypeError, ValueError) as error:
         raise ValueError(f"The recipe's section 'training' does not fit: {' '.join(str(error).split())}") from error
     tokens = recipe.task == "token_classification"
+    collator: Any = DataCollatorForTokenClassification(tokenizer) if tokens else DataCollatorWithPadding(tokenizer)
+    if train_set.cache is not None:
+        collator = train_set.cache.collator(collator)
     name = MAIN_SCORE[recipe.task]
     return OrderedTrainer(
         model=model,
         args=arguments,
         train_dataset=train_set.dataset,
         eval_dataset=dev_set.dataset,
-        data_collator=DataCollatorForTokenClassification(tokenizer) if tokens else DataCollatorWithPadding(tokenizer),
+        data_collator=collator,
         compute_metrics=lambda result: {name: dev_set.scores(result.predictions, result.label_ids)[name]},
         # label numbers instead of logits: the scores need no more, and a large set of labels would fill the memory
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),

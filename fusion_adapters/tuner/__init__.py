@@ -11,10 +11,10 @@ from peft.tuners.lora import LoraModel
 
 from ..config import FusionConfig, FusionPeftType
 from .heads import TASK_HEADS
-from .layer import FusionLayer, depth_weights, fusion_layers
+from .layer import FusionLayer, depth_weights, fusion_layers, layers_read
 from .model import FusionModel
 
-__all__ = ["TASK_HEADS", "FusionLayer", "FusionModel", "depth_weights", "fusion_layers", "register"]
+__all__ = ["TASK_HEADS", "FusionLayer", "FusionModel", "depth_weights", "fusion_layers", "layers_read", "register"]
 
 
 def register() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..backbone import Backbone
 from ..fingerprint import fingerprint
 from ..fusions import Context, Fusion
 from ..quantization import keep_unpacked
-from ..taps import Taps
+from ..taps import GivenStates, Taps
 
 
 class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
@@ -177,6 +178,31 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
 def fusion_layers(model: nn.Module) -> list[FusionLayer]:
     """The fusion layers of an attached model: one, or for an encoder-decoder one for each stack that has fusions."""
     return [m for m in model.modules() if isinstance(m, FusionLayer)]
+
+
+def replaying(model: nn.Module, layer_states: dict[str, Tensor]) -> AbstractContextManager[None]:
+    """For calls in the body, takes layer states that were computed earlier instead of running the blocks.
+
+    Raises:
+        ValueError: If the model has no single active fusion, or something trains inside its backbone.
+    """
+    layers = fusion_layers(model)
+    if len(layers) != 1 or layers[0].backbone.stack is not None or layers[0].active_fusion is None:
+        raise ValueError(
+            "layer_states stand for the blocks of one stack under an active fusion; this model is an encoder-decoder, or its "
+            "adapter is disabled. Call it without layer_states."
+        )
+    if layers[0].trains_states():
+        raise ValueError(
+            "layer_states were computed before training, but parameters inside the backbone train now (LoRA, or "
+            "modules_to_save before the blocks), so the states would change with every step. Train live, without a cache."
+        )
+    return layers[0].taps.replaying(GivenStates(layer_states["states"], layer_states["positions"]))
+
+
+def layers_read(layer: FusionLayer) -> tuple[int, ...]:
+    """The layer states that training the active fusion needs, ascending: those that it reads, and `z_L`."""
+    return tuple(sorted({*(layer.wanted_layers() or ()), layer.backbone.num_layers}))
 
 
 def depth_weights(model: nn.Module, *, stack: str | None = None, **inputs: Any) -> Tensor:

@@ -35,7 +35,7 @@ from .checks import (
     wrapped_keys,
 )
 from .heads import check_head, name_task_heads, remove_float32_hook, train_head_in_float32
-from .layer import FusionLayer, fusion_layers
+from .layer import FusionLayer, fusion_layers, replaying
 
 
 class FusionModel(LoraModel):
@@ -103,6 +103,23 @@ class FusionModel(LoraModel):
                 check_wrapped_tensors(model, adapter_name, weights)
         for layer in fusion_layers(model):
             layer.train(layer.backbone.root.training)
+
+    def forward(self, *args: Any, layer_states: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
+        """Calls the model; with `layer_states` (see `fusion_adapters.features`) the blocks do not run.
+
+        Args:
+            *args: What the model is called with.
+            layer_states: `states` `(N, tokens, d)` of the layers that the fusion reads, and `z_L` last; and `positions`
+                `(tokens,)` of each token in the padded batch.
+            **kwargs: As `args`.
+
+        Raises:
+            ValueError: If the states do not fit the fusion, or something trains inside the backbone.
+        """
+        if layer_states is None:
+            return super().forward(*args, **kwargs)
+        with replaying(self.model, layer_states):
+            return super().forward(*args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; if it was active, the first of those that are left becomes active."""

@@ -1,0 +1,22 @@
+"""Cached layer states: one forward pass of a frozen backbone, then training without it.
+
+cache = cache_layer_states(model, rows, "states", collator)
+Trainer(model, arguments, cache.collator(collator), cache.dataset(rows)).train()
+"""
+
+from .cache import LayerStateCache
+from .dataset import CachedCollator, CachedDataset
+from .extract import Plan, cache_layer_states, plan_cache
+from .key import cache_key
+from .storage import StaleCacheError
+
+__all__ = [
+    "CachedCollator",
+    "CachedDataset",
+    "LayerStateCache",
+    "Plan",
+    "StaleCacheError",
+    "cache_key",
+    "cache_layer_states",
+    "plan_cache",
+]

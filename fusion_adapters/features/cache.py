@@ -1,0 +1,167 @@
+"""`LayerStateCache`: layer states on disk, found by row and read by memory map."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..tuner import layers_read
+from .dataset import CachedCollator, CachedDataset
+from .key import backbone_of, cache_key, key_differences, row_signature
+from .storage import DTYPES, StaleCacheError, read_index, read_manifest, shard_is_whole
+
+
+class LayerStateCache:
+    """Layer states on disk, read by memory map.
+
+    Args:
+        folder: A folder that `cache_layer_states` wrote.
+        model: The model that will train from it; its backbone must be the one that the states come from.
+        verify: Read every shard once and compare its checksum.
+
+    Attributes:
+        layers: Indices of the layer states, ascending; the last is `L`.
+        dtype: How they are stored: `float32`, `float16`, `bfloat16` or `int8`.
+
+    Raises:
+        FileNotFoundError: If the folder holds no cache, or shards are missing.
+        StaleCacheError: If the cache belongs to another backbone, or lacks layers.
+        ValueError: If a shard is damaged.
+    """
+
+    def __init__(self, folder: str | Path, model: nn.Module | None = None, verify: bool = True) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        self.layers: list[int] = self.manifest["layers"]
+        self.dtype: str = self.manifest["dtype"]
+        self._readers: dict[int, Any] = {}
+        self._rows: dict[bytes, int] | None = None
+        missing = [s["file"] for s in self.manifest["shards"] if not (self.folder / s["file"]).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"The cache {str(self.folder)!r} is not complete: {len(missing)} of {len(self.manifest['shards'])} shards are "
+                "missing. Run the extraction again with the same settings; it goes on where it stopped."
+            )
+        signatures, places = read_index(self.folder)
+        self._signatures = [s.tobytes() for s in signatures.numpy()]
+        self._places: list[tuple[int, int, int]] = places.tolist()  # shard, first token, tokens
+        if model is not None:
+            self.check(model)
+        if verify:
+            damaged = [s["file"] for s in self.manifest["shards"] if not shard_is_whole(self.folder / s["file"], s)]
+            if damaged:
+                raise ValueError(
+                    f"{len(damaged)} of {len(self.manifest['shards'])} shards of the cache {str(self.folder)!r} are damaged "
+                    f"({', '.join(damaged[:4])}): the checksum does not fit. Run the extraction again with the same "
+                    "settings; it makes only these anew."
+                )
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __repr__(self) -> str:
+        tokens = sum(s["tokens"] for s in self.manifest["shards"])
+        return (
+            f"LayerStateCache({str(self.folder)!r}, {len(self)} rows, {tokens} tokens, layers {self.layers}, {self.dtype})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_readers": {}}  # open files do not travel to the processes of a data loader
+
+    def check(self, model: nn.Module, **parts: Any) -> None:
+        """Checks that the states are those of a model's backbone.
+
+        Args:
+            model: The model, attached or not.
+            **parts: `tokenizer` and `max_length`, see `cache_key`.
+
+        Raises:
+            StaleCacheError: If a part of the key differs (the message names it), or the fusion reads a layer that was
+                not cached.
+        """
+        wrong = key_differences(self.manifest["key"], cache_key(model, **parts))
+        if wrong:
+            raise StaleCacheError(
+                f"The cache {str(self.folder)!r} was made for something else; {'; '.join(wrong)}. Its states would be wrong "
+                "here. Extract into another folder, or go back to what the cache was made for."
+            )
+        _, layer = backbone_of(model)
+        lacking = sorted(set(layers_read(layer)) - set(self.layers)) if layer is not None else []
+        if lacking:
+            raise StaleCacheError(
+                f"The fusion reads the layer states {lacking}, which the cache {str(self.folder)!r} does not hold (it has "
+                f"{self.layers}). Extract again into another folder with this model, or set fusion_layers to what is there."
+            )
+
+    def find(self, rows: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The numbers of rows in the cache, by their model inputs.
+
+        Raises:
+            StaleCacheError: If a row is not in the cache; says how many.
+        """
+        if self._rows is None:
+            self._rows = {s: i for i, s in enumerate(self._signatures)}
+        found = [self._rows.get(row_signature(row), -1) for row in rows]
+        absent = found.count(-1)
+        if absent:
+            raise StaleCacheError(
+                f"{absent} of {len(found)} rows are not in the cache {str(self.folder)!r} (the first: row {found.index(-1)}): "
+                "their text is another, or was tokenised or cut in another way. Extract the states of these data."
+            )
+        return found
+
+    def length(self, number: int) -> int:
+        """The number of positions of a row."""
+        return self._places[number][2]
+
+    def read(self, numbers: Sequence[int], layers: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """States of rows, one after the other, without padding.
+
+        Args:
+            numbers: Numbers of rows, see `find`.
+            layers: Which layers; None means all of the cache.
+            dtype: Of the result; None keeps the stored one (float32 for int8).
+
+        Returns:
+            `(N, tokens, d)`, the layers first, so that each layer lies in one piece.
+        """
+        columns = [self.layers.index(i) for i in (self.layers if layers is None else layers)]
+        if dtype is None:
+            dtype = torch.float32 if self.dtype == "int8" else DTYPES[self.dtype]
+        starts, total = [], 0
+        for number in numbers:
+            starts.append(total)
+            total += self._places[number][2]
+        result = torch.empty(len(columns), total, self.manifest["hidden_size"], dtype=dtype)
+        everything = columns == list(range(len(self.layers)))
+        # in the order of the files, whatever the order of the batch
+        for i in sorted(range(len(numbers)), key=lambda i: self._places[numbers[i]]):
+            shard, first, count = self._places[numbers[i]]
+            reader = self._reader(shard)
+            states = reader["states"][first : first + count]  # (tokens, layers, d)
+            if not everything:
+                states = states[:, columns]
+            if "scales" in reader:
+                states = states * reader["scales"][first : first + count][:, columns].unsqueeze(-1)
+            result[:, starts[i] : starts[i] + count].copy_(states.transpose(0, 1))
+        return result
+
+    def dataset(self, rows: Sequence[Mapping[str, Any]], layers: Sequence[int] | None = None) -> CachedDataset:
+        """A dataset of these rows with their states, see `CachedDataset`."""
+        return CachedDataset(self, rows, layers)
+
+    def collator(self, collator: Any, dtype: torch.dtype | None = None) -> CachedCollator:
+        """The task's collator with the states added to its batches, see `CachedCollator`."""
+        return CachedCollator(collator, dtype)
+
+    def _reader(self, shard: int) -> dict[str, Any]:
+        reader = self._readers.get(shard)
+        if reader is None:
+            file = safe_open(self.folder / self.manifest["shards"][shard]["file"], "pt")
+            reader = self._readers[shard] = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return reader

@@ -1,0 +1,106 @@
+"""The folder of a cache: a manifest, an index of rows, and shards that carry their own checksum.
+
+manifest.json         key, layers, dtype, width, shards with their rows and tokens
+index.safetensors     for each row: signature, shard, first token, number of tokens
+shard-00000.safetensors ...
+states   (tokens, layers, d)  float16, bfloat16, float32 or int8; no padding
+scales   (tokens, layers)     float32, for int8 only: a state is states * scales
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FORMAT = 1
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+MANIFEST = "manifest.json"
+INDEX = "index.safetensors"
+
+
+class StaleCacheError(ValueError):
+    """A cache that does not belong to the model, the tokenizer or the rows it is asked for."""
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a cache.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it cannot be read, or is of another version of the format.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"The folder {str(folder)!r} holds no cache of layer states (no {MANIFEST}). Make one by 'fusion-adapters "
+            "cache', or by fusion_adapters.features.cache_layer_states."
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        written = manifest["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"The manifest {str(path)!r} is damaged ({error}). Delete the folder and extract the states again."
+        ) from error
+    if written != FORMAT:
+        raise ValueError(
+            f"The cache {str(folder)!r} has format {written}, this version reads format {FORMAT}. Delete the folder and "
+            "extract the states again."
+        )
+    return manifest
+
+
+def read_index(folder: Path) -> tuple[Tensor, Tensor]:
+    """Signatures `(rows, 16)` uint8 and places `(rows, 3)` int64 (shard, first token, tokens) of the rows of a cache."""
+    index = load_file(folder / INDEX)
+    return index["signatures"], index["places"]
+
+
+def write_plan(folder: Path, manifest: dict[str, Any], signatures: Tensor, places: Tensor) -> None:
+    """Writes index and manifest; the manifest last, so that a folder with one has the other."""
+    _save(folder / INDEX, {"signatures": signatures, "places": places}, {})
+    aside = folder / f".{MANIFEST}"
+    aside.write_text(json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n", encoding="utf-8")
+    aside.replace(folder / MANIFEST)
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a shard with its checksum; it appears when it is whole."""
+    _save(path, tensors, {"sha256": _checksum(tensors)})
+
+
+def shard_is_whole(path: Path, planned: Mapping[str, Any]) -> bool:
+    """Whether a shard is there, has the planned number of tokens, and has the checksum that it carries."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            stated = (file.metadata() or {}).get("sha256")
+    except (OSError, SafetensorError, ValueError):
+        return False
+    return len(tensors.get("states", ())) == planned["tokens"] and stated == _checksum(tensors)
+
+
+def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, aside, metadata)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name}{tuple(tensors[name].shape)}{tensors[name].dtype}".encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

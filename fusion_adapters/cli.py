@@ -68,6 +68,24 @@ def cache(
 
 
 @app.command()
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="The recipe of a comparison, see recipes/study_*.yaml.")],
+    output: Annotated[Path, typer.Option(help="Folder of the comparison; one that was stopped goes on there.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value: key=value.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="The recipe's small form, with output of the same shape.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
+) -> None:
+    """Compare methods over training sizes and seeds; write tables and figures."""
+    from .study import load_study, run_study
+
+    run_study(load_study(recipe, settings, quick), output, workers)
+    print((output / "summary.md").read_text(encoding="utf-8"))
+    print(output / "summary.json")
+
+
+@app.command()
 def predict(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that train wrote.")],
     text: Annotated[

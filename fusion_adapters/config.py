@@ -45,12 +45,14 @@ class FusionConfig(LoraConfig):
     options of a method are None for its own default; an option that the method does not have is refused.
 
     Args:
-        fusion: The method: `dwatt`, `concat`, `scalar_mix`, `deeper`, `mlp` or `last`.
+        fusion: The method, a name in `FUSIONS`.
         fusion_layers: The layer states to fuse, `0` (embeddings) to `L` (last block) or negative; None means `1 .. L`.
         fusion_bottleneck: Width of the method's MLPs; an int, or a float as fraction of the hidden size.
         fusion_heads: Heads of the method's attention (over depth in `dwatt`, over positions in `deeper`).
         fusion_scale: Whether `dwatt` scales its scores by the square root of the size of a head.
         fusion_dropout: Probability of dropping a weight over depth in training.
+        fusion_weights: `"uniform"` gives `dwatt` the same weight for every layer, a control.
+        fusion_temperature: Divides the scores of `laya`.
         fusion_init: `"identity"` (a fresh adapter leaves the model's answers as they were) or `"paper"`.
         fusion_num_blocks: How many blocks `deeper` adds.
         fusion_feedforward: Feed-forward width of the blocks that `deeper` adds.
@@ -76,6 +78,8 @@ class FusionConfig(LoraConfig):
     fusion_heads: int | None = _option("Heads of the method's attention.")
     fusion_scale: bool | None = _option("Whether dwatt scales its scores.")
     fusion_dropout: float | None = _option("Dropout on the weights over depth.")
+    fusion_weights: str | None = _option("'attention', or 'uniform' for dwatt's control.")
+    fusion_temperature: float | None = _option("Temperature of laya's softmax over depth.")
     fusion_init: str | None = _option("'identity' or 'paper'.")
     fusion_num_blocks: int | None = _option("How many blocks 'deeper' adds.")
     fusion_feedforward: int | None = _option("Feed-forward width of the blocks that 'deeper' adds.")

@@ -71,6 +71,8 @@ def load_splits(recipe: DataRecipe, task: Task, seed: int) -> Splits:
     for split, examples in read.items():
         _check_labels(examples, labels, f"{recipe.path}, {split}")
     order = random.Random(seed)
+    if "test" not in read and recipe.test_fraction is not None:
+        train, read["test"] = _cut(train, recipe.test_fraction)
     if "dev" not in read:
         # the same cut for every seed: runs of one recipe are compared on the same development data
         train, read["dev"] = _cut(train, recipe.dev_fraction)

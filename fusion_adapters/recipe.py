@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from .config import FusionConfig
 
+Model = TypeVar("Model", bound=BaseModel)
 Task = Literal["token_classification", "sequence_classification"]
 
 
@@ -55,6 +56,9 @@ class DataRecipe(_Section):
     dev_fraction: float = Field(
         0.1, gt=0, lt=1, description="Share of train to cut off for development, if there is no dev."
     )
+    test_fraction: float | None = Field(
+        None, gt=0, lt=1, description="Share of train to cut off for testing, if there is no test; the same for every seed."
+    )
     limit: int | None = Field(None, ge=1, description="Use this many training examples, drawn by the seed.")
     max_length: int = Field(256, ge=8, description="Word pieces per example; longer sentences of tokens are split.")
 
@@ -86,6 +90,13 @@ def load_recipe(path: str | Path, settings: list[str] | None = None) -> Recipe:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is no YAML mapping, or a key or a value does not fit; names near misses.
     """
+    values = read_yaml(path)
+    apply_settings(values, settings)
+    return parse_recipe(values, str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The content of a YAML file that holds a mapping; see `load_recipe`."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
@@ -97,19 +108,20 @@ def load_recipe(path: str | Path, settings: list[str] | None = None) -> Recipe:
         raise ValueError(f"The recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise ValueError(
-            f"The recipe {str(path)!r} must hold sections with keys ({', '.join(Recipe.model_fields)}); it is empty or a list."
+            f"The recipe {str(path)!r} must hold sections with keys (for example task, backbone, data); it is empty or a list."
         )
+    return values
+
+
+def apply_settings(values: dict[str, Any], settings: list[str] | None) -> None:
+    """Applies changes, `section.key=value`, the value in YAML. Raises ValueError if one does not fit."""
     for setting in settings or []:
         _apply(values, setting)
-    return parse_recipe(values, str(path))
 
 
 def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
     """Checks the content of a recipe; `source` names it in errors. Raises ValueError."""
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValidationError as error:
-        raise ValueError(f"The recipe {source!r} does not fit. {' '.join(_explain(e) for e in error.errors())}") from error
+    recipe = validated(Recipe, values, source)
     adapter_fields = {f.name for f in dataclasses.fields(FusionConfig) if f.init} - RESERVED_ADAPTER
     arguments = {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.init}
     training_fields = arguments.keys() - RESERVED_TRAINING
@@ -121,6 +133,15 @@ def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
         if number and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise ValueError(f"The recipe {source!r} does not fit. 'training.{key}' is {value!r}; it must be a number.")
     return recipe
+
+
+def validated(model: type[Model], values: dict[str, Any], source: str) -> Model:
+    """The content of a YAML file as a pydantic model. Raises ValueError with all that does not fit."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        explained = " ".join(_explain(e, model) for e in error.errors())
+        raise ValueError(f"The recipe {source!r} does not fit. {explained}") from error
 
 
 def _apply(values: dict[str, Any], setting: str) -> None:
@@ -141,13 +162,15 @@ def _apply(values: dict[str, Any], setting: str) -> None:
         raise ValueError(f"--set {setting!r}: the value is not valid YAML ({' '.join(str(error).split())}).") from error
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, model: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        model: Any = Recipe
+        inner: Any = model
         for part in error["loc"][:-1]:
-            model = model.model_fields[str(part)].annotation
-        return f"{where!r} is not a key of a recipe.{_nearest(str(error['loc'][-1]), set(model.model_fields))}"
+            fields = getattr(inner, "model_fields", {})
+            # a mapping of sections: its names are the user's
+            inner = fields[str(part)].annotation if str(part) in fields else get_args(inner)[-1]
+        return f"{where!r} is not a key of a recipe.{_nearest(str(error['loc'][-1]), set(inner.model_fields))}"
     if error["type"] == "missing":
         return f"{where!r} is missing."
     return f"{where!r} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}."

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from . import __version__
-from .alignment import MAIN_SCORE, Encoded, decode_tags, encode, score
+from .alignment import MAIN_SCORE, Encoded, decode_tags, encode, main_score, score
 from .budget import count_trainable
 from .config import FusionConfig
 from .data import Example, Splits, load_splits
@@ -40,6 +40,7 @@ from .files import check_output, written_aside
 from .loading import PEFT_TASKS, load_model, load_tokenizer
 from .recipe import Recipe, Task
 from .reporting import model_card
+from .tuner import fusion_layers
 
 # Of the recipe's own; whatever it sets wins.
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -77,7 +78,11 @@ class Evaluation:
         self.dataset: Any = Dataset.from_list(ordered) if self.cache is None else self.cache.dataset(ordered)
 
     def scores(self, predictions: Any, label_ids: Any) -> dict[str, Any]:
-        """Scores of predicted label numbers.
+        """All scores of predicted label numbers; for arguments and errors see `main_score`."""
+        return score(self.task, *self._compared(predictions, label_ids))
+
+    def main_score(self, predictions: Any, label_ids: Any) -> float:
+        """The one score of predicted label numbers by which epochs are compared.
 
         Args:
             predictions: In the order of `dataset`, `(rows, positions)`, or `(rows,)` for sequences.
@@ -86,6 +91,10 @@ class Evaluation:
         Raises:
             RuntimeError: If the labels show that the predictions come in another order.
         """
+        return main_score(self.task, *self._compared(predictions, label_ids))
+
+    def _compared(self, predictions: Any, label_ids: Any) -> tuple[list[Any], list[Any]]:
+        """Gold and predicted labels in the order of the examples."""
         rows: list[Any] = [None] * len(self.order)
         for i, predicted, expected in zip(self.order, predictions, label_ids, strict=True):
             own = self.encoded.rows[i]["labels"]
@@ -93,9 +102,8 @@ class Evaluation:
                 raise RuntimeError("The Trainer returned predictions in another order than that of the dataset.")
             rows[i] = predicted
         if self.task == "sequence_classification":
-            return score(self.task, [e.labels[0] for e in self.examples], [self.labels[int(p)] for p in rows])
-        tags = decode_tags(self.encoded, rows, self.examples, self.labels)
-        return score(self.task, [e.labels for e in self.examples], tags)
+            return [e.labels[0] for e in self.examples], [self.labels[int(p)] for p in rows]
+        return [e.labels for e in self.examples], decode_tags(self.encoded, rows, self.examples, self.labels)
 
 
 class OrderedTrainer(Trainer):
@@ -288,7 +296,9 @@ def make_trainer(
     tokens = recipe.task == "token_classification"
     collator: Any = DataCollatorForTokenClassification(tokenizer) if tokens else DataCollatorWithPadding(tokenizer)
     if train_set.cache is not None:
-        collator = train_set.cache.collator(collator)
+        # a position without a label does not count, unless positions are mixed
+        alone = tokens and not any(layer.mixes_positions for layer in fusion_layers(model))
+        collator = train_set.cache.collator(collator, labelled_only=alone)
     name = MAIN_SCORE[recipe.task]
     return OrderedTrainer(
         model=model,
@@ -296,7 +306,7 @@ def make_trainer(
         train_dataset=train_set.dataset,
         eval_dataset=dev_set.dataset,
         data_collator=collator,
-        compute_metrics=lambda result: {name: dev_set.scores(result.predictions, result.label_ids)[name]},
+        compute_metrics=lambda result: {name: dev_set.main_score(result.predictions, result.label_ids)},
         # label numbers instead of logits: the scores need no more, and a large set of labels would fill the memory
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
     )

@@ -77,6 +77,36 @@ def scalar_mix_token(p, states, last, residual):
     return last + mixed if residual else mixed
 
 
+def attnres_token(p, states, last):
+    """sum_n softmax_n(w . RMSNorm(z_n)) z_n, as `z_L + gamma` times it where there is a gamma."""
+    scores = []
+    for state in states:
+        root = math.sqrt(sum(v * v for v in state.tolist()) / len(state) + 1e-6)
+        scores.append(float(p["query"] @ (state / root * p["key_norm_weight"])))
+    share = _softmax(scores)
+    mixed = sum(s * state for s, state in zip(share, states, strict=True))
+    fused = last + p["gamma"] * mixed if "gamma" in p else mixed
+    return fused, torch.tensor(share, dtype=torch.float64)
+
+
+def laya_token(p, states, last, residual, temperature):
+    """x_n = W_n z_n + b_n; a = softmax(S gelu(R [x_1; ..; x_N]) / tau); U sum_n a_n x_n + c."""
+    narrow = [p["down_weight"][n] @ state + p["down_bias"][n] for n, state in enumerate(states)]
+    hidden = _gelu(p["hidden_weight"] @ torch.cat(narrow) + p["hidden_bias"])
+    share = _softmax([s / temperature for s in (p["score_weight"] @ hidden + p["score_bias"]).tolist()])
+    update = p["up_weight"] @ sum(s * x for s, x in zip(share, narrow, strict=True)) + p["up_bias"]
+    return (last + update if residual else update), torch.tensor(share, dtype=torch.float64)
+
+
+def dwatt_uniform_token(p, states, last, gain_scale):
+    """Equations 4, 8 and 9 with the weight 1 / N for every layer."""
+    total = torch.zeros_like(last)
+    for n, state in enumerate(states):
+        gain, bias = gain_scale * p["value_norm_weight"][n], gain_scale * p["value_norm_bias"][n]
+        total = total + _norm(_mlp(p, "value", n, state), gain, bias)
+    return last + total / len(states)
+
+
 def mlp_token(p, last):
     """The last state plus equation 11 of it."""
     return last + _mlp(p, "mlp", 0, last)

@@ -33,6 +33,7 @@ METHODS = {name: {"fusion": name} for name in FUSIONS} | {
     "dwatt-1-head": {"fusion": "dwatt", "fusion_heads": 1, "fusion_scale": False, "fusion_dropout": 0.2},
     "concat-bottleneck": {"fusion": "concat", "fusion_bottleneck": 8},
     "deeper-copy": {"fusion": "deeper", "fusion_copy_last": True, "fusion_num_blocks": 2},
+    "dwatt-uniform": {"fusion": "dwatt", "fusion_weights": "uniform"},
     "dwatt-layers": {"fusion": "dwatt", "fusion_layers": [0, -1]},
 }
 

@@ -74,6 +74,36 @@ def test_scalar_mix_equals_its_equation(init):
         torch.testing.assert_close(fused[b, t].double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("init", ["identity", "paper"])
+def test_attnres_equals_its_equation(init):
+    fusion, states, last = build("attnres", init=init)
+    fused, weights = fusion(states, last, return_weights=True)
+    for b, t, token_states, token_last in each_token(states, last):
+        expected, expected_weights = reference.attnres_token(doubled(fusion), token_states, token_last)
+        torch.testing.assert_close(fused[b, t].double(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weights[b, t].double(), expected_weights, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"init": "paper"}, {"bottleneck": 5, "temperature": 0.7}])
+def test_laya_equals_its_equations(options):
+    fusion, states, last = build("laya", **options)
+    fused, weights = fusion(states, last, return_weights=True)
+    for b, t, token_states, token_last in each_token(states, last):
+        expected, expected_weights = reference.laya_token(
+            doubled(fusion), token_states, token_last, options.get("init") != "paper", options.get("temperature", 1.5)
+        )
+        torch.testing.assert_close(fused[b, t].double(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weights[b, t].double(), expected_weights, rtol=1e-4, atol=1e-6)
+
+
+def test_dwatt_with_uniform_weights_is_the_plain_mean_of_its_values():
+    fusion, states, last = build("dwatt", weights="uniform", bottleneck=5)
+    fused = fusion(states, last)
+    for b, t, token_states, token_last in each_token(states, last):
+        expected = reference.dwatt_uniform_token(doubled(fusion), token_states, token_last, 16)
+        torch.testing.assert_close(fused[b, t].double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_mlp_equals_its_equation():
     fusion, states, last = build("mlp", bottleneck=7)
     fused = fusion(states, last)
@@ -147,7 +177,7 @@ def test_every_method_starts_as_the_identity_and_learns_from_there(name):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert losses[-1] < losses[0] * (0.999 if name == "scalar_mix" else 0.8)
+    assert losses[-1] < losses[0] * (0.999 if name in ("scalar_mix", "attnres") else 0.8)
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in fusion.parameters()), "a parameter takes no part"
 
 

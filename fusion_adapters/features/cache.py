@@ -21,11 +21,12 @@ class LayerStateCache:
 
     Args:
         folder: A folder that `cache_layer_states` wrote.
-        model: The model that will train from it; its backbone must be the one that the states come from.
+        model: The model that will train from it; its backbone must be the one that the states come from, and datasets
+            hold the layers that its fusion reads.
         verify: Read every shard once and compare its checksum.
 
     Attributes:
-        layers: Indices of the layer states, ascending; the last is `L`.
+        layers: Indices of the cached layer states, ascending; the last is `L`.
         dtype: How they are stored: `float32`, `float16`, `bfloat16` or `int8`.
 
     Raises:
@@ -50,8 +51,11 @@ class LayerStateCache:
         signatures, places = read_index(self.folder)
         self._signatures = [s.tobytes() for s in signatures.numpy()]
         self._places: list[tuple[int, int, int]] = places.tolist()  # shard, first token, tokens
+        self.wanted = self.layers  # what a dataset reads
         if model is not None:
             self.check(model)
+            _, layer = backbone_of(model)
+            self.wanted = self.layers if layer is None else list(layers_read(layer))
         if verify:
             damaged = [s["file"] for s in self.manifest["shards"] if not shard_is_whole(self.folder / s["file"], s)]
             if damaged:
@@ -119,13 +123,20 @@ class LayerStateCache:
         """The number of positions of a row."""
         return self._places[number][2]
 
-    def read(self, numbers: Sequence[int], layers: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    def read(
+        self,
+        numbers: Sequence[int],
+        layers: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+        keep: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         """States of rows, one after the other, without padding.
 
         Args:
             numbers: Numbers of rows, see `find`.
             layers: Which layers; None means all of the cache.
             dtype: Of the result; None keeps the stored one (float32 for int8).
+            keep: For each row which of its positions to read, bool; None means all.
 
         Returns:
             `(N, tokens, d)`, the layers first, so that each layer lies in one piece.
@@ -134,9 +145,9 @@ class LayerStateCache:
         if dtype is None:
             dtype = torch.float32 if self.dtype == "int8" else DTYPES[self.dtype]
         starts, total = [], 0
-        for number in numbers:
+        for i, number in enumerate(numbers):
             starts.append(total)
-            total += self._places[number][2]
+            total += self._places[number][2] if keep is None else int(keep[i].sum())
         result = torch.empty(len(columns), total, self.manifest["hidden_size"], dtype=dtype)
         everything = columns == list(range(len(self.layers)))
         # in the order of the files, whatever the order of the batch
@@ -148,16 +159,18 @@ class LayerStateCache:
                 states = states[:, columns]
             if "scales" in reader:
                 states = states * reader["scales"][first : first + count][:, columns].unsqueeze(-1)
-            result[:, starts[i] : starts[i] + count].copy_(states.transpose(0, 1))
+            if keep is not None:
+                states = states[keep[i]]
+            result[:, starts[i] : starts[i] + len(states)].copy_(states.transpose(0, 1))
         return result
 
     def dataset(self, rows: Sequence[Mapping[str, Any]], layers: Sequence[int] | None = None) -> CachedDataset:
-        """A dataset of these rows with their states, see `CachedDataset`."""
-        return CachedDataset(self, rows, layers)
+        """A dataset of these rows with the states that the model reads, see `CachedDataset`."""
+        return CachedDataset(self, rows, self.wanted if layers is None else layers)
 
-    def collator(self, collator: Any, dtype: torch.dtype | None = None) -> CachedCollator:
+    def collator(self, collator: Any, dtype: torch.dtype | None = None, labelled_only: bool = False) -> CachedCollator:
         """The task's collator with the states added to its batches, see `CachedCollator`."""
-        return CachedCollator(collator, dtype)
+        return CachedCollator(collator, dtype, labelled_only)
 
     def _reader(self, shard: int) -> dict[str, Any]:
         reader = self._readers.get(shard)

@@ -9,6 +9,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import BatchEncoding
 
+IGNORED = -100  # the label of positions without one, as torch's cross-entropy wants it
+
 if TYPE_CHECKING:
     from .cache import LayerStateCache
 
@@ -35,18 +37,16 @@ class CachedDataset(Dataset[CachedRow]):
         cache: The cache.
         rows: Tokenised rows (`input_ids`, `attention_mask`, `labels`, ...), any part of those that were cached and in any
             order; labels may be others than when the states were extracted.
-        layers: The layer states to read; None means all of the cache. It must be what the fusion reads, and `L`.
+        layers: The layer states to read: those of the fusion, and `L`.
 
     Raises:
         StaleCacheError: If a row is not in the cache.
     """
 
-    def __init__(
-        self, cache: LayerStateCache, rows: Sequence[Mapping[str, Any]], layers: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, cache: LayerStateCache, rows: Sequence[Mapping[str, Any]], layers: Sequence[int]) -> None:
         self.cache = cache
         self.rows = rows
-        self.layers = list(cache.layers if layers is None else layers)
+        self.layers = list(layers)
         self.numbers = cache.find(rows)
 
     def __len__(self) -> int:
@@ -66,11 +66,16 @@ class CachedCollator:
     Args:
         collator: What would collate the rows without a cache.
         dtype: Of the states; None means float32 on a machine without GPU, else as stored (the model converts).
+        labelled_only: Leave out positions whose label is -100. Loss and gradients of a token head stay the same, with less
+            arithmetic; its logits at the positions left out mean nothing. Not for fusions or heads that mix positions.
     """
 
-    def __init__(self, collator: Callable[[list[Any]], Any], dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, collator: Callable[[list[Any]], Any], dtype: torch.dtype | None = None, labelled_only: bool = False
+    ) -> None:
         self.collator = collator
         self.dtype = torch.float32 if dtype is None and not torch.cuda.is_available() else dtype
+        self.labelled_only = labelled_only
 
     def __call__(self, rows: Sequence[CachedRow]) -> dict[str, Any]:
         """Collates rows of a `CachedDataset`.
@@ -80,14 +85,20 @@ class CachedCollator:
         """
         batch = self.collator([dict(row.data) for row in rows])
         source, numbers = rows[0].source, [row.number for row in rows]
-        states = source.cache.read(numbers, source.layers, self.dtype)
+        total = sum(source.cache.length(n) for n in numbers)
         mask = batch.get("attention_mask")
-        positions = torch.arange(states.shape[1]) if mask is None else mask.flatten().nonzero().squeeze(1)
-        if len(positions) != states.shape[1]:
+        positions = torch.arange(total) if mask is None else mask.flatten().nonzero().squeeze(1)
+        if len(positions) != total:
             if len({source.cache.length(n) for n in numbers}) > 1:
                 raise ValueError(
-                    f"The collated batch has {len(positions)} positions with a mask of 1, its cached states {states.shape[1]}. The "
+                    f"The collated batch has {len(positions)} positions with a mask of 1, its cached states {total}. The "
                     "collator must not cut or lengthen rows: tokenise to the final length before extracting."
                 )
-            positions = torch.arange(states.shape[1])  # images and sound: the mask, if any, counts something else
+            positions = torch.arange(total)  # images and sound: the mask, if any, counts something else
+        keep = None
+        if self.labelled_only:
+            labelled = batch["labels"].flatten()[positions] != IGNORED
+            keep = labelled.split([source.cache.length(n) for n in numbers])
+            positions = positions[labelled]
+        states = source.cache.read(numbers, source.layers, self.dtype, keep)
         return {**batch, "layer_states": {"states": states, "positions": positions}}

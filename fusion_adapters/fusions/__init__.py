@@ -9,11 +9,13 @@ from typing import Any
 
 from torch import nn
 
+from .attnres import AttnRes
 from .base import Context, Fusion, resolve_layers
 from .concat import Concat
 from .controls import MLP, Last
 from .deeper import Deeper
 from .dwatt import DWAtt
+from .laya import LAYA
 from .scalar_mix import ScalarMix
 
 __all__ = ["FUSIONS", "Context", "Fusion", "build_fusion", "fusion_class", "fusion_options", "resolve_layers"]
@@ -22,6 +24,8 @@ FUSIONS: dict[str, type[Fusion]] = {
     "dwatt": DWAtt,
     "concat": Concat,
     "scalar_mix": ScalarMix,
+    "attnres": AttnRes,
+    "laya": LAYA,
     "deeper": Deeper,
     "mlp": MLP,
     "last": Last,

@@ -32,7 +32,7 @@ class DWAtt(Fusion):
     `h = z_L + sum_n softmax_n(q . k_n) v_n` with the query `q = 1 + elu(z_L + f_Q(z_L))` from the last layer, static
     keys `k_n = W_K p_n` from learned layer embeddings `p_n`, and values `v_n = LN_n(f_n(z_n))` from a bottleneck MLP
     per layer. Parameters at `N` layers and bottleneck `r`:
-    `N (2 d r + 3 r + 3 d) + (2 d r + 3 r + d) + 24 N + 24 d`.
+    `N (2 d r + 3 r + 3 d) + (2 d r + 3 r + d) + 24 N + 24 d`, with uniform weights `N (2 d r + 3 r + 3 d)`.
 
     Beyond the paper: `heads` groups the coordinates of the hidden vector, and each group has its own distribution over
     depth; `scale` divides the scores by the square root of the group's size; `dropout` drops weights over depth.
@@ -44,6 +44,8 @@ class DWAtt(Fusion):
         heads: Distributions over depth per token; must divide `d`.
         scale: Whether to scale the scores.
         dropout: Probability of dropping a weight over depth in training.
+        weights: `"attention"`, or `"uniform"` for the control that gives every layer the same weight and has neither query
+            nor keys: what the attention over depth adds is the difference between the two.
         init: `"identity"` starts the gain of every outer norm at zero and stores gain and bias as a sixteenth of what
             they count for, so that they learn fast enough; `"paper"` starts the gains at one.
     """
@@ -60,16 +62,21 @@ class DWAtt(Fusion):
         heads: int = 8,
         scale: bool = True,
         dropout: float = 0.0,
+        weights: str = "attention",
         init: str = "identity",
     ) -> None:
         super().__init__(hidden_size, layers)
+        if weights not in ("attention", "uniform"):
+            raise ValueError(f"fusion_weights={weights!r} is unknown. Use 'attention', or 'uniform' for the control.")
         depth, width = len(self.layers), bottleneck_width(bottleneck, hidden_size)
+        self.attends = weights == "attention"
         self.heads = check_heads(heads, hidden_size)
         self.scale = (hidden_size // self.heads) ** -0.5 if scale else 1.0
         self.dropout = dropout
-        self.position = nn.Parameter(torch.rand(depth, POSITION_SIZE))
-        self.key_weight = linear_weight(hidden_size, POSITION_SIZE)
-        self.query = BottleneckMLP(1, hidden_size, width)
+        if self.attends:
+            self.position = nn.Parameter(torch.rand(depth, POSITION_SIZE))
+            self.key_weight = linear_weight(hidden_size, POSITION_SIZE)
+            self.query = BottleneckMLP(1, hidden_size, width)
         self.value = BottleneckMLP(depth, hidden_size, width)
         gain, self.gain_scale = (1.0, 1.0) if check_init(init) == "paper" else (0.0, GAIN_SCALE)
         self.value_norm_weight = nn.Parameter(torch.full((depth, hidden_size), gain))
@@ -77,6 +84,9 @@ class DWAtt(Fusion):
 
     def depth_weights(self, last: Tensor) -> Tensor:
         """The softmax over depth, float32, `(B, T, H, N)`, from the last state `(B, T, d)` (eqs. 5, 7, 10)."""
+        if not self.attends:
+            depth = len(self.layers)
+            return torch.full((*last.shape[:-1], self.heads, depth), 1 / depth, device=last.device)
         (offset,) = self.query([last])
         query = 1 + F.elu(last + offset).float()  # (B, T, d)
         keys = self.position @ self.key_weight.T  # (N, d)

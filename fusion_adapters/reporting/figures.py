@@ -1,0 +1,173 @@
+"""The figures of a comparison: readable in print and by the colour-blind, axes with units."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Okabe and Ito's colours, told apart by people with any colour vision; marker and dash tell them apart in print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p")
+DASHES = ("-", "--", "-.", ":")
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150})
+    return plt
+
+
+def _styles(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    return {
+        method: {
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": DASHES[(i // len(COLOURS)) % len(DASHES)] if i >= len(COLOURS) else "-",
+            "markersize": 4,
+            "linewidth": 1.3,
+        }
+        for i, method in enumerate(methods)
+    }
+
+
+def _names(rows: Sequence[dict[str, Any]], key: str) -> list[Any]:
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def _save(figure: Any, axes: Any, path: Path) -> None:
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        handles.update(dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True)))
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)), frameon=False, fontsize=8
+    )
+    figure.savefig(path)
+    _pyplot().close(figure)
+
+
+def draw_samples(summary: dict[str, Any], path: Path) -> None:
+    """Score over the number of training examples, with the 95 % interval of the mean shaded."""
+    rows = summary["rows"]
+    data, methods = _names(rows, "data"), _names(rows, "method")
+    styles = _styles(methods)
+    figure, axes = _pyplot().subplots(1, len(data), figsize=(4.6 * len(data), 4.6), layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], data, strict=True):
+        for method in methods:
+            own = sorted((r for r in rows if r["data"] == name and r["method"] == method), key=lambda r: r["size"])
+            sizes, scores = [r["size"] for r in own], [r[r["measure"]] for r in own]
+            axis.plot(sizes, [s["mean"] for s in scores], label=method, **styles[method])
+            if all(s["interval"] for s in scores):
+                low, high = zip(*(s["interval"] for s in scores), strict=True)
+                axis.fill_between(sizes, low, high, color=styles[method]["color"], alpha=0.12, linewidth=0)
+        ticks = sorted({r["size"] for r in rows if r["data"] == name})
+        axis.set_xscale("log")
+        axis.set_xticks(ticks, [f"{t:,}" for t in ticks])
+        axis.minorticks_off()
+        axis.set_title(name)
+        axis.set_xlabel("training examples (log scale)")
+        axis.set_ylabel(f"{_measure(rows, name)} score (points of 100)")
+        axis.grid(axis="y", alpha=0.3)
+    _save(figure, axes[0], path)
+
+
+def draw_budget(summary: dict[str, Any], path: Path) -> None:
+    """Score over the number of trained parameters without head; a panel for each data set and size."""
+    rows = summary["rows"]
+    data, methods = _names(rows, "data"), _names(rows, "method")
+    sizes = {name: sorted({r["size"] for r in rows if r["data"] == name}) for name in data}
+    styles = _styles(methods)
+    columns = max(len(s) for s in sizes.values())
+    figure, axes = _pyplot().subplots(
+        len(data), columns, figsize=(2.9 * columns + 0.6, 2.9 * len(data) + 0.9), layout="constrained", squeeze=False
+    )
+    for line, name in zip(axes, data, strict=True):
+        for axis in line[len(sizes[name]) :]:
+            axis.axis("off")
+        for axis, size in zip(line, sizes[name], strict=False):
+            for row in (r for r in rows if r["data"] == name and r["size"] == size):
+                count = max(1, row["parameters"]["fusion"] + row["parameters"]["lora"])
+                score = row[row["measure"]]
+                bounds = score["interval"] or [score["mean"]] * 2
+                style = styles[row["method"]]
+                error = [[max(0.0, score["mean"] - bounds[0])], [max(0.0, bounds[1] - score["mean"])]]
+                axis.errorbar(
+                    [count], [score["mean"]], yerr=error, label=row["method"], color=style["color"], marker=style["marker"],
+                    markersize=5, linestyle="none", elinewidth=1,
+                )  # fmt: skip
+            axis.set_xscale("symlog", linthresh=10)
+            axis.set_title(f"{name}, {size:,} examples", fontsize=9)
+            axis.set_xlabel("trained parameters (log scale)")
+            axis.grid(axis="y", alpha=0.3)
+        line[0].set_ylabel(f"{_measure(rows, name)} score (points of 100)")
+    _save(figure, axes.flat, path)
+
+
+def draw_steps(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """Development score over optimizer steps, the mean over seeds; a panel for each data set and size."""
+    reported = [run for run in runs if run["stage"] == "report"]
+    data, methods = _names(reported, "data"), _names(reported, "method")
+    sizes = {name: sorted({r["size"] for r in reported if r["data"] == name}) for name in data}
+    styles = _styles(methods)
+    columns = max(len(s) for s in sizes.values())
+    figure, axes = _pyplot().subplots(
+        len(data), columns, figsize=(2.9 * columns + 0.6, 2.9 * len(data) + 0.9), layout="constrained", squeeze=False
+    )
+    for line, name in zip(axes, data, strict=True):
+        for axis in line[len(sizes[name]) :]:
+            axis.axis("off")
+        for axis, size in zip(line, sizes[name], strict=False):
+            for method in methods:
+                own = [r for r in reported if (r["data"], r["size"], r["method"]) == (name, size, method)]
+                if own:
+                    steps = [step for step, _ in own[0]["curve"]]
+                    means = [100 * statistics.mean(r["curve"][i][1] for r in own) for i in range(len(steps))]
+                    axis.plot(steps, means, label=method, **styles[method])
+            axis.set_title(f"{name}, {size:,} examples", fontsize=9)
+            axis.set_xlabel("optimizer steps")
+            axis.grid(axis="y", alpha=0.3)
+        line[0].set_ylabel("development score (points of 100)")
+    _save(figure, axes.flat, path)
+
+
+def draw_depth(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """The mean weight over depth by label, for each method that has weights and each data set, at the largest size."""
+    data, methods = _names(runs, "data"), _names(runs, "method")
+    largest = {name: max(r["size"] for r in runs if r["data"] == name) for name in data}
+    found = {(r["data"], r["method"]): r["depth"] for r in runs if r["size"] == largest[r["data"]]}
+    plt = _pyplot()
+    heights = [max(len(found[d, m]) for m in methods if (d, m) in found) for d in data]
+    figure, axes = plt.subplots(
+        len(data),
+        len(methods),
+        figsize=(2.5 * len(methods) + 1.2, 0.22 * sum(heights) + 1.2 * len(data)),
+        layout="constrained",
+        squeeze=False,
+        gridspec_kw={"height_ratios": heights},
+    )
+    top = max(v for depth in found.values() for weights in depth.values() for v in weights)
+    image = None
+    for line, name in zip(axes, data, strict=True):
+        for axis, method in zip(line, methods, strict=True):
+            depth = found.get((name, method))
+            if depth is None:
+                axis.axis("off")
+                continue
+            image = axis.imshow(list(depth.values()), aspect="auto", cmap="viridis", vmin=0, vmax=top)
+            layers = next(r["layers"] for r in runs if (r["data"], r["method"]) == (name, method))
+            axis.set_xticks(range(len(layers)), [str(i) for i in layers])
+            axis.set_title(f"{method}\n{name}, {largest[name]:,}", fontsize=8)
+            axis.set_xlabel("layer")
+            axis.set_yticks(range(len(depth)), list(depth) if axis is line[0] else [""] * len(depth), fontsize=7)
+    figure.colorbar(image, ax=axes, label="mean weight", fraction=0.03)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _measure(rows: Sequence[dict[str, Any]], data: str) -> str:
+    return "test" if next(r["measure"] for r in rows if r["data"] == data) == "test" else "development"

@@ -1,0 +1,118 @@
+"""What a comparison leaves: results.csv, summary.md, summary.json and the figures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..files import write_text_whole
+from .figures import draw_budget, draw_depth, draw_samples, draw_steps
+
+COLUMNS = (
+    "data",
+    "method",
+    "regime",
+    "size",
+    "seed",
+    "stage",
+    "rate",
+    "dev",
+    "test",
+    "best_step",
+    "steps",
+    "fusion_parameters",
+    "lora_parameters",
+    "head_parameters",
+    "seconds",
+    "evaluation_seconds",
+    "peak_memory_mib",
+    "adapter",
+)
+
+
+def write_report(study: Any, runs: Sequence[dict[str, Any]], summary: dict[str, Any], output: Path) -> None:
+    """Writes tables and figures of a comparison into its folder.
+
+    Args:
+        study: The recipe of the comparison.
+        runs: All runs, also those that chose learning rates.
+        summary: From `study.statistics.summarise`.
+        output: The folder.
+    """
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for run in runs:
+        parts = {f"{part}_parameters": run["parameters"][part] for part in ("fusion", "lora", "head")}
+        flat = {**run, **parts, "adapter": json.dumps(run["adapter"], sort_keys=True)}
+        writer.writerow({name: flat.get(name, "") for name in COLUMNS})
+    write_text_whole(output / "results.csv", table.getvalue())
+    write_text_whole(output / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_text_whole(output / "summary.md", summary_text(summary))
+    draw_samples(summary, output / "samples.png")
+    draw_budget(summary, output / "budget.png")
+    draw_steps(runs, output / "steps.png")
+    depths = [run for run in runs if run.get("depth")]
+    if depths:
+        draw_depth(depths, output / "depth.png")
+
+
+def summary_text(summary: dict[str, Any]) -> str:
+    """The tables of a comparison as Markdown."""
+    rows = summary["rows"]
+    lines = ["# Comparison", ""]
+    for data in dict.fromkeys(row["data"] for row in rows):
+        here = [row for row in rows if row["data"] == data]
+        sizes = list(dict.fromkeys(row["size"] for row in here))
+        measure = here[0]["measure"]
+        lines += [
+            f"## {data}",
+            "",
+            f"Score on the {'test' if measure == 'test' else 'development'} data: mean and standard deviation over "
+            f"{len(here[0]['seeds'])} seeds, by number of training examples.",
+            "",
+            *_grid(here, sizes, lambda row, measure=measure: _spread(row[measure]), with_counts=True),
+        ]
+        for key, name in (("to_baseline", summary["baseline"]), ("to_reference", summary["reference"])):
+            if any(row[key] for row in here):
+                lines += [
+                    f"Difference to `{name}`, paired by seed: mean and 95 % bootstrap interval.",
+                    "",
+                    *_grid(
+                        [row for row in here if row["method"] != name], sizes, lambda row, key=key: _difference(row[key])
+                    ),
+                ]
+        lines += [
+            "Seconds of training without evaluation, steps to 90 % of the run's best development score, chosen learning rate.",
+            "",
+            *_grid(here, sizes, lambda row: f"{row['training_seconds']:.1f} s, {row['steps_to_90']:.0f}, {row['rate']:g}"),
+        ]
+    return "\n".join(lines)
+
+
+def _grid(rows: list[dict[str, Any]], sizes: list[int], cell: Any, with_counts: bool = False) -> list[str]:
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    found = {(row["method"], row["size"]): row for row in rows}
+    head = ["method", *(["parameters"] if with_counts else []), *(f"{size:,}" for size in sizes)]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for method in methods:
+        own = next(row for row in rows if row["method"] == method)
+        count = own["parameters"]["fusion"] + own["parameters"]["lora"]
+        cells = [cell(found[method, size]) if (method, size) in found else "-" for size in sizes]
+        lines.append(f"| {' | '.join([f'`{method}`', *([f'{count:,}'] if with_counts else []), *cells])} |")
+    return [*lines, ""]
+
+
+def _spread(values: dict[str, Any]) -> str:
+    return f"{values['mean']:.1f}" + (f" ± {values['sd']:.1f}" if values["sd"] is not None else "")
+
+
+def _difference(values: dict[str, Any] | None) -> str:
+    if values is None:
+        return "-"
+    inside = f" [{values['interval'][0]:+.1f}, {values['interval'][1]:+.1f}]" if values["interval"] else ""
+    return f"{values['mean']:+.1f}{inside}"

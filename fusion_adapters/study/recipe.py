@@ -1,0 +1,108 @@
+"""What the YAML file of a comparison may say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..recipe import BackboneRecipe, DataRecipe, Recipe, Task, apply_settings, parse_recipe, read_yaml, validated
+
+ALL = "all"
+
+
+class MethodRecipe(BaseModel):
+    """One row of the comparison."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    adapter: dict[str, Any] = Field(default_factory=dict, description="Fields of FusionConfig.")
+    training: dict[str, Any] = Field(default_factory=dict, description="TrainingArguments of this method alone.")
+    bits: Literal[4, 8] | None = Field(None, description="Quantise the backbone for this method.")
+    rates: list[float] | None = Field(None, description="A grid of its own; the same for all methods is fairer.")
+    lora_rate_scale: float = Field(1.0, gt=0, description="LoRA's learning rate, as a multiple of the fusion's.")
+
+
+class StudyRecipe(BaseModel):
+    """A comparison: every method at every size with every seed on every data set.
+
+    The learning rate of a method is chosen on development data for each data set and size, by runs with `rate_seeds`;
+    the reported runs have other seeds, and score the test data once.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    task: Task
+    backbone: BackboneRecipe
+    data: dict[str, DataRecipe] = Field(description="Data sets by name.")
+    methods: dict[str, MethodRecipe] = Field(description="Methods by name.")
+    baseline: str = Field("deeper", description="The method whose paired difference is reported.")
+    reference: str | None = Field("concat", description="A second one.")
+    sizes: list[int | Literal["all"]] = Field(description="Numbers of training examples, or 'all'.")
+    seeds: list[int] = Field(description="Seeds of the reported runs.")
+    rate_seeds: list[int] = Field(default=[0], description="Seeds of the runs that choose the learning rate.")
+    rate_sizes: list[int | Literal["all"]] | None = Field(
+        None, description="Sizes at which rates are chosen; a size takes that of the nearest. None means all sizes."
+    )
+    rates: list[float] = Field(default=[3e-4, 1e-3, 3e-3, 1e-2], description="The grid, the same for all methods.")
+    epochs: int = Field(30, ge=1, description="Passes over the training examples at most.")
+    max_steps: int = Field(1500, ge=1, description="Optimizer steps at most.")
+    evaluations: int = Field(6, ge=1, description="Times that the development data are scored in a run, evenly spread.")
+    training: dict[str, Any] = Field(default_factory=dict, description="TrainingArguments of all methods.")
+    states_dtype: str = Field("float16", description="How layer states are cached.")
+    quick: dict[str, Any] = Field(default_factory=dict, description="What --quick changes in this recipe.")
+
+    def recipe_of(self, data: str, method: str, seed: int = 0) -> Recipe:
+        """The recipe of a single run, checked as `fusion-adapters train` checks it."""
+        chosen = self.methods[method]
+        backbone = self.backbone.model_copy(update={} if chosen.bits is None else {"bits": chosen.bits})
+        values = {
+            "task": self.task,
+            "backbone": backbone.model_dump(),
+            "adapter": chosen.adapter,
+            "data": self.data[data].model_dump(),
+            "training": {**self.training, **chosen.training},
+            "seed": seed,
+        }
+        return parse_recipe(values, f"{data}, {method}")
+
+
+def load_study(path: str | Path, settings: list[str] | None = None, quick: bool = False) -> StudyRecipe:
+    """Reads and checks the recipe of a comparison.
+
+    Args:
+        path: The YAML file.
+        settings: Changes, `key=value`, the value in YAML.
+        quick: Apply what the recipe's section `quick` changes.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a key or a value does not fit.
+    """
+    values = read_yaml(path)
+    if quick:
+        values = {**values, **values.get("quick", {})}
+    apply_settings(values, settings)
+    study = validated(StudyRecipe, values, str(path))
+    for name in (study.baseline, study.reference):
+        if name is not None and name not in study.methods:
+            raise ValueError(
+                f"The recipe {str(path)!r} compares with {name!r}, which is none of its methods ({', '.join(study.methods)}). Set "
+                "baseline and reference to methods of the recipe."
+            )
+    unknown = [s for s in study.rate_sizes or [] if s not in study.sizes]
+    if unknown:
+        raise ValueError(
+            f"The recipe {str(path)!r} chooses rates at the sizes {unknown}, which are none of its sizes {study.sizes}."
+        )
+    repeated = set(study.seeds) & set(study.rate_seeds)
+    if repeated:
+        raise ValueError(
+            f"The recipe {str(path)!r} chooses learning rates with seeds that it also reports ({sorted(repeated)}). Give rate_seeds "
+            "that are not among seeds."
+        )
+    for data in study.data:
+        for method in study.methods:
+            study.recipe_of(data, method)
+    return study

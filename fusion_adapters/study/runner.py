@@ -1,0 +1,176 @@
+"""Runs the grid of a comparison in processes of one thread each; every run is a file, so that a stopped study goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tqdm.auto import tqdm
+
+from ..files import write_text_whole
+from ..reporting.study import write_report
+from .recipe import ALL, StudyRecipe
+from .single import Run, RunFailedError, prepare_states, run_single, splits_of, training_sizes
+from .statistics import summarise
+
+STUDY_FILE = "study.yaml"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one size on one data set: its runs for the learning rate, then its reported runs."""
+
+    data: str
+    method: str
+    size: int
+
+
+def run_study(study: StudyRecipe, output: str | Path, workers: int | None = None) -> dict[str, Any]:
+    """Runs what is not done yet and writes the report.
+
+    Args:
+        study: The comparison.
+        output: The folder: `runs/` (a file a run), `states/` (cached layer states), `results.csv`, `summary.md`,
+            `summary.json` and figures. A folder with the same comparison begun is gone on with.
+        workers: Processes; None means one a core, on a machine with a GPU one.
+
+    Returns:
+        The content of `summary.json`.
+
+    Raises:
+        ValueError: If the folder holds another comparison, or a run cannot be done; finished runs stay.
+        OSError: If data, model or folder cannot be read or written.
+    """
+    output = Path(output)
+    _claim(study, output)
+    sizes = training_sizes(study)
+    cells = [
+        Cell(data, method, size)
+        for size in dict.fromkeys(s for data in study.data for s in sizes[data])
+        for data in study.data
+        if size in sizes[data]
+        for method in study.methods
+    ]
+    prepare_states(study, output / "states")
+    if workers is None:
+        workers = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+    # those at whose size a rate is chosen come first: the others wait for nothing then
+    cells.sort(key=lambda cell: rate_size(study, cell) != cell.size)
+    todo = [cell for cell in cells if not _is_done(study, cell, output)]
+    steps = {cell: _steps(study, cell) for cell in cells}
+    bar = tqdm(total=sum(steps.values()), initial=sum(steps[c] for c in cells if c not in todo), unit="step", desc="runs")
+    with bar:
+        if workers == 1:
+            for cell in todo:
+                run_cell(study, cell, output)
+                bar.update(steps[cell])
+        else:
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as pool:
+                futures = {pool.submit(run_cell, study, cell, output): cell for cell in todo}
+                try:
+                    for future in as_completed(futures):
+                        future.result()
+                        bar.update(steps[futures[future]])
+                except BaseException:
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    raise
+    runs = [run for cell in cells for run in run_cell(study, cell, output)]
+    summary = summarise(study, runs)
+    write_report(study, runs, summary, output)
+    return summary
+
+
+def run_cell(study: StudyRecipe, cell: Cell, output: Path) -> list[dict[str, Any]]:
+    """The runs of a cell, read where they are done and run where they are not."""
+    chosen, tried = rate_of(study, cell, output)
+    runs = [_run(study, Run(cell.data, cell.method, cell.size, seed, chosen, "report"), output) for seed in study.seeds]
+    return [*(run for run in tried if run["size"] == cell.size), *runs]
+
+
+def rate_of(study: StudyRecipe, cell: Cell, output: Path) -> tuple[float, list[dict[str, Any]]]:
+    """The learning rate with the best mean development score, and the runs that chose it."""
+    size = rate_size(study, cell)
+    by_rate = {
+        rate: [_run(study, Run(cell.data, cell.method, size, seed, rate, "rate"), output) for seed in study.rate_seeds]
+        for rate in study.methods[cell.method].rates or study.rates
+    }
+    best = max(by_rate, key=lambda rate: statistics.mean(run["dev"] for run in by_rate[rate]))
+    return best, [run for runs in by_rate.values() for run in runs]
+
+
+def rate_size(study: StudyRecipe, cell: Cell) -> int:
+    """The size at which the learning rate of a cell is chosen: the nearest of `rate_sizes`, in the ratio."""
+    if study.rate_sizes is None:
+        return cell.size
+    available = len(splits_of(study, cell.data).train)
+    sizes = [available if s == ALL else int(s) for s in study.rate_sizes]
+    return min(sizes, key=lambda s: abs(math.log(s / cell.size)))
+
+
+def _run(study: StudyRecipe, run: Run, output: Path) -> dict[str, Any]:
+    path = output / "runs" / run.data / run.method / f"{run.size}-seed{run.seed}-{run.rate:g}.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    begun = time.perf_counter()
+    result = run_single(study, run, output / "states")
+    result["seconds_total"] = round(time.perf_counter() - begun, 2)
+    write_text_whole(path, json.dumps(result) + "\n")
+    return result
+
+
+def _begin_worker() -> None:
+    # two that share cores slow each other down many times over
+    torch.set_num_threads(1)
+
+
+def _is_done(study: StudyRecipe, cell: Cell, output: Path) -> bool:
+    folder = output / "runs" / cell.data / cell.method
+    rates = study.methods[cell.method].rates or study.rates
+    tried = [folder / f"{rate_size(study, cell)}-seed{s}-{r:g}.json" for s in study.rate_seeds for r in rates]
+    return all(p.is_file() for p in tried) and all(any(folder.glob(f"{cell.size}-seed{s}-*.json")) for s in study.seeds)
+
+
+def _steps(study: StudyRecipe, cell: Cell) -> int:
+    rates = study.methods[cell.method].rates or study.rates
+    tried = len(rates) * len(study.rate_seeds) if rate_size(study, cell) == cell.size else 0
+    return Run(cell.data, cell.method, cell.size, 0, 0.0, "rate").steps(study) * (tried + len(study.seeds))
+
+
+def _claim(study: StudyRecipe, output: Path) -> None:
+    """Writes the recipe into the folder, or checks that the one there is the same."""
+    values = json.loads(study.model_dump_json(exclude={"quick"}))
+    path = output / STUDY_FILE
+    if path.is_file():
+        there = yaml.safe_load(path.read_text(encoding="utf-8"))
+        different = [k for k in {**there, **values} if there.get(k) != values.get(k) and k not in GROWING]
+        changed = [
+            n for n in there.get("methods", {}) if n in values["methods"] and there["methods"][n] != values["methods"][n]
+        ]
+        if different or changed:
+            raise ValueError(
+                f"The folder {str(output)!r} holds another comparison: {', '.join([*different, *changed])} differ from its "
+                f"{STUDY_FILE}. Give another folder. (Methods, sizes and seeds may be added to a comparison; what is "
+                "there may not change.)"
+            )
+    elif output.exists() and any(output.iterdir()):
+        raise FileExistsError(
+            f"The folder {str(output)!r} is not empty and holds no comparison. Give a new or empty folder."
+        )
+    write_text_whole(path, yaml.safe_dump(values, sort_keys=False))
+
+
+# What may grow between two calls on one folder: its runs stay as they are.
+GROWING = ("methods", "sizes", "seeds", "baseline", "reference")
+
+__all__ = ["ALL", "Cell", "RunFailedError", "run_cell", "run_study"]

@@ -1,0 +1,292 @@
+"""One run of a comparison: a subset, a method, a seed, a learning rate."""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DataCollatorWithPadding, TrainerCallback
+
+from ..alignment import IGNORED, MAIN_SCORE, Encoded, encode
+from ..budget import count_trainable
+from ..data import Splits, load_splits
+from ..features import LayerStateCache, cache_layer_states
+from ..loading import load_model, load_tokenizer
+from ..recipe import BackboneRecipe, DataRecipe, Recipe
+from ..training import Evaluation, adapter_config, load_attached, make_trainer
+from ..tuner import fusion_layers
+from .memory import PeakMemory
+from .recipe import ALL, StudyRecipe
+
+
+class RunFailedError(RuntimeError):
+    """A run that did not give a number."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What identifies a run. `stage` is `rate` (development data only) or `report`."""
+
+    data: str
+    method: str
+    size: int
+    seed: int
+    rate: float
+    stage: str
+
+    def steps(self, study: StudyRecipe) -> int:
+        """Optimizer steps."""
+        batch = study.training.get("per_device_train_batch_size", 16)
+        return min(study.epochs * math.ceil(self.size / batch), study.max_steps)
+
+
+@functools.lru_cache(maxsize=8)
+def _encoded(data_json: str, task: Any, tokenizer_json: str, name: str) -> Encoded:
+    """Development or test data in word pieces; they are the same in every run of a process."""
+    splits = _splits(data_json, task)
+    tokenizer = load_tokenizer(BackboneRecipe.model_validate_json(tokenizer_json))
+    length = DataRecipe.model_validate_json(data_json).max_length
+    return encode(getattr(splits, name), tokenizer, splits.labels, task, length)
+
+
+@functools.lru_cache(maxsize=8)
+def _splits(data_json: str, task: Any) -> Splits:
+    return load_splits(DataRecipe.model_validate_json(data_json), task, seed=0)
+
+
+def splits_of(study: StudyRecipe, data: str) -> Splits:
+    """A data set, all of its training examples, read once a process."""
+    return _splits(study.data[data].model_dump_json(), study.task)
+
+
+def training_sizes(study: StudyRecipe) -> dict[str, list[int]]:
+    """For each data set the training sizes, `all` in numbers.
+
+    Raises:
+        ValueError: If a size is larger than the data set.
+    """
+    sizes = {}
+    for data in study.data:
+        available = len(splits_of(study, data).train)
+        too_large = [s for s in study.sizes if s != ALL and int(s) > available]
+        if too_large:
+            raise ValueError(
+                f"sizes {too_large} are larger than the {available} training examples of {data!r}. Lower them, or say all."
+            )
+        sizes[data] = list(dict.fromkeys(available if s == ALL else int(s) for s in study.sizes))
+    return sizes
+
+
+def subset(total: int, size: int, seed: int) -> list[int]:
+    """The training examples of a seed, the same for every method; smaller sizes are parts of larger ones."""
+    return random.Random(seed).sample(range(total), total)[:size]
+
+
+def states_folder(study: StudyRecipe, data: str, method: str, root: Path) -> Path:
+    """Where the layer states of a data set are, for the quantisation of a method."""
+    bits = study.methods[method].bits or study.backbone.bits
+    return root / (data if bits is None else f"{data}-{bits}bit")
+
+
+def prepare_states(study: StudyRecipe, root: Path) -> None:
+    """Computes the layer states that the methods without LoRA read, once for all runs."""
+    for data in study.data:
+        splits = splits_of(study, data)
+        folders: dict[Path, list[str]] = {}
+        for method in study.methods:
+            if not adapter_config(study.recipe_of(data, method)).has_lora:
+                folders.setdefault(states_folder(study, data, method, root), []).append(method)
+        for folder, methods in folders.items():
+            recipe = study.recipe_of(data, methods[0])
+            tokenizer = load_tokenizer(recipe.backbone)
+            model = load_model(recipe.backbone, recipe.task, splits.labels)
+            layers = {i for m in methods for i in _layers(study.recipe_of(data, m), model)}
+            rows = [
+                row
+                for examples in (splits.train, splits.dev, splits.test)
+                for row in encode(examples, tokenizer, splits.labels, recipe.task, recipe.data.max_length).rows
+            ]
+            cache_layer_states(
+                model,
+                rows,
+                folder,
+                DataCollatorWithPadding(tokenizer),
+                dtype=study.states_dtype,
+                layers=sorted(layers),
+                tokenizer=tokenizer,
+                max_length=recipe.data.max_length,
+            )
+
+
+def _layers(recipe: Recipe, model: nn.Module) -> tuple[int, ...]:
+    from ..backbone import find_backbones
+    from ..fusions import resolve_layers
+
+    config = adapter_config(recipe)
+    depth = find_backbones(model, config.fusion_blocks, config.fusion_stack)[0].num_layers
+    return resolve_layers(config.fusion_layers, depth)
+
+
+class KeepBest(TrainerCallback):
+    """Keeps the trainable weights of the best evaluation in memory."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.best: tuple[float, int] | None = None
+        self.weights: dict[str, torch.Tensor] = {}
+        self.curve: list[tuple[int, float]] = []
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Notes the score, and the weights if it is the best so far."""
+        score = float(kwargs["metrics"][f"eval_{self.name}"])
+        self.curve.append((state.global_step, score))
+        if self.best is None or score > self.best[0]:
+            self.best = (score, state.global_step)
+            model = kwargs["model"]
+            self.weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def run_single(study: StudyRecipe, run: Run, states: Path) -> dict[str, Any]:
+    """Trains once and scores.
+
+    Args:
+        study: The comparison.
+        run: Which run.
+        states: Folder of the layer states.
+
+    Returns:
+        The run's settings, `dev` (the best score), `curve` (step, score), parameters by part, seconds of training,
+        memory, and for a reported run `test` and the mean weights over depth by label.
+    """
+    recipe = study.recipe_of(run.data, run.method, run.seed)
+    steps = run.steps(study)
+    recipe.training.update(
+        learning_rate=run.rate,
+        max_steps=steps,
+        eval_strategy="steps",
+        eval_steps=max(1, steps // study.evaluations),
+        save_strategy="no",
+        logging_strategy="no",
+        load_best_model_at_end=False,
+        disable_tqdm=True,
+    )
+    splits = splits_of(study, run.data)
+    config = adapter_config(recipe)
+    model, tokenizer = load_attached(recipe, config, splits.labels)
+    cache = None
+    if not config.has_lora:
+        cache = LayerStateCache(states_folder(study, run.data, run.method, states), model, verify=False)
+        cache.check(model, tokenizer=tokenizer, max_length=recipe.data.max_length)
+    chosen = [splits.train[i] for i in subset(len(splits.train), run.size, run.seed)]
+    sets = {}
+    for name, examples in (("train", chosen), ("dev", splits.dev), ("test", splits.test)):
+        if examples and (name != "test" or run.stage == "report"):
+            if name == "train":
+                encoded = encode(examples, tokenizer, splits.labels, recipe.task, recipe.data.max_length)
+            else:
+                encoded = _encoded(recipe.data.model_dump_json(), recipe.task, study.backbone.model_dump_json(), name)
+            sets[name] = Evaluation(recipe.task, splits.labels, examples, encoded, cache)
+    keep = KeepBest(MAIN_SCORE[recipe.task])
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(model, tokenizer, recipe, sets["train"], sets["dev"], Path(folder))
+        trainer.add_callback(keep)
+        if study.methods[run.method].lora_rate_scale != 1:
+            scale_lora_rate(trainer, study.methods[run.method].lora_rate_scale)
+        begun = time.perf_counter()
+        with PeakMemory() as memory:
+            trainer.train()
+        seconds = time.perf_counter() - begun
+    if keep.best is None:
+        raise RunFailedError(f"The run {run} was never evaluated. Lower evaluations, or raise epochs and max_steps.")
+    result = {
+        **asdict(run),
+        "regime": regime(study, run.method),
+        "adapter": recipe.adapter,
+        "dev": keep.best[0],
+        "best_step": keep.best[1],
+        "curve": keep.curve,
+        "steps": steps,
+        "parameters": count_trainable(model),
+        "seconds": round(seconds, 2),
+        "evaluation_seconds": round(sum(e["eval_runtime"] for e in trainer.state.log_history if "eval_runtime" in e), 2),
+        "peak_memory_mib": memory.mib,
+    }
+    if run.stage == "report":
+        model.load_state_dict(keep.weights, strict=False)
+        trainer.compute_metrics = None
+        if "test" in sets:
+            predicted = trainer.predict(sets["test"].dataset)
+            result["test"] = sets["test"].scores(predicted.predictions, predicted.label_ids)[keep.name]
+        if run.seed == study.seeds[0]:
+            result["depth"], result["layers"] = depth_by_label(model, trainer, sets["dev"], splits.labels)
+    return result
+
+
+def regime(study: StudyRecipe, method: str) -> str:
+    """`frozen`, `lora`, `lora + fusion`, with the bits of a quantised backbone."""
+    chosen = study.methods[method]
+    lora = bool(chosen.adapter.get("target_modules") or chosen.adapter.get("target_parameters"))
+    fusion = chosen.adapter.get("fusion", "dwatt") != "last"
+    name = ("lora + fusion" if fusion else "lora") if lora else "frozen"
+    bits = chosen.bits or study.backbone.bits
+    return name if bits is None else f"{name}, {bits}-bit"
+
+
+def scale_lora_rate(trainer: Any, scale: float) -> None:
+    """Gives LoRA's matrices a learning rate of their own, as a multiple of the others'."""
+    optimizer = trainer.create_optimizer()
+    lora = {id(p) for n, p in trainer.model.named_parameters() if ".lora_" in n}
+    groups = []
+    for group in optimizer.param_groups:
+        parts = {True: [], False: []}  # type: dict[bool, list[Any]]
+        for parameter in group["params"]:
+            parts[id(parameter) in lora].append(parameter)
+        rate = group["lr"]
+        groups += [{**group, "params": ps, "lr": rate * (scale if own else 1)} for own, ps in parts.items() if ps]
+    optimizer.param_groups.clear()
+    for group in groups:
+        optimizer.add_param_group(group)
+
+
+def depth_by_label(
+    model: nn.Module, trainer: Any, evaluation: Evaluation, labels: list[str]
+) -> tuple[dict[str, list[float]] | None, list[int]]:
+    """The mean weight that tokens of each label give each layer, over heads and development data; and the layers.
+
+    None for a fusion without weights.
+    """
+    layers = fusion_layers(model)
+    fusion = layers[-1].active_fusion if layers else None
+    if fusion is None or not fusion.has_weights or fusion.mixes_positions:
+        return None, []
+    totals = torch.zeros(len(labels), len(fusion.layers))
+    counts = torch.zeros(len(labels))
+    model.eval()
+    for batch in trainer.get_eval_dataloader(evaluation.dataset):
+        layers[-1].recording = []
+        with torch.no_grad():
+            model(**batch)
+        weights = layers[-1].recording[-1].cpu()
+        layers[-1].recording = None
+        weights = weights if weights.dim() == 3 else weights.mean(2)  # (B, T, N), or (1, tokens, N) from a cache
+        gold = batch["labels"].cpu()
+        if gold.dim() == 1:  # sequences: every token counts for the label of its text
+            gold = gold[:, None].expand(batch["input_ids"].shape)
+        gold = gold.flatten()
+        if weights.shape[:2] != batch["input_ids"].shape:
+            gold = gold[batch["layer_states"]["positions"].cpu()]
+        elif "attention_mask" in batch:
+            gold = torch.where(batch["attention_mask"].flatten().cpu().bool(), gold, IGNORED)
+        known = gold != IGNORED
+        totals.index_add_(0, gold[known], weights.flatten(0, 1)[known])
+        counts.index_add_(0, gold[known], torch.ones(int(known.sum())))
+    means = {label: (totals[i] / counts[i]).tolist() for i, label in enumerate(labels) if counts[i] > 0}
+    return {label: [round(v, 5) for v in weights] for label, weights in means.items()}, list(fusion.layers)

@@ -159,9 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
     # peft still asks transformers 5 for it
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated.*")
     try:
-        app(arguments, standalone_mode=False)
-    except typer.Exit as stop:
-        raise SystemExit(stop.exit_code) from None
+        stopped = app(arguments, standalone_mode=False)
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get(DEBUG):
             raise
@@ -173,6 +171,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         show()
         raise SystemExit(getattr(error, "exit_code", 2)) from None
+    if stopped:  # 130 after Ctrl-C
+        raise SystemExit(stopped)
 
 
 def _print_error(error: BaseException) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import DataCollatorWithPadding, TrainerCallback
 
@@ -166,6 +167,7 @@ def run_single(study: StudyRecipe, run: Run, states: Path) -> dict[str, Any]:
         The run's settings, `dev` (the best score), `curve` (step, score), parameters by part, seconds of training,
         memory, and for a reported run `test` and the mean weights over depth by label.
     """
+    transformers.utils.logging.disable_progress_bar()  # "Loading weights", once a run
     recipe = study.recipe_of(run.data, run.method, run.seed)
     steps = run.steps(study)
     recipe.training.update(

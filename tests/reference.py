@@ -98,6 +98,32 @@ def laya_token(p, states, last, residual, temperature):
     return (last + update if residual else update), torch.tensor(share, dtype=torch.float64)
 
 
+def dwconcat_token(p, states, last, heads):
+    """z_L + U gelu(LN(sum_n a_n * W_n x_n + b)) + c with a_n = N softmax_n(q . k_n / sqrt(r / H) + s_n), or 1."""
+    plain = torch.ones_like(last)
+    normed = [_norm(state, plain, 0 * plain) for state in states]
+    width = len(p["down_bias"])
+    size = width // heads
+    shares = [[1 / len(states)] * len(states)] * heads
+    if "query_weight" in p:
+        query = p["query_weight"] @ _norm(last, plain, 0 * plain)
+        for h in range(heads):
+            part = slice(h * size, (h + 1) * size)
+            scores = [
+                float(query[part] @ p["key"][n][part]) / math.sqrt(size) + float(p["offset"][h][n])
+                for n in range(len(states))
+            ]
+            shares = [*shares[:h], _softmax(scores), *shares[h + 1 :]]
+    total = p["down_bias"].clone()
+    for n, x in enumerate(normed):
+        narrow = p["down_weight"][n] @ x
+        for h in range(heads):
+            part = slice(h * size, (h + 1) * size)
+            total[part] += len(states) * shares[h][n] * narrow[part]
+    hidden = _gelu(_norm(total, p["norm_weight"], p["norm_bias"]))
+    return last + p["up_weight"] @ hidden + p["up_bias"], torch.tensor(shares, dtype=torch.float64)
+
+
 def dwatt_uniform_token(p, states, last, gain_scale):
     """Equations 4, 8 and 9 with the weight 1 / N for every layer."""
     total = torch.zeros_like(last)

@@ -34,6 +34,7 @@ METHODS = {name: {"fusion": name} for name in FUSIONS} | {
     "concat-bottleneck": {"fusion": "concat", "fusion_bottleneck": 8},
     "deeper-copy": {"fusion": "deeper", "fusion_copy_last": True, "fusion_num_blocks": 2},
     "dwatt-uniform": {"fusion": "dwatt", "fusion_weights": "uniform"},
+    "dwconcat-uniform": {"fusion": "dwconcat", "fusion_weights": "uniform", "fusion_layers": [0, 2, -1]},
     "dwatt-layers": {"fusion": "dwatt", "fusion_layers": [0, -1]},
 }
 

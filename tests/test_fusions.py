@@ -96,6 +96,26 @@ def test_laya_equals_its_equations(options):
         torch.testing.assert_close(weights[b, t].double(), expected_weights, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("options", "heads"),
+    [
+        ({"bottleneck": 8}, 4),
+        ({"bottleneck": 6, "heads": 4}, 4),
+        ({"bottleneck": 2}, 2),
+        ({"weights": "uniform"}, 4),
+        ({"layers": [0, 2, -1], "heads": 1}, 1),
+    ],
+)
+def test_dwconcat_equals_its_equation(options, heads):
+    fusion, states, last = build("dwconcat", **options)
+    assert fusion.heads == heads
+    fused, weights = fusion(states, last, return_weights=True)
+    for b, t, token_states, token_last in each_token(states, last):
+        expected, expected_weights = reference.dwconcat_token(doubled(fusion), token_states, token_last, heads)
+        torch.testing.assert_close(fused[b, t].double(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weights[b, t].double(), expected_weights, rtol=1e-4, atol=1e-6)
+
+
 def test_dwatt_with_uniform_weights_is_the_plain_mean_of_its_values():
     fusion, states, last = build("dwatt", weights="uniform", bottleneck=5)
     fused = fusion(states, last)
@@ -135,6 +155,17 @@ def test_deeper_equals_a_transformer_block_under_every_mask(causal, padding):
 
 def count(name, d, n, **options):
     return sum(p.numel() for p in build_fusion(name, d, n, **options).parameters())
+
+
+def test_counts_are_the_closed_formulas_of_the_docstrings():
+    d, n, r = 48, 5, 12
+    assert count("attnres", d, n) == 2 * d + 1 and count("attnres", d, n, init="paper") == 2 * d
+    laya = n * (d * r + r) + (2 * n * r * r + 2 * r) + (2 * r * n + n) + (r * d + d)
+    assert count("laya", d, n, bottleneck=r) == laya
+    uniform = n * d * r + 3 * r + d * r + d
+    assert count("dwconcat", d, n, bottleneck=r, weights="uniform") == uniform
+    assert count("dwconcat", d, n, bottleneck=r, heads=4) == uniform + d * r + n * r + 4 * n
+    assert count("dwatt", d, n, bottleneck=r, weights="uniform") == n * (2 * d * r + 3 * r + 3 * d)
 
 
 def test_dwatt_count_is_the_published_arithmetic():
@@ -249,7 +280,14 @@ def test_unfit_options_are_refused_with_what_would_fit():
 
 
 def test_options_are_listed_with_their_defaults():
-    assert fusion_options("dwatt") == {"bottleneck": 0.5, "heads": 8, "scale": True, "dropout": 0.0, "init": "identity"}
+    assert fusion_options("dwatt") == {
+        "bottleneck": 0.5,
+        "heads": 8,
+        "scale": True,
+        "dropout": 0.0,
+        "weights": "attention",
+        "init": "identity",
+    }
     assert fusion_options("last") == {}
 
 

@@ -15,6 +15,7 @@ from .concat import Concat
 from .controls import MLP, Last
 from .deeper import Deeper
 from .dwatt import DWAtt
+from .dwconcat import DWConcat
 from .laya import LAYA
 from .scalar_mix import ScalarMix
 
@@ -22,6 +23,7 @@ __all__ = ["FUSIONS", "Context", "Fusion", "build_fusion", "fusion_class", "fusi
 
 FUSIONS: dict[str, type[Fusion]] = {
     "dwatt": DWAtt,
+    "dwconcat": DWConcat,
     "concat": Concat,
     "scalar_mix": ScalarMix,
     "attnres": AttnRes,

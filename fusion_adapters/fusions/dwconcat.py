@@ -1,0 +1,90 @@
+"""DWConcat: Concat through a normalised bottleneck, whose parts a token weighs by attention over depth. Our own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Context, Fusion, bottleneck_width, check_init, layer_norm, linear, linear_weight
+
+
+class DWConcat(Fusion):
+    """`h = z_L + U gelu(LN(sum_n a_n * W_n x_n + b)) + c` with `x_n` the layer states, normalised without parameters.
+
+    With all weights `a_n = 1` the sum is a Concat through a bottleneck. The weights are attention over depth:
+    `a_n = N softmax_n(q . k_n / sqrt(r / H) + s_n)` in each of `H` groups of the bottleneck's coordinates, with the query
+    `q = W_q x_L` from the last layer and learned keys `k_n` and offsets `s_n` per layer. Keys and offsets start at zero,
+    hence at Concat; `U` and `c` start at zero, hence at the identity. Parameters at `N` layers and bottleneck `r`:
+    `N d r + 3 r + d r + d`, and for the attention `d r + N r + H N`.
+
+    Args:
+        hidden_size: Hidden size `d`.
+        layers: The states to fuse.
+        bottleneck: Width `r`; an int, or a float as fraction of `d`. It is rounded down to a multiple of `heads`.
+        heads: Distributions over depth per token.
+        weights: `"attention"`, or `"uniform"` for `a_n = 1`, without query, keys and offsets.
+        init: `"identity"`, or `"paper"` for `U` and `c` started like a linear layer.
+    """
+
+    has_weights = True
+
+    def __init__(
+        self,
+        hidden_size: int,
+        layers: Sequence[int],
+        *,
+        bottleneck: int | float = 0.25,
+        heads: int = 4,
+        weights: str = "attention",
+        init: str = "identity",
+    ) -> None:
+        super().__init__(hidden_size, layers)
+        if weights not in ("attention", "uniform"):
+            raise ValueError(f"fusion_weights={weights!r} is unknown. Use 'attention', or 'uniform' for the control.")
+        depth, width = len(self.layers), bottleneck_width(bottleneck, hidden_size)
+        self.attends = weights == "attention"
+        if heads < 1:
+            raise ValueError(f"fusion_heads={heads} must be at least 1.")
+        self.heads = min(heads, width)
+        width -= width % self.heads
+        self.down_weight = nn.Parameter(linear_weight(depth, width, hidden_size).data * depth**-0.5)
+        self.down_bias = nn.Parameter(torch.zeros(width))
+        self.norm_weight = nn.Parameter(torch.ones(width))
+        self.norm_bias = nn.Parameter(torch.zeros(width))
+        self.up_weight = linear_weight(hidden_size, width)
+        self.up_bias = nn.Parameter(torch.zeros(hidden_size))
+        if check_init(init) == "identity":
+            nn.init.zeros_(self.up_weight)
+        if self.attends:
+            self.query_weight = linear_weight(width, hidden_size)
+            self.key = nn.Parameter(torch.zeros(depth, width))
+            self.offset = nn.Parameter(torch.zeros(self.heads, depth))
+
+    def depth_weights(self, last: Tensor) -> Tensor:
+        """The softmax over depth, float32, `(B, T, H, N)`, from the normalised last state `(B, T, d)`."""
+        depth = len(self.layers)
+        if not self.attends:
+            return torch.full((*last.shape[:-1], self.heads, depth), 1 / depth, device=last.device)
+        query = linear(last, self.query_weight).float().unflatten(-1, (self.heads, -1))  # (B, T, H, r / H)
+        scores = torch.einsum("bthc,nhc->bthn", query, self.key.unflatten(-1, (self.heads, -1)))
+        return F.softmax(scores * query.shape[-1] ** -0.5 + self.offset, dim=-1)
+
+    def forward(
+        self, states: Sequence[Tensor], last: Tensor, context: Context | None = None, return_weights: bool = False
+    ) -> Any:
+        depth, size = len(self.layers), (self.hidden_size,)
+        weights = self.depth_weights(F.layer_norm(last.float(), size).to(last.dtype))  # (B, T, H, N)
+        shares = (depth * weights).unsqueeze(-1).unbind(-2)  # N of (B, T, H, 1)
+        mixed: Any = 0.0
+        for state, down, share in zip(states, self.down_weight.unbind(0), shares, strict=True):
+            narrow = linear(F.layer_norm(state.float(), size).to(last.dtype), down)  # (B, T, r)
+            # summed in float32: rounding would grow with depth
+            mixed = mixed + (share * narrow.unflatten(-1, (self.heads, -1)) if self.attends else narrow.float())
+        mixed = (mixed.flatten(-2) if self.attends else mixed) + self.down_bias
+        hidden = F.gelu(layer_norm(mixed, self.norm_weight, self.norm_bias)).to(last.dtype)
+        fused = last + linear(hidden, self.up_weight, self.up_bias)
+        return (fused, weights) if return_weights else fused

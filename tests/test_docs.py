@@ -13,6 +13,7 @@ from fusion_adapters import FUSIONS, FusionConfig
 from fusion_adapters.fusions import fusion_options
 from fusion_adapters.loading import load_tokenizer, resolve_model
 from fusion_adapters.recipe import BackboneRecipe, load_recipe
+from fusion_adapters.study import load_study
 
 ROOT = Path(__file__).parents[1]
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -65,7 +66,11 @@ def test_links_between_pages_lead_somewhere():
 def test_every_recipe_is_valid_explains_itself_and_stands_in_the_docs(recipe):
     text = recipe.read_text(encoding="utf-8")
     assert text.startswith("# ") and "# Shows:" in text and "# Expect:" in text
-    load_recipe(recipe)
+    if "\nmethods:" in text:
+        load_study(recipe)
+        load_study(recipe, quick=True)
+    else:
+        load_recipe(recipe)
     assert f"`{recipe.name}`" in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 
 

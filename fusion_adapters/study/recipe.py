@@ -43,7 +43,8 @@ class StudyRecipe(BaseModel):
     seeds: list[int] = Field(description="Seeds of the reported runs.")
     rate_seeds: list[int] = Field(default=[0], description="Seeds of the runs that choose the learning rate.")
     rate_sizes: list[int | Literal["all"]] | None = Field(
-        None, description="Sizes at which rates are chosen; a size takes that of the nearest. None means all sizes."
+        None,
+        description="Sizes at which rates are chosen, for themselves and the sizes up to the next. None means all sizes.",
     )
     rates: list[float] = Field(default=[3e-4, 1e-3, 3e-3, 1e-2], description="The grid, the same for all methods.")
     epochs: int = Field(30, ge=1, description="Passes over the training examples at most.")

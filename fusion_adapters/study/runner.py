@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import multiprocessing
 import os
 import statistics
@@ -110,12 +109,12 @@ def rate_of(study: StudyRecipe, cell: Cell, output: Path) -> tuple[float, list[d
 
 
 def rate_size(study: StudyRecipe, cell: Cell) -> int:
-    """The size at which the learning rate of a cell is chosen: the nearest of `rate_sizes`, in the ratio."""
+    """The size at which a cell's learning rate is chosen: the largest of `rate_sizes` not above it, or the smallest."""
     if study.rate_sizes is None:
         return cell.size
     available = len(splits_of(study, cell.data).train)
-    sizes = [available if s == ALL else int(s) for s in study.rate_sizes]
-    return min(sizes, key=lambda s: abs(math.log(s / cell.size)))
+    sizes = sorted(available if s == ALL else int(s) for s in study.rate_sizes)
+    return max((s for s in sizes if s <= cell.size), default=sizes[0])
 
 
 def _run(study: StudyRecipe, run: Run, output: Path) -> dict[str, Any]:
@@ -171,6 +170,6 @@ def _claim(study: StudyRecipe, output: Path) -> None:
 
 
 # What may grow between two calls on one folder: its runs stay as they are.
-GROWING = ("methods", "sizes", "seeds", "baseline", "reference")
+GROWING = ("methods", "sizes", "seeds", "rate_sizes", "baseline", "reference")
 
 __all__ = ["ALL", "Cell", "RunFailedError", "run_cell", "run_study"]

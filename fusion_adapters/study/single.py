@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import DataCollatorWithPadding, TrainerCallback
+from transformers import DataCollatorWithPadding, PrinterCallback, TrainerCallback
 
 from ..alignment import IGNORED, MAIN_SCORE, Encoded, encode
 from ..budget import count_trainable
@@ -200,6 +200,7 @@ def run_single(study: StudyRecipe, run: Run, states: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(model, tokenizer, recipe, sets["train"], sets["dev"], Path(folder))
         trainer.add_callback(keep)
+        trainer.remove_callback(PrinterCallback)  # the study has one progress bar
         if study.methods[run.method].lora_rate_scale != 1:
             scale_lora_rate(trainer, study.methods[run.method].lora_rate_scale)
         begun = time.perf_counter()

@@ -17,6 +17,7 @@ import psutil
 import torch
 import transformers
 import yaml
+from accelerate import PartialState
 from datasets import Dataset
 from peft import get_peft_model
 from torch import nn
@@ -179,6 +180,8 @@ def cache_recipe(recipe: Recipe, folder: str | Path, dtype: str = "float16") -> 
         for examples in (splits.train, splits.dev, splits.test)
         for row in encode(examples, tokenizer, splits.labels, recipe.task, length).rows
     ]
+    if recipe.backbone.bits is None:  # a quantised model is where it was loaded
+        model.to(PartialState().device)
     collator = DataCollatorWithPadding(tokenizer)
     return cache_layer_states(model, rows, folder, collator, dtype=dtype, tokenizer=tokenizer, max_length=length)
 

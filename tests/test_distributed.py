@@ -82,6 +82,17 @@ def test_sharded_training_equals_one_process(case, tmp_path):
         torch.testing.assert_close(tensors[1][name], tensor, rtol=0, atol=1e-4)
 
 
+def test_extraction_by_several_processes_writes_the_bytes_of_one(tmp_path):
+    (tmp_path / "two").mkdir()
+    run(sys.executable, "extract_run.py", tmp_path / "one")
+    run(*LAUNCH, "extract_run.py", tmp_path / "two" / "states")
+    assert {p.name for p in (tmp_path / "two").glob("process-*")} == {"process-0-of-2", "process-1-of-2"}
+    one, two = (
+        {p.name: p.read_bytes() for p in folder.iterdir()} for folder in (tmp_path / "one", tmp_path / "two" / "states")
+    )
+    assert one == two and len(one) > 4
+
+
 @pytest.mark.parametrize("far", ["first", "last", "all"])
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_a_backbone_spread_over_devices(family, far, tmp_path):

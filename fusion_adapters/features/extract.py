@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ from .storage import (
 )
 
 BATCH_SIZE = 32
-SHARD_BYTES = 256 * 2**20
+# Small shards are cheap to make again; large caches should not fall into thousands of files.
+SHARDS, SMALLEST_SHARD, LARGEST_SHARD = 64, 32 * 2**20, 2**30
 HALF_MAX = torch.finfo(torch.float16).max
 INT8_MAX = 127
 
@@ -74,7 +76,7 @@ def plan_cache(
     dtype: str = "float16",
     layers: Sequence[int] | None = None,
     batch_size: int = BATCH_SIZE,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
 ) -> Plan:
@@ -96,6 +98,8 @@ def plan_cache(
     lengths = _lengths(backbone, rows, shapes)
     order = sorted(range(len(rows)), key=lambda i: (-lengths[i], shapes[i], i))
     token_bytes = len(chosen) * (backbone.hidden_size * DTYPES[dtype].itemsize + (4 if dtype == "int8" else 0))
+    if shard_bytes is None:
+        shard_bytes = min(max(token_bytes * sum(lengths) // SHARDS, SMALLEST_SHARD), LARGEST_SHARD)
     batches: list[list[list[int]]] = []
     shards: list[dict[str, Any]] = []
     places = torch.empty(len(rows), 3, dtype=torch.int64)
@@ -131,7 +135,7 @@ def cache_layer_states(
     dtype: str = "float16",
     layers: Sequence[int] | None = None,
     batch_size: int = BATCH_SIZE,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
     progress: bool = True,
@@ -151,7 +155,8 @@ def cache_layer_states(
         layers: Layer states to keep; None means those that the attached fusion reads, without one `1 .. L`. `z_L` is always
             among them.
         batch_size: Rows per batch.
-        shard_bytes: Size of a shard at most, unless one batch is larger.
+        shard_bytes: Size of a shard at most, unless one batch is larger; None means a 64th of the cache, between 32 MiB and
+            1 GiB.
         tokenizer: Goes into the key, so that another one is noticed as such.
         max_length: Likewise.
         progress: Print the size before writing, and show a bar.
@@ -193,10 +198,16 @@ def cache_layer_states(
         disable=not (progress and process.is_main_process and mine),
     )
     backbone, _ = backbone_of(model)
-    with bar, _only_backbone(model, backbone):
+    # a shard is hashed and written while the next is computed
+    with bar, ThreadPoolExecutor(1) as writer, _only_backbone(model, backbone):
+        writing: list[Future[None]] = []
         for number in mine:
             tensors = _extract(backbone, rows, plan, number, collator, bar)
-            write_shard(folder / shards[number]["file"], tensors)
+            if writing:  # never more than two shards in memory
+                writing.pop().result()
+            writing.append(writer.submit(write_shard, folder / shards[number]["file"], tensors))
+        if writing:
+            writing.pop().result()
     process.wait_for_everyone()
     return LayerStateCache(folder, model, verify=False)
 

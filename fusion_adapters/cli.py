@@ -86,6 +86,25 @@ def compare(
 
 
 @app.command()
+def bench(
+    output: Annotated[Path, typer.Option(help="Folder of the benchmark; it appears when it is complete.")],
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe, see recipes/benchmark/; by default the packaged corpus.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value: key=value.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="Fewer examples, rounds and sizes; output of the same shape.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier benchmark in that folder.")] = False,
+) -> None:
+    """Measure speed, memory and checkpoint size against LoRA on this machine."""
+    from .bench import load_bench, run_bench
+
+    run_bench(load_bench(recipe, settings, quick), output, overwrite)
+    print((output / "summary.md").read_text(encoding="utf-8"))
+
+
+@app.command()
 def predict(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that train wrote.")],
     text: Annotated[

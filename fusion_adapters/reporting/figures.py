@@ -13,7 +13,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p")
 DASHES = ("-", "--", "-.", ":")
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """Matplotlib without a screen, in the style of our figures."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -48,7 +49,7 @@ def _save(figure: Any, axes: Any, path: Path) -> None:
         handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)), frameon=False, fontsize=8
     )
     figure.savefig(path)
-    _pyplot().close(figure)
+    pyplot().close(figure)
 
 
 def draw_samples(summary: dict[str, Any], path: Path) -> None:
@@ -56,7 +57,7 @@ def draw_samples(summary: dict[str, Any], path: Path) -> None:
     rows = summary["rows"]
     data, methods = _names(rows, "data"), _names(rows, "method")
     styles = _styles(methods)
-    figure, axes = _pyplot().subplots(1, len(data), figsize=(4.6 * len(data), 4.6), layout="constrained", squeeze=False)
+    figure, axes = pyplot().subplots(1, len(data), figsize=(4.6 * len(data), 4.6), layout="constrained", squeeze=False)
     for axis, name in zip(axes[0], data, strict=True):
         for method in methods:
             own = sorted((r for r in rows if r["data"] == name and r["method"] == method), key=lambda r: r["size"])
@@ -83,7 +84,7 @@ def draw_budget(summary: dict[str, Any], path: Path) -> None:
     sizes = {name: sorted({r["size"] for r in rows if r["data"] == name}) for name in data}
     styles = _styles(methods)
     columns = max(len(s) for s in sizes.values())
-    figure, axes = _pyplot().subplots(
+    figure, axes = pyplot().subplots(
         len(data), columns, figsize=(2.9 * columns + 0.6, 2.9 * len(data) + 0.9), layout="constrained", squeeze=False
     )
     for line, name in zip(axes, data, strict=True):
@@ -115,7 +116,7 @@ def draw_steps(runs: Sequence[dict[str, Any]], path: Path) -> None:
     sizes = {name: sorted({r["size"] for r in reported if r["data"] == name}) for name in data}
     styles = _styles(methods)
     columns = max(len(s) for s in sizes.values())
-    figure, axes = _pyplot().subplots(
+    figure, axes = pyplot().subplots(
         len(data), columns, figsize=(2.9 * columns + 0.6, 2.9 * len(data) + 0.9), layout="constrained", squeeze=False
     )
     for line, name in zip(axes, data, strict=True):
@@ -140,7 +141,7 @@ def draw_depth(runs: Sequence[dict[str, Any]], path: Path) -> None:
     data, methods = _names(runs, "data"), _names(runs, "method")
     largest = {name: max(r["size"] for r in runs if r["data"] == name) for name in data}
     found = {(r["data"], r["method"]): r["depth"] for r in runs if r["size"] == largest[r["data"]]}
-    plt = _pyplot()
+    plt = pyplot()
     heights = [max(len(found[d, m]) for m in methods if (d, m) in found) for d in data]
     figure, axes = plt.subplots(
         len(data),

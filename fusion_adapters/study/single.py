@@ -21,10 +21,10 @@ from ..budget import count_trainable
 from ..data import Splits, load_splits
 from ..features import LayerStateCache, cache_layer_states
 from ..loading import load_model, load_tokenizer
+from ..memory import PeakMemory
 from ..recipe import BackboneRecipe, DataRecipe, Recipe
 from ..training import Evaluation, adapter_config, load_attached, make_trainer
 from ..tuner import fusion_layers
-from .memory import PeakMemory
 from .recipe import ALL, StudyRecipe
 
 

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-INTERVAL = 0.02  # seconds between two looks
+INTERVAL = 0.005  # seconds between two looks, where the system keeps no peak
+# Linux: writing 5 makes the process's peak its present size (man 5 proc).
+CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 class PeakMemory:
     """A context whose `mib` is the highest memory in its body above that at its start, in MiB.
 
-    On CUDA that of the allocator, else the resident memory of the process, looked at fifty times a second.
+    On CUDA that of the allocator; else the resident memory of the process, on Linux by the kernel's own mark, elsewhere
+    by looking every few milliseconds.
     """
 
     def __init__(self) -> None:
         self.mib = 0.0
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> PeakMemory:
         if torch.cuda.is_available():
@@ -28,12 +33,16 @@ class PeakMemory:
             self._before = torch.cuda.memory_allocated()
             return self
         self._before = self._highest = psutil.Process().memory_info().rss
-        self._thread.start()
+        if not _reset_peak():
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated()
+        elif self._thread is None:
+            peak = _peak()
         else:
             self._stop.set()
             self._thread.join()
@@ -44,3 +53,15 @@ class PeakMemory:
         process = psutil.Process()
         while not self._stop.wait(INTERVAL):
             self._highest = max(self._highest, process.memory_info().rss)
+
+
+def _reset_peak() -> bool:
+    with contextlib.suppress(OSError):
+        CLEAR.write_text("5")
+        return STATUS.is_file()
+    return False
+
+
+def _peak() -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(line.split()[1])

@@ -1,0 +1,139 @@
+"""The benchmark: every case runs, cases take turns in processes, bars say what was measured."""
+
+import json
+
+import pytest
+import torch
+from support_text import SENTENCES, conll, save_model
+
+from fusion_adapters.bench import load_bench
+from fusion_adapters.bench.cases import EPOCHS, ROUNDS, Setting
+from fusion_adapters.bench.large import measure_large
+from fusion_adapters.bench.runner import compare_with_bars, measure_checkpoints, ratio
+from fusion_adapters.bench.scaling import exponents, measure_scaling
+from fusion_adapters.bench.workers import alternate, peak_memory
+from fusion_adapters.reporting.bench import write_bench_report
+
+LLAMA = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 50}
+
+
+def recipe_in(folder, **changes):
+    save_model(folder / "model", width=64)
+    (folder / "train.conll").write_text(conll(SENTENCES * 4), encoding="utf-8")
+    values = {
+        "backbone": {"model": str(folder / "model")},
+        "data": {"path": str(folder), "train": "train.conll"},
+        "lora": {"r": 2, "target_modules": ["query"]},
+        "examples": 8,
+        "batch_size": 4,
+        "repeats": 2,
+        "depths": [2, 4],
+        "widths": [16, 32],
+        "lengths": [8, 16],
+        "tokens": [64, 128],
+        "large": LLAMA,
+        "large_length": 16,
+        **changes,
+    }
+    path = folder / "bench.yaml"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return load_bench(path)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return recipe_in(tmp_path)
+
+
+@pytest.mark.parametrize("case", ROUNDS)
+def test_every_case_does_a_round_of_work(case, recipe, tmp_path):
+    setting = Setting(recipe, tmp_path)
+    run = ROUNDS[case](setting, case)
+    assert run() > 0 and run() > 0
+
+
+@pytest.mark.parametrize("case", EPOCHS)
+def test_a_round_trains_what_its_name_says(case, recipe, tmp_path):
+    setting = Setting(recipe, tmp_path)
+    kept = {}
+    original = setting.attached
+    setting.attached = lambda name: kept.setdefault("model", original(name))
+    run = ROUNDS[case](setting, case)
+    before = {n: p.detach().clone() for n, p in kept["model"].named_parameters()}
+    run()
+    moved = {n for n, p in kept["model"].named_parameters() if not torch.equal(p, before[n])}
+    assert any("classifier" in n for n in moved)
+    assert any(".lora_" in n for n in moved) == case.startswith("LoRA")
+    assert any(".layer_fusion." in n for n in moved) == ("DWAtt" in case)
+    assert all(any(part in n for part in (".lora_", ".layer_fusion.", "classifier")) for n in moved)
+
+
+def test_cases_take_turns_in_processes_of_their_own(recipe, tmp_path):
+    told = []
+    seconds = alternate(recipe, ["bare model", "last, live"], tmp_path, told.append)
+    assert told == ["bare model", "last, live"] * 3
+    assert {case: len(s) for case, s in seconds.items()} == {"bare model": 2, "last, live": 2}
+    assert all(s > 0 for values in seconds.values() for s in values)
+    wrong = recipe.model_copy(update={"lora": {"r": 2, "target_modules": ["nowhere"]}})
+    with pytest.raises(RuntimeError, match=r"'LoRA' failed: \w+Error: .*nowhere"):
+        alternate(wrong, ["LoRA"], tmp_path, told.append)
+
+
+@pytest.mark.slow
+def test_memory_is_measured_in_fresh_processes(recipe, tmp_path):
+    memory = peak_memory(recipe, tmp_path, lambda what: None)
+    assert set(memory) == {"LoRA", "LoRA + DWAtt", "last, live", "DWAtt, live"}
+    assert all(set(kinds) == {"training", "inference"} for kinds in memory.values())
+
+
+def summary_of(recipe, tmp_path):
+    setting = Setting(recipe, tmp_path)
+    rounds = {case: {"median": 2.0, "rounds": [1.0, 2.0, 3.0]} for case in ROUNDS}
+    rounds["LoRA"] = {"median": 50.0, "rounds": [30.0, 50.0, 60.0]}
+    scaling = measure_scaling(recipe, lambda what: None)
+    return {
+        "machine": {"cores": 2, "gpu": None, "torch": "2", "transformers": "5", "peft": "0"},
+        "recipe": recipe.model_dump(),
+        "tokens_per_epoch": setting.tokens,
+        "seconds": rounds,
+        "memory_mib": {c: {"training": 30.0, "inference": 20.0} for c in ("LoRA", "DWAtt, live")},
+        "scaling": scaling,
+        "exponents": exponents(scaling),
+        "checkpoints": measure_checkpoints(setting, tmp_path),
+        "flop_share": 0.1,
+        "large": measure_large(recipe, lambda what: None, device="cpu"),
+    }
+
+
+def test_bars_and_report(recipe, tmp_path):
+    summary = summary_of(recipe, tmp_path)
+    assert summary["exponents"].keys() == {"depth", "width", "sequence length", "tokens"}
+    # the ratio of each round, then the median: 30, 25, 20
+    assert ratio(summary["seconds"], "LoRA", "DWAtt, cached") == 25
+    bars = {b["bar"]: b for b in compare_with_bars(summary)}
+    assert bars["LoRA epoch / cached DWAtt epoch"]["holds"]
+    assert not bars["LoRA epoch / cached DWAtt epoch at 20 % of the budget"]["holds"]
+    assert bars["first epoch with extraction / LoRA epoch"]["value"] == pytest.approx(4 / 50)
+    assert not bars["memory of a live DWAtt training step / inference"]["holds"]
+    assert bars["checkpoint bytes beyond 4 a parameter"]["holds"]
+    for values in summary["checkpoints"].values():
+        assert values["bytes"] > 4 * values["parameters"]
+    tried = {(r["method"], r["precision"]): r["parameters"] for r in summary["large"]}
+    assert ("LoRA", "bf16") in tried and tried["DWAtt", "bf16"] <= tried["LoRA", "bf16"]
+    write_bench_report({**summary, "bars": list(bars.values())}, tmp_path)
+    text = (tmp_path / "summary.md").read_text()
+    assert "| LoRA epoch / cached DWAtt epoch | 25 | at least 20 | yes |" in text
+    for name in ("epochs", "memory", "scaling"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "results.csv").read_text().count("seconds,") > len(ROUNDS)
+
+
+def test_exponents_are_those_of_the_fit():
+    rows = [{"axis": "depth", "value": v, "seconds": 0.01 * v**1.5} for v in (2, 4, 8)]
+    assert exponents(rows) == {"depth": pytest.approx(1.5)}
+
+
+def test_a_recipe_that_does_not_fit_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"'repeat' is not a key of a recipe. Did you mean 'repeats'"):
+        recipe_in(tmp_path, repeat=3)
+    assert load_bench(quick=True).examples < load_bench().examples

@@ -71,12 +71,15 @@ class Evaluation:
     examples: Sequence[Example]
     encoded: Encoded
     cache: LayerStateCache | None = None
+    positions: str = "all"
 
     def __post_init__(self) -> None:
         rows = self.encoded.rows
         self.order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]), reverse=True)
         ordered = [rows[i] for i in self.order]
-        self.dataset: Any = Dataset.from_list(ordered) if self.cache is None else self.cache.dataset(ordered)
+        self.dataset: Any = (
+            Dataset.from_list(ordered) if self.cache is None else self.cache.dataset(ordered, positions=self.positions)
+        )
 
     def scores(self, predictions: Any, label_ids: Any) -> dict[str, Any]:
         """All scores of predicted label numbers; for arguments and errors see `main_score`."""
@@ -237,6 +240,7 @@ def train(
             examples,
             encode(examples, tokenizer, splits.labels, recipe.task, recipe.data.max_length),
             cache,
+            positions_for(model, recipe.task, training=name == "train"),
         )
         for name, examples in (("train", splits.train), ("dev", splits.dev), ("test", splits.test))
         if examples
@@ -276,6 +280,13 @@ def train(
     }
 
 
+def positions_for(model: nn.Module, task: Task, training: bool) -> str:
+    """Which positions a cached dataset needs: without a label they do not count, unless positions are mixed."""
+    if task != "token_classification" or any(layer.mixes_positions for layer in fusion_layers(model)):
+        return "all"
+    return "packed" if training else "labelled"
+
+
 def make_trainer(
     model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, train_set: Evaluation, dev_set: Evaluation, folder: Path
 ) -> Trainer:
@@ -299,9 +310,7 @@ def make_trainer(
     tokens = recipe.task == "token_classification"
     collator: Any = DataCollatorForTokenClassification(tokenizer) if tokens else DataCollatorWithPadding(tokenizer)
     if train_set.cache is not None:
-        # a position without a label does not count, unless positions are mixed
-        alone = tokens and not any(layer.mixes_positions for layer in fusion_layers(model))
-        collator = train_set.cache.collator(collator, labelled_only=alone)
+        collator = train_set.cache.collator(collator)
     name = MAIN_SCORE[recipe.task]
     return OrderedTrainer(
         model=model,

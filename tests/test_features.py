@@ -9,8 +9,8 @@ import pytest
 import torch
 from families import FAMILIES, GRID, attach, first_head, inputs
 from peft import get_peft_model
-from support import METHODS, attached, batch, disturb, tiny
-from support_text import tokenizer, write_recipe
+from support import METHODS, attached, batch, disturb, tiny, without_dropout
+from support_text import save_model, tokenizer, write_recipe
 from transformers import BertForTokenClassification, Trainer, TrainingArguments
 
 from fusion_adapters import FusionConfig
@@ -61,8 +61,8 @@ def cached(model, rows, folder, **options):
 
 
 def from_cache(cache, rows, **options):
-    dataset = cache.dataset(rows)
-    return cache.collator(pad, **options)([dataset[i] for i in range(len(rows))])
+    dataset = cache.dataset(rows, **options)
+    return cache.collator(pad)([dataset[i] for i in range(len(rows))])
 
 
 def loss_and_gradients(model, inputs, seed=3):
@@ -119,9 +119,15 @@ def test_positions_without_label_may_be_left_out(tmp_path):
     model = disturb(attached())
     rows = [{**row, "labels": [y if i % 2 else -100 for i, y in enumerate(row["labels"])]} for row in some_rows()]
     cache = cached(model, rows, tmp_path / "states")
-    states = from_cache(cache, rows, labelled_only=True)
-    assert states["layer_states"]["states"].shape[1] == sum(len(row["labels"]) // 2 for row in rows)
+    states = from_cache(cache, rows, positions="labelled")
+    labelled = sum(len(row["labels"]) // 2 for row in rows)
+    assert states["layer_states"]["states"].shape[1] == labelled
     assert_equal_training(model, pad(rows), states)
+    packed = from_cache(cache, rows, positions="packed")
+    assert packed["input_ids"].shape == packed["labels"].shape == (-(-labelled // 32), 32)
+    assert_equal_training(without_dropout(model), pad(rows), packed)  # dropout draws other numbers in another shape
+    with pytest.raises(ValueError, match="positions='some' is unknown"):
+        cache.dataset(rows, positions="some")
 
 
 def test_the_model_is_the_same_after_a_call_with_states_and_after_one_that_failed(tmp_path):
@@ -170,7 +176,9 @@ def test_a_value_that_float16_cannot_hold_is_an_error(tmp_path):
     model = tiny("llama")
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.mul_(1e9)
-    with pytest.raises(ValueError, match=r"z_1 holds a value of [0-9,]+, and float16 ends at 65,504. Use dtype='bfloat16'"):
+    with pytest.raises(
+        ValueError, match=r"\[1, 2, 3, 4\] hold values beyond 65,504, where float16 ends. Use dtype='bfloat16'"
+    ):
         cached(model, some_rows(), tmp_path / "states", dtype="float16")
     assert not list((tmp_path / "states").glob("shard-*"))
 
@@ -366,6 +374,7 @@ def test_a_bare_model_can_be_cached_for_adapters_that_come_later(tmp_path):
 
 def test_a_recipe_trains_from_a_cache_to_the_same_scores(tmp_path, capsys):
     recipe = write_recipe(tmp_path, training={"num_train_epochs": 2, "disable_tqdm": True})
+    save_model(tmp_path / "model", dropout=0.0)  # the head's dropout draws other numbers for packed rows
     runs = {}
     main(["train", str(recipe), "--output", str(tmp_path / "live")])
     main(["cache", str(recipe), "--output", str(tmp_path / "states"), "--dtype", "float32"])

@@ -119,7 +119,7 @@ def epoch_round(setting: Setting, case: str) -> Callable[[], float]:
     collator: Any = setting.collator
     if "cached" in case:
         cache = setting.cache(model)
-        dataset, collator = cache.dataset(setting.rows), cache.collator(collator, labelled_only=True)
+        dataset, collator = cache.dataset(setting.rows, positions="packed"), cache.collator(collator)
 
     def run() -> float:
         with tempfile.TemporaryDirectory() as folder:
@@ -147,7 +147,7 @@ def epoch_round(setting: Setting, case: str) -> Callable[[], float]:
 def _loop(setting: Setting, model: Any) -> Callable[[], float]:
     """An epoch as a bare loop: tensors in memory, fusion and head called by hand, the same optimizer."""
     cache = setting.cache(model)
-    dataset, collator = cache.dataset(setting.rows), cache.collator(setting.collator, labelled_only=True)
+    dataset, collator = cache.dataset(setting.rows, positions="labelled"), cache.collator(setting.collator)
     size = setting.recipe.batch_size
     batches = []
     for start in range(0, len(dataset), size):

@@ -164,13 +164,15 @@ class LayerStateCache:
             result[:, starts[i] : starts[i] + len(states)].copy_(states.transpose(0, 1))
         return result
 
-    def dataset(self, rows: Sequence[Mapping[str, Any]], layers: Sequence[int] | None = None) -> CachedDataset:
+    def dataset(
+        self, rows: Sequence[Mapping[str, Any]], layers: Sequence[int] | None = None, positions: str = "all"
+    ) -> CachedDataset:
         """A dataset of these rows with the states that the model reads, see `CachedDataset`."""
-        return CachedDataset(self, rows, self.wanted if layers is None else layers)
+        return CachedDataset(self, rows, self.wanted if layers is None else layers, positions)
 
-    def collator(self, collator: Any, dtype: torch.dtype | None = None, labelled_only: bool = False) -> CachedCollator:
+    def collator(self, collator: Any, dtype: torch.dtype | None = None) -> CachedCollator:
         """The task's collator with the states added to its batches, see `CachedCollator`."""
-        return CachedCollator(collator, dtype, labelled_only)
+        return CachedCollator(collator, dtype)
 
     def _reader(self, shard: int) -> dict[str, Any]:
         reader = self._readers.get(shard)

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import BatchEncoding
 
+PACKED_LENGTH = 32  # positions of a packed row, within what any model allows
 IGNORED = -100  # the label of positions without one, as torch's cross-entropy wants it
 
 if TYPE_CHECKING:
@@ -38,15 +39,29 @@ class CachedDataset(Dataset[CachedRow]):
         rows: Tokenised rows (`input_ids`, `attention_mask`, `labels`, ...), any part of those that were cached and in any
             order; labels may be others than when the states were extracted.
         layers: The layer states to read: those of the fusion, and `L`.
+        positions: `"all"`; or for token classification by a fusion and a head that do not mix positions, `"labelled"`
+            (no states for positions whose label is -100: the same loss and gradients with less arithmetic; logits there mean
+            nothing), or `"packed"` (for training: the labelled positions of a batch moved together into rows of 32, so
+            that embeddings, dropout, head and loss have as little to do as the fusion).
 
     Raises:
         StaleCacheError: If a row is not in the cache.
+        ValueError: If `positions` is none of the three.
     """
 
-    def __init__(self, cache: LayerStateCache, rows: Sequence[Mapping[str, Any]], layers: Sequence[int]) -> None:
+    def __init__(
+        self,
+        cache: LayerStateCache,
+        rows: Sequence[Mapping[str, Any]],
+        layers: Sequence[int],
+        positions: str = "all",
+    ) -> None:
+        if positions not in ("all", "labelled", "packed"):
+            raise ValueError(f"positions={positions!r} is unknown. Use 'all', 'labelled' or 'packed'.")
         self.cache = cache
         self.rows = rows
         self.layers = list(layers)
+        self.positions = positions
         self.numbers = cache.find(rows)
 
     def __len__(self) -> int:
@@ -66,16 +81,11 @@ class CachedCollator:
     Args:
         collator: What would collate the rows without a cache.
         dtype: Of the states; None means float32 on a machine without GPU, else as stored (the model converts).
-        labelled_only: Leave out positions whose label is -100. Loss and gradients of a token head stay the same, with less
-            arithmetic; its logits at the positions left out mean nothing. Not for fusions or heads that mix positions.
     """
 
-    def __init__(
-        self, collator: Callable[[list[Any]], Any], dtype: torch.dtype | None = None, labelled_only: bool = False
-    ) -> None:
+    def __init__(self, collator: Callable[[list[Any]], Any], dtype: torch.dtype | None = None) -> None:
         self.collator = collator
         self.dtype = torch.float32 if dtype is None and not torch.cuda.is_available() else dtype
-        self.labelled_only = labelled_only
 
     def __call__(self, rows: Sequence[CachedRow]) -> dict[str, Any]:
         """Collates rows of a `CachedDataset`.
@@ -83,22 +93,39 @@ class CachedCollator:
         Raises:
             ValueError: If the task's collator makes rows shorter or longer.
         """
-        batch = self.collator([dict(row.data) for row in rows])
         source, numbers = rows[0].source, [row.number for row in rows]
-        total = sum(source.cache.length(n) for n in numbers)
+        if source.positions == "packed":
+            return self._packed(rows)
+        batch = self.collator([dict(row.data) for row in rows])
+        lengths = [source.cache.length(n) for n in numbers]
         mask = batch.get("attention_mask")
-        positions = torch.arange(total) if mask is None else mask.flatten().nonzero().squeeze(1)
-        if len(positions) != total:
-            if len({source.cache.length(n) for n in numbers}) > 1:
+        positions = torch.arange(sum(lengths)) if mask is None else mask.flatten().nonzero().squeeze(1)
+        if len(positions) != sum(lengths):
+            if len(set(lengths)) > 1:
                 raise ValueError(
-                    f"The collated batch has {len(positions)} positions with a mask of 1, its cached states {total}. The "
+                    f"The collated batch has {len(positions)} positions with a mask of 1, its cached states {sum(lengths)}. The "
                     "collator must not cut or lengthen rows: tokenise to the final length before extracting."
                 )
-            positions = torch.arange(total)  # images and sound: the mask, if any, counts something else
+            positions = torch.arange(sum(lengths))  # images and sound: the mask, if any, counts something else
         keep = None
-        if self.labelled_only:
+        if source.positions == "labelled":
             labelled = batch["labels"].flatten()[positions] != IGNORED
-            keep = labelled.split([source.cache.length(n) for n in numbers])
+            keep = labelled.split(lengths)
             positions = positions[labelled]
         states = source.cache.read(numbers, source.layers, self.dtype, keep)
         return {**batch, "layer_states": {"states": states, "positions": positions}}
+
+    def _packed(self, rows: Sequence[CachedRow]) -> dict[str, Any]:
+        source = rows[0].source
+        labels = [torch.as_tensor(row["labels"]) for row in rows]
+        keep = [y != IGNORED for y in labels]
+        states = source.cache.read([row.number for row in rows], source.layers, self.dtype, keep)
+        tokens = states.shape[1]
+        height = max(1, -(-tokens // PACKED_LENGTH))
+        batch = {}
+        for name in rows[0].data:
+            values = torch.cat([torch.as_tensor(row[name])[k] for row, k in zip(rows, keep, strict=True)])
+            packed = torch.full((height * PACKED_LENGTH,), IGNORED if name == "labels" else 0)
+            packed[:tokens] = values
+            batch[name] = packed.view(height, PACKED_LENGTH)
+        return {**batch, "layer_states": {"states": states, "positions": torch.arange(tokens)}}

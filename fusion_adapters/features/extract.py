@@ -35,7 +35,6 @@ from .storage import (
 BATCH_SIZE = 32
 # Small shards are cheap to make again; large caches should not fall into thousands of files.
 SHARDS, SMALLEST_SHARD, LARGEST_SHARD = 64, 32 * 2**20, 2**30
-HALF_MAX = torch.finfo(torch.float16).max
 INT8_MAX = 127
 
 
@@ -205,7 +204,7 @@ def cache_layer_states(
             tensors = _extract(backbone, rows, plan, number, collator, bar)
             if writing:  # never more than two shards in memory
                 writing.pop().result()
-            writing.append(writer.submit(write_shard, folder / shards[number]["file"], tensors))
+            writing.append(writer.submit(_write, folder / shards[number]["file"], tensors, plan.manifest["layers"]))
         if writing:
             writing.pop().result()
     process.wait_for_everyone()
@@ -354,15 +353,16 @@ def _extract(
         with recorded(backbone, layers) as states:
             backbone.base(**inputs)
         end = start + int(plan.places[batch, 2].sum())
+        real = None if mask is None or bool(mask.all()) else mask.flatten().nonzero().squeeze(1)
         for column, layer in enumerate(layers):
             flat = states[layer].flatten(0, 1)  # (B T, d)
-            chosen = flat if mask is None else flat[mask.flatten().bool()]
+            chosen = flat if real is None else flat.index_select(0, real)
             if len(chosen) != end - start:
                 raise ValueError(
                     f"A batch of {len(batch)} rows has {len(chosen)} positions, but its rows have {end - start}. Give a collator that "
                     "pads rows and makes an attention_mask, and does not cut them."
                 )
-            _store(result, slice(start, end), column, layer, chosen)
+            _store(result, slice(start, end), column, chosen)
         start = end
         bar.update(len(batch))
     return result
@@ -381,19 +381,24 @@ def _inputs(
     return {n: v.to(backbone.device) for n, v in batch.items() if n not in LABELS and isinstance(v, Tensor)}
 
 
-def _store(result: dict[str, Tensor], where: slice, column: int, layer: int, states: Tensor) -> None:
+def _store(result: dict[str, Tensor], where: slice, column: int, states: Tensor) -> None:
     """Writes states `(tokens, d)` into a column of a shard."""
     target = result["states"]
     if target.dtype == torch.int8:
         scales = states.float().abs().amax(-1).clamp_min(1e-12) / INT8_MAX  # (tokens,)
         result["scales"][where, column] = scales.cpu()
         target[where, column] = (states.float() / scales[:, None]).round().to(torch.int8).cpu()
-        return
-    if target.dtype == torch.float16 and states.dtype != torch.float16:
-        largest = float(states.abs().amax())
-        if largest > HALF_MAX:
-            raise ValueError(
-                f"Layer state z_{layer} holds a value of {largest:,.0f}, and float16 ends at {HALF_MAX:,.0f}. Use "
-                "dtype='bfloat16'. Nothing of this shard was written."
-            )
-    target[where, column] = states.to(target.dtype).cpu()
+    else:
+        target[where, column].copy_(states)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], layers: Sequence[int]) -> None:
+    """Writes a shard, unless float16 could not hold a state."""
+    states = tensors["states"]
+    if states.dtype == torch.float16 and bool(states.isinf().any()):
+        wrong = [layer for column, layer in enumerate(layers) if bool(states[:, column].isinf().any())]
+        raise ValueError(
+            f"The layer states {wrong} hold values beyond {torch.finfo(torch.float16).max:,.0f}, where float16 ends. Use "
+            "dtype='bfloat16'. Nothing of this shard was written."
+        )
+    write_shard(path, tensors)

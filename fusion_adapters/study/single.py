@@ -23,7 +23,7 @@ from ..features import LayerStateCache, cache_layer_states
 from ..loading import load_model, load_tokenizer
 from ..memory import PeakMemory
 from ..recipe import BackboneRecipe, DataRecipe, Recipe
-from ..training import Evaluation, adapter_config, load_attached, make_trainer
+from ..training import Evaluation, adapter_config, load_attached, make_trainer, positions_for
 from ..tuner import fusion_layers
 from .recipe import ALL, StudyRecipe
 
@@ -195,7 +195,8 @@ def run_single(study: StudyRecipe, run: Run, states: Path) -> dict[str, Any]:
                 encoded = encode(examples, tokenizer, splits.labels, recipe.task, recipe.data.max_length)
             else:
                 encoded = _encoded(recipe.data.model_dump_json(), recipe.task, study.backbone.model_dump_json(), name)
-            sets[name] = Evaluation(recipe.task, splits.labels, examples, encoded, cache)
+            positions = positions_for(model, recipe.task, training=name == "train")
+            sets[name] = Evaluation(recipe.task, splits.labels, examples, encoded, cache, positions)
     keep = KeepBest(MAIN_SCORE[recipe.task])
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(model, tokenizer, recipe, sets["train"], sets["dev"], Path(folder))

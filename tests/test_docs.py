@@ -10,6 +10,7 @@ from peft import get_peft_model
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
 
 from fusion_adapters import FUSIONS, FusionConfig
+from fusion_adapters.bench import load_bench
 from fusion_adapters.fusions import fusion_options
 from fusion_adapters.loading import load_tokenizer, resolve_model
 from fusion_adapters.recipe import BackboneRecipe, load_recipe
@@ -62,16 +63,18 @@ def test_links_between_pages_lead_somewhere():
                 assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: p.name)
 def test_every_recipe_is_valid_explains_itself_and_stands_in_the_docs(recipe):
     text = recipe.read_text(encoding="utf-8")
     assert text.startswith("# ") and "# Shows:" in text and "# Expect:" in text
     if "\nmethods:" in text:
         load_study(recipe)
         load_study(recipe, quick=True)
+    elif recipe.parent.name == "benchmark":
+        load_bench(recipe)
     else:
         load_recipe(recipe)
-    assert f"`{recipe.name}`" in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert f"`{recipe.relative_to(ROOT / 'recipes')}`" in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 
 
 def test_every_method_and_option_stands_in_the_docs():

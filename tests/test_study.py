@@ -10,7 +10,7 @@ from support_text import SENTENCES, conll, save_model
 from fusion_adapters.cli import main
 from fusion_adapters.study import load_study
 from fusion_adapters.study.runner import Cell, rate_size
-from fusion_adapters.study.single import subset
+from fusion_adapters.study.single import subset, training_sizes
 from fusion_adapters.study.statistics import interval, steps_to_share, summarise
 
 METHODS = {
@@ -112,8 +112,41 @@ def test_processes_give_the_table_of_one(tmp_path):
 
 
 def test_subsets_are_the_same_for_all_and_grow():
-    assert subset(100, 5, 1) == subset(100, 20, 1)[:5] != subset(100, 5, 2)
-    assert len(set(subset(100, 100, 3))) == 100
+    assert subset(None, 100, 5, 1) == subset(None, 100, 20, 1)[:5] != subset(None, 100, 5, 2)
+    assert len(set(subset(None, 100, 100, 3))) == 100
+    labels = ["a"] * 50 + ["b"] * 30 + ["c"] * 2
+    chosen = subset(labels, 82, 8, 1)  # three of each class, where there are three
+    assert sorted(labels[i] for i in chosen) == list("aaabbbcc")
+    assert sorted(subset(labels, 82, 82, 1)) == list(range(82))
+
+
+def test_sizes_per_class(tmp_path):
+    save_model(tmp_path / "model", "sequence")
+    rows = [("anna lives in oslo", "place")] * 8 + [("the old man", "person")] * 6 + [("acme corp", "firm")] * 3
+    (tmp_path / "train.csv").write_text("\n".join(["text,label", *(",".join(r) for r in rows)]) + "\n", encoding="utf-8")
+    study = {
+        "task": "sequence_classification",
+        "backbone": {"model": str(tmp_path / "model")},
+        "data": {"toy": {"path": str(tmp_path), "train": "train.csv", "dev_fraction": 0.2}},
+        "methods": {"last": {"adapter": {"fusion": "last", "modules_to_save": ["pooler"]}}},
+        "baseline": "last",
+        "reference": None,
+        "sizes": [1, 3, "all"],
+        "per_class": True,
+        "seeds": [1],
+        "rates": [1e-3],
+        "epochs": 1,
+        "evaluations": 1,
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study), encoding="utf-8")
+    sizes = training_sizes(load_study(path))["toy"]
+    assert sizes[0] == 3 and sizes[2] == 14 and 3 < sizes[1] <= 9
+    main(["compare", str(path), "--output", str(tmp_path / "out"), "--workers", "1"])
+    rows = scores(tmp_path / "out")
+    assert {r["size"] for r in rows} == {str(s) for s in sizes} and {r["test"] for r in rows} == {""}
+    with pytest.raises(ValueError, match=r"sets per_class, which counts texts of each class; its task is token"):
+        load_study(write_study(tmp_path, per_class=True))
 
 
 def test_rates_may_be_chosen_at_a_few_sizes(tmp_path):
@@ -152,7 +185,7 @@ def test_a_recipe_that_does_not_fit_says_why(changes, message, tmp_path):
 def test_sizes_beyond_the_data_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["compare", str(write_study(tmp_path, sizes=[4, 99])), "--output", str(tmp_path / "out")])
-    assert "sizes [99] are larger than the 13 training examples of 'toy'" in " ".join(capsys.readouterr().err.split())
+    assert "sizes: 99 is more than the 13 training examples of 'toy'" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_summary_compares_by_seed(tmp_path):

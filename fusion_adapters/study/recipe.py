@@ -40,6 +40,7 @@ class StudyRecipe(BaseModel):
     baseline: str = Field("deeper", description="The method whose paired difference is reported.")
     reference: str | None = Field("concat", description="A second one.")
     sizes: list[int | Literal["all"]] = Field(description="Numbers of training examples, or 'all'.")
+    per_class: bool = Field(False, description="Whether sizes count the training examples of each class (sequences).")
     seeds: list[int] = Field(description="Seeds of the reported runs.")
     rate_seeds: list[int] = Field(default=[0], description="Seeds of the runs that choose the learning rate.")
     rate_sizes: list[int | Literal["all"]] | None = Field(
@@ -86,6 +87,10 @@ def load_study(path: str | Path, settings: list[str] | None = None, quick: bool 
         values = {**values, **values.get("quick", {})}
     apply_settings(values, settings)
     study = validated(StudyRecipe, values, str(path))
+    if study.per_class and study.task != "sequence_classification":
+        raise ValueError(
+            f"The recipe {str(path)!r} sets per_class, which counts texts of each class; its task is {study.task}."
+        )
     for name in (study.baseline, study.reference):
         if name is not None and name not in study.methods:
             raise ValueError(

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 
 from ..files import write_text_whole
 from ..reporting.study import write_report
-from .recipe import ALL, StudyRecipe
-from .single import Run, RunFailedError, prepare_states, run_single, splits_of, training_sizes
+from .recipe import StudyRecipe
+from .single import Run, RunFailedError, count_examples, prepare_states, run_single, training_sizes
 from .statistics import summarise
 
 STUDY_FILE = "study.yaml"
@@ -112,8 +112,7 @@ def rate_size(study: StudyRecipe, cell: Cell) -> int:
     """The size at which a cell's learning rate is chosen: the largest of `rate_sizes` not above it, or the smallest."""
     if study.rate_sizes is None:
         return cell.size
-    available = len(splits_of(study, cell.data).train)
-    sizes = sorted(available if s == ALL else int(s) for s in study.rate_sizes)
+    sizes = sorted(count_examples(study, cell.data, s) for s in study.rate_sizes)
     return max((s for s in sizes if s <= cell.size), default=sizes[0])
 
 
@@ -172,4 +171,4 @@ def _claim(study: StudyRecipe, output: Path) -> None:
 # What may grow between two calls on one folder: its runs stay as they are.
 GROWING = ("methods", "sizes", "seeds", "rate_sizes", "baseline", "reference")
 
-__all__ = ["ALL", "Cell", "RunFailedError", "run_cell", "run_study"]
+__all__ = ["Cell", "RunFailedError", "run_cell", "run_study"]

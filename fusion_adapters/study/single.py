@@ -7,6 +7,8 @@ import math
 import random
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,26 +71,48 @@ def splits_of(study: StudyRecipe, data: str) -> Splits:
 
 
 def training_sizes(study: StudyRecipe) -> dict[str, list[int]]:
-    """For each data set the training sizes, `all` in numbers.
+    """For each data set the numbers of training examples, `all` and sizes per class turned into numbers.
 
     Raises:
         ValueError: If a size is larger than the data set.
     """
-    sizes = {}
-    for data in study.data:
-        available = len(splits_of(study, data).train)
-        too_large = [s for s in study.sizes if s != ALL and int(s) > available]
-        if too_large:
-            raise ValueError(
-                f"sizes {too_large} are larger than the {available} training examples of {data!r}. Lower them, or say all."
-            )
-        sizes[data] = list(dict.fromkeys(available if s == ALL else int(s) for s in study.sizes))
-    return sizes
+    return {data: list(dict.fromkeys(count_examples(study, data, s) for s in study.sizes)) for data in study.data}
 
 
-def subset(total: int, size: int, seed: int) -> list[int]:
-    """The training examples of a seed, the same for every method; smaller sizes are parts of larger ones."""
-    return random.Random(seed).sample(range(total), total)[:size]
+def count_examples(study: StudyRecipe, data: str, size: int | str) -> int:
+    """The number of training examples that an entry of `sizes` means on a data set; see `training_sizes`."""
+    train = splits_of(study, data).train
+    if size == ALL:
+        return len(train)
+    if study.per_class:
+        counts = Counter(example.labels[0] for example in train)
+        available, number = max(counts.values()), sum(min(int(size), n) for n in counts.values())
+    else:
+        available = number = len(train)
+    if int(size) > available:
+        unit = "of the largest class" if study.per_class else "training examples"
+        raise ValueError(f"sizes: {size} is more than the {available} {unit} of {data!r}. Lower it, or say all.")
+    return number if study.per_class else int(size)
+
+
+def subset(labels: Sequence[str] | None, total: int, size: int, seed: int) -> list[int]:
+    """The training examples of a seed, the same for every method; smaller sizes are parts of larger ones.
+
+    Args:
+        labels: The class of each example, to draw one of each class in turn; None draws from all alike.
+        total: The number of training examples.
+        size: How many to take.
+        seed: Of the draw.
+    """
+    order = random.Random(seed).sample(range(total), total)
+    if labels is not None:
+        seen: Counter[str] = Counter()
+        turns = []
+        for i in order:
+            turns.append((seen[labels[i]], i))
+            seen[labels[i]] += 1
+        order = [i for _, i in sorted(turns, key=lambda turn: turn[0])]  # stable: within a turn the order of the draw
+    return order[:size]
 
 
 def states_folder(study: StudyRecipe, data: str, method: str, root: Path) -> Path:
@@ -187,7 +211,8 @@ def run_single(study: StudyRecipe, run: Run, states: Path) -> dict[str, Any]:
     if not config.has_lora:
         cache = LayerStateCache(states_folder(study, run.data, run.method, states), model, verify=False)
         cache.check(model, tokenizer=tokenizer, max_length=recipe.data.max_length)
-    chosen = [splits.train[i] for i in subset(len(splits.train), run.size, run.seed)]
+    classes = [example.labels[0] for example in splits.train] if study.per_class else None
+    chosen = [splits.train[i] for i in subset(classes, len(splits.train), run.size, run.seed)]
     sets = {}
     for name, examples in (("train", chosen), ("dev", splits.dev), ("test", splits.test)):
         if examples and (name != "test" or run.stage == "report"):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..backbone import Backbone
 from ..fingerprint import fingerprint
-from ..fusions import Context, Fusion
+from ..fusions import FUSIONS, Context, Fusion
 from ..quantization import keep_unpacked
 from ..taps import GivenStates, Taps
 
@@ -231,7 +231,8 @@ def depth_weights(model: nn.Module, *, stack: str | None = None, **inputs: Any) 
     layer = active[-1]  # the decoder comes last
     fusion = layer.active_fusion
     if fusion is None or not fusion.has_weights:
-        raise ValueError(f"{type(fusion).__name__} gives no weights over depth. Methods that do: dwatt, scalar_mix.")
+        having = ", ".join(name for name, method in FUSIONS.items() if method.has_weights)
+        raise ValueError(f"{type(fusion).__name__} gives no weights over depth. Methods that do: {having}.")
     layer.recording = []
     try:
         with torch.no_grad():

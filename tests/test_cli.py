@@ -98,7 +98,7 @@ def test_the_heatmap_is_a_picture(trained, tmp_path, capsys):
 def test_a_method_without_weights_has_no_heatmap(tmp_path, capsys):
     run("train", write_recipe(tmp_path, adapter={"fusion": "concat"}), "--output", tmp_path / "run")
     error = fails(capsys, "inspect", tmp_path / "run", "--text", "Anna", "--output", tmp_path / "depth.png")
-    assert "Methods that do: dwatt, scalar_mix" in error
+    assert "Methods that do: dwatt, dwconcat, scalar_mix, attnres, laya" in error
     assert not (tmp_path / "depth.png").exists()
 
 

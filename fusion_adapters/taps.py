@@ -147,7 +147,8 @@ class Taps:
         # no zip: torch 2.8 cannot trace one over unequal lengths
         named = {self._parameters[i]: value for i, value in enumerate(args)}
         named.update(kwargs)
-        frame.context = Context(named.get("attention_mask"), self.causal)
+        # where the backbone runs, computing a small part of the fusion twice is cheap, and its memory is what counts
+        frame.context = Context(named.get("attention_mask"), self.causal, recompute=self._cuts())
         if self.fuse.mixes_positions:
             frame.context.cached_positions = max(_cached_positions(named.get(name)) for name in CACHE_NAMES)
         encoded = kwargs.get("encoder_hidden_states")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -19,6 +20,8 @@ class Context:
         attention_mask: `(B, T)`, non-zero at real tokens; or a 4-D mask as the backbone was given it; or None.
         causal: Whether a position may only see itself and earlier ones (decoders).
         cached_positions: Positions that the backbone keeps in its KV cache and does not show in this call.
+        recompute: Whether to trade time for memory in training: keep the layer states, and compute what comes of each of
+            them again in the backward pass.
         block_args: Positional arguments of the last block, without its hidden states.
         block_kwargs: Keyword arguments of the last block, without its hidden states.
     """
@@ -26,6 +29,7 @@ class Context:
     attention_mask: Tensor | None = None
     causal: bool = False
     cached_positions: int = 0
+    recompute: bool = False
     block_args: tuple[Any, ...] = ()
     block_kwargs: dict[str, Any] | None = None
 
@@ -145,6 +149,16 @@ def check_init(init: str) -> str:
     return init
 
 
+def each_layer(function: Callable[..., Tensor], context: Context | None, *args: Any) -> Tensor:
+    """Calls `function(*args)`; where the context says so, its inner values are not kept for the backward pass.
+
+    The function must draw no random numbers.
+    """
+    if context is None or not context.recompute or not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x W^T + b` in the dtype of `x`, from float32 parameters."""
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -187,12 +201,19 @@ class BottleneckMLP(nn.Module):
         nn.init.zeros_(self.up_weight)
         nn.init.zeros_(self.up_bias)
 
+    def layers(self) -> list[tuple[Tensor, ...]]:
+        """The parameters of each layer, for `apply_layer`."""
+        # unbind, not indexing: the gradient of all layers is then built in one piece
+        return list(zip(*(p.unbind(0) for p in self.parameters()), strict=True))
+
+    @staticmethod
+    def apply_layer(
+        x: Tensor, down: Tensor, down_bias: Tensor, norm: Tensor, norm_bias: Tensor, up: Tensor, up_bias: Tensor
+    ) -> Tensor:
+        """One layer's MLP, `(B, T, d)` to the same shape."""
+        hidden = F.gelu(linear(x, down, down_bias))  # (B, T, r)
+        return linear(layer_norm(hidden, norm, norm_bias), up, up_bias)  # (B, T, d)
+
     def forward(self, states: Sequence[Tensor]) -> list[Tensor]:
         """Maps `depth` states, each `(B, T, d)`, to as many of the same shape."""
-        outputs = []
-        # unbind, not indexing: the gradient of all layers is then built in one piece
-        parameters = zip(*(p.unbind(0) for p in self.parameters()), strict=True)
-        for x, (down, down_bias, norm, norm_bias, up, up_bias) in zip(states, parameters, strict=True):
-            hidden = F.gelu(linear(x, down, down_bias))  # (B, T, r)
-            outputs.append(linear(layer_norm(hidden, norm, norm_bias), up, up_bias))  # (B, T, d)
-        return outputs
+        return [self.apply_layer(x, *parameters) for x, parameters in zip(states, self.layers(), strict=True)]

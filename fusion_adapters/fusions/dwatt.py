@@ -16,6 +16,7 @@ from .base import (
     bottleneck_width,
     check_heads,
     check_init,
+    each_layer,
     layer_norm,
     linear_weight,
 )
@@ -97,15 +98,19 @@ class DWAtt(Fusion):
     def forward(
         self, states: Sequence[Tensor], last: Tensor, context: Context | None = None, return_weights: bool = False
     ) -> Any:
-        weights = self.depth_weights(last)  # (B, T, H, N)
+        weights = each_layer(self.depth_weights, context, last)  # (B, T, H, N)
         shares = F.dropout(weights, self.dropout, self.training).to(last.dtype).unsqueeze(-1).unbind(-2)
         gains, biases = self.gain_scale * self.value_norm_weight, self.gain_scale * self.value_norm_bias  # (N, d)
-        norms = zip(gains.unbind(0), biases.unbind(0), strict=True)
+        layers = zip(states, shares, gains.unbind(0), biases.unbind(0), self.value.layers(), strict=True)
         fused = last.float()  # summed in float32: rounding would grow with depth
-        for share, value, (gain, bias) in zip(shares, self.value(states), norms, strict=True):
-            normed = layer_norm(value, gain, bias).unflatten(-1, (self.heads, -1))  # (B, T, H, d / H)
-            fused = fused + (share * normed).flatten(-2)
+        for state, share, gain, bias, mlp in layers:
+            fused = fused + each_layer(self._weighed_value, context, state, share, gain, bias, *mlp)
         fused = fused.to(last.dtype)
         if return_weights:
             return fused, weights.squeeze(2) if self.heads == 1 else weights
         return fused
+
+    def _weighed_value(self, state: Tensor, share: Tensor, gain: Tensor, bias: Tensor, *mlp: Tensor) -> Tensor:
+        """A layer's part of the sum, `s_n LN_n(f_n(z_n))`, `(B, T, d)`."""
+        normed = layer_norm(BottleneckMLP.apply_layer(state, *mlp), gain, bias)
+        return (share * normed.unflatten(-1, (self.heads, -1))).flatten(-2)

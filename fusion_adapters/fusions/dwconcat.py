@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Context, Fusion, bottleneck_width, check_init, layer_norm, linear, linear_weight
+from .base import Context, Fusion, bottleneck_width, check_init, each_layer, layer_norm, linear, linear_weight
 
 
 class DWConcat(Fusion):
@@ -76,15 +76,24 @@ class DWConcat(Fusion):
     def forward(
         self, states: Sequence[Tensor], last: Tensor, context: Context | None = None, return_weights: bool = False
     ) -> Any:
-        depth, size = len(self.layers), (self.hidden_size,)
-        weights = self.depth_weights(F.layer_norm(last.float(), size).to(last.dtype))  # (B, T, H, N)
+        depth = len(self.layers)
+        weights = self.depth_weights(_normalised(last))  # (B, T, H, N)
         shares = (depth * weights).unsqueeze(-1).unbind(-2)  # N of (B, T, H, 1)
         mixed: Any = 0.0
         for state, down, share in zip(states, self.down_weight.unbind(0), shares, strict=True):
-            narrow = linear(F.layer_norm(state.float(), size).to(last.dtype), down)  # (B, T, r)
             # summed in float32: rounding would grow with depth
-            mixed = mixed + (share * narrow.unflatten(-1, (self.heads, -1)) if self.attends else narrow.float())
+            mixed = mixed + each_layer(self._weighed_part, context, state, down, share)
         mixed = (mixed.flatten(-2) if self.attends else mixed) + self.down_bias
         hidden = F.gelu(layer_norm(mixed, self.norm_weight, self.norm_bias)).to(last.dtype)
         fused = last + linear(hidden, self.up_weight, self.up_bias)
         return (fused, weights) if return_weights else fused
+
+    def _weighed_part(self, state: Tensor, down: Tensor, share: Tensor) -> Tensor:
+        """A layer's part of the sum, `a_n * W_n x_n`, float32, `(B, T, H, r / H)`, with uniform weights `(B, T, r)`."""
+        narrow = linear(_normalised(state), down)  # (B, T, r)
+        return share * narrow.unflatten(-1, (self.heads, -1)) if self.attends else narrow.float()
+
+
+def _normalised(state: Tensor) -> Tensor:
+    """Layer norm without parameters, computed in float32, returned in the dtype of `state`."""
+    return F.layer_norm(state.float(), state.shape[-1:]).to(state.dtype)

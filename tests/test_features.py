@@ -13,7 +13,7 @@ from support import METHODS, attached, batch, disturb, tiny, without_dropout
 from support_text import save_model, tokenizer, write_recipe
 from transformers import BertForTokenClassification, Trainer, TrainingArguments
 
-from fusion_adapters import FusionConfig
+from fusion_adapters import FusionConfig, quantization_config
 from fusion_adapters.cli import main
 from fusion_adapters.features import LayerStateCache, StaleCacheError, cache_layer_states, plan_cache
 
@@ -144,6 +144,65 @@ def test_the_model_is_the_same_after_a_call_with_states_and_after_one_that_faile
     assert all("forward" not in block.__dict__ for block in model.base_model.model.bert.encoder.layer)
 
 
+def test_rows_as_people_have_them(tmp_path):
+    """Columns that no model takes, rows padded before, the same row twice."""
+    model = disturb(attached())
+    rows = [{**row, "text": "some words", "id": i} for i, row in enumerate(some_rows(6))]
+    rows.append(dict(rows[0]))
+    for row in rows[:3]:
+        row.update({k: row[k] + [fill] * 4 for k, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100))})
+    plain = [{k: row[k] for k in ("input_ids", "attention_mask", "labels")} for row in rows]
+
+    def collate(chosen):
+        return pad([{k: row[k] for k in ("input_ids", "attention_mask", "labels") if k in row} for row in chosen])
+
+    cache = cache_layer_states(model, rows, tmp_path / "states", collate, dtype="float32", progress=False)
+    assert len(cache) == 7  # the last row is the first without its padding
+    for positions in ("all", "labelled"):
+        dataset = cache.dataset(rows, positions=positions)
+        states = cache.collator(collate)([dataset[i] for i in range(7)])
+        assert_equal_training(model, pad(plain), states)
+    assert_equal_training(without_dropout(model), pad(plain), from_cache(cache, rows, positions="packed"))
+    again = cached(attached(), [*plain, *plain], tmp_path / "twice")
+    assert len(again) == 7
+
+
+def test_a_fusion_may_train_over_a_lora_that_stays_as_it_is(tmp_path):
+    first = disturb(attached(fusion="last", r=4, target_modules=["query", "value"]))
+    model = first.merge_and_unload(drop_fusion=True)
+    model = disturb(attached(model=model))
+    rows = some_rows()
+    cache = cached(model, rows, tmp_path / "states")
+    assert_equal_training(model, pad(rows), from_cache(cache, rows))
+    with pytest.raises(StaleCacheError, match="weights: "):
+        LayerStateCache(tmp_path / "states", attached())
+
+
+def test_states_of_a_model_that_transformers_attached_to(tmp_path):
+    rows = some_rows()
+    model = tiny()
+    expected = cached(model, rows, tmp_path / "bare")
+    model.add_adapter(FusionConfig(fusion="concat", init_lora_weights=True))
+    disturb(model)
+    cache = cached(model, rows, tmp_path / "attached")
+    torch.testing.assert_close(cache.read(cache.find(rows)), expected.read(expected.find(rows)))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_backbones(bits, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BertForTokenClassification as Model
+
+    tiny(width=64).save_pretrained(tmp_path / "model")
+    options = {"quantization_config": quantization_config(bits), "device_map": {"": "cpu"}}
+    model = disturb(attached(model=Model.from_pretrained(tmp_path / "model", **options)))
+    rows = some_rows()
+    cache = cached(model, rows, tmp_path / "states")
+    assert_equal_training(model, pad(rows), from_cache(cache, rows))
+    with pytest.raises(StaleCacheError, match=f"quantization: bitsandbytes .* in the cache, none now|quantization: {bits}"):
+        LayerStateCache(tmp_path / "states", attached(model=Model.from_pretrained(tmp_path / "model")))
+
+
 def test_only_what_the_fusion_reads_is_stored_and_no_padding(tmp_path):
     rows = some_rows()
     tokens = sum(len(row["input_ids"]) for row in rows)
@@ -223,7 +282,7 @@ def test_a_damaged_shard_is_found_and_only_it_is_made_again(tmp_path):
     shards[1].write_bytes(data)
     with pytest.raises(ValueError, match=r"1 of \d+ shards of the cache .* are damaged \(shard-00001.safetensors\)"):
         LayerStateCache(folder, model)
-    cached(model, rows, folder, **options)
+    cached(model, rows[::-1], folder, **options)  # the order of the rows does not matter
     assert digests(folder) == before
     assert [p.name for p in shards if p.stat().st_mtime_ns != times[p.name]] == ["shard-00001.safetensors"]
     shards[0].write_bytes(shards[0].read_bytes()[:-50])  # cut short
@@ -286,7 +345,7 @@ def test_the_size_is_told_before_writing(tmp_path, capsys):
     assert plan.bytes == tokens * 4 * 32 * 2
     cache_layer_states(attached(), some_rows(), tmp_path / "states", pad)
     told = capsys.readouterr().out
-    assert f"12 rows, {tokens} tokens x 4 layers x 32 values in float16, 1 shards; 0 of 1 shards there" in told
+    assert f"12 rows, {tokens} tokens x 4 layers x 32 values in float16, 1 shards; 0 of them there" in told
 
 
 def test_a_backbone_that_trains_has_no_cache(tmp_path):

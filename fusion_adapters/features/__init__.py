@@ -6,8 +6,9 @@ Trainer(model, arguments, cache.collator(collator), cache.dataset(rows)).train()
 
 from .cache import LayerStateCache
 from .dataset import CachedCollator, CachedDataset
-from .extract import Plan, cache_layer_states, plan_cache
+from .extract import cache_layer_states
 from .key import cache_key
+from .plan import Plan, plan_cache
 from .storage import StaleCacheError
 
 __all__ = [

@@ -110,7 +110,7 @@ class LayerStateCache:
         """
         if self._rows is None:
             self._rows = {s: i for i, s in enumerate(self._signatures)}
-        found = [self._rows.get(row_signature(row), -1) for row in rows]
+        found = [self._rows.get(row_signature(row, self.manifest["inputs"]), -1) for row in rows]
         absent = found.count(-1)
         if absent:
             raise StaleCacheError(

@@ -117,14 +117,17 @@ class CachedCollator:
 
     def _packed(self, rows: Sequence[CachedRow]) -> dict[str, Any]:
         source = rows[0].source
-        labels = [torch.as_tensor(row["labels"]) for row in rows]
-        keep = [y != IGNORED for y in labels]
+        # rows that were padded before they were cached have no states for their padding
+        real = [torch.as_tensor(row.data.get("attention_mask", [1] * len(row["labels"]))).bool() for row in rows]
+        keep = [torch.as_tensor(row["labels"])[r] != IGNORED for row, r in zip(rows, real, strict=True)]
         states = source.cache.read([row.number for row in rows], source.layers, self.dtype, keep)
         tokens = states.shape[1]
         height = max(1, -(-tokens // PACKED_LENGTH))
         batch = {}
-        for name in rows[0].data:
-            values = torch.cat([torch.as_tensor(row[name])[k] for row, k in zip(rows, keep, strict=True)])
+        for name in ("labels", *source.cache.manifest["inputs"]):
+            if name not in rows[0].data:
+                continue
+            values = torch.cat([torch.as_tensor(row[name])[r][k] for row, r, k in zip(rows, real, keep, strict=True)])
             packed = torch.full((height * PACKED_LENGTH,), IGNORED if name == "labels" else 0)
             packed[:tokens] = values
             batch[name] = packed.view(height, PACKED_LENGTH)

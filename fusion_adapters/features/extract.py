@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..backbone import Backbone
-from ..tuner import layers_read
+from ..tuner import fusion_layers
 from .cache import LayerStateCache
-from .key import LABELS, backbone_of, cache_key, key_differences, row_signature
+from .key import backbone_of, key_differences
+from .plan import BATCH_SIZE, Plan, plan_cache
+from .recording import recorded
 from .storage import (
     DTYPES,
     MANIFEST,
@@ -32,97 +33,7 @@ from .storage import (
     write_shard,
 )
 
-BATCH_SIZE = 32
-# Small shards are cheap to make again; large caches should not fall into thousands of files.
-SHARDS, SMALLEST_SHARD, LARGEST_SHARD = 64, 32 * 2**20, 2**30
 INT8_MAX = 127
-
-
-@dataclass
-class Plan:
-    """What an extraction will write; made before a byte is written, the same for the same rows.
-
-    Attributes:
-        manifest: Key, layers, dtype, width and shards.
-        batches: For each shard its batches, as numbers of rows of the data.
-        signatures: `(rows, 16)` uint8, the signature of each row.
-        places: `(rows, 3)` int64, shard, first token and number of tokens of each row.
-    """
-
-    manifest: dict[str, Any]
-    batches: list[list[list[int]]]
-    signatures: Tensor
-    places: Tensor
-
-    @property
-    def bytes(self) -> int:
-        """Size of all shards."""
-        return sum(shard["bytes"] for shard in self.manifest["shards"])
-
-    def __str__(self) -> str:
-        m = self.manifest
-        tokens = sum(shard["tokens"] for shard in m["shards"])
-        return (
-            f"{self.bytes / 2**20:,.1f} MiB: {len(self.places):,} rows, {tokens:,} tokens x {len(m['layers'])} layers x "
-            f"{m['hidden_size']} values in {m['dtype']}, {len(m['shards'])} shards"
-        )
-
-
-def plan_cache(
-    model: nn.Module,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    dtype: str = "float16",
-    layers: Sequence[int] | None = None,
-    batch_size: int = BATCH_SIZE,
-    shard_bytes: int | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    max_length: int | None = None,
-) -> Plan:
-    """Lays out a cache without writing anything; see `cache_layer_states` for the arguments.
-
-    Raises:
-        ValueError: If something trains inside the backbone, or a setting does not fit.
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not a format of caches. Choose one of {', '.join(DTYPES)}.")
-    if not len(rows):
-        raise ValueError("There are no rows to cache. Give at least one tokenised row.")
-    backbone, layer = backbone_of(model)
-    wanted = layers_read(layer) if layers is None and layer is not None else layers
-    chosen = sorted({*(range(1, backbone.num_layers + 1) if wanted is None else wanted), backbone.num_layers})
-    if chosen[0] < 0 or chosen[-1] > backbone.num_layers:
-        raise ValueError(f"layers={chosen}: the backbone has the layer states 0 to {backbone.num_layers}.")
-    shapes = [_shape(row) for row in rows]
-    lengths = _lengths(backbone, rows, shapes)
-    order = sorted(range(len(rows)), key=lambda i: (-lengths[i], shapes[i], i))
-    token_bytes = len(chosen) * (backbone.hidden_size * DTYPES[dtype].itemsize + (4 if dtype == "int8" else 0))
-    if shard_bytes is None:
-        shard_bytes = min(max(token_bytes * sum(lengths) // SHARDS, SMALLEST_SHARD), LARGEST_SHARD)
-    batches: list[list[list[int]]] = []
-    shards: list[dict[str, Any]] = []
-    places = torch.empty(len(rows), 3, dtype=torch.int64)
-    for batch in _batches(order, shapes, batch_size):
-        tokens = sum(lengths[i] for i in batch)
-        if not shards or (shards[-1]["tokens"] + tokens) * token_bytes > shard_bytes:
-            shards.append({"file": f"shard-{len(shards):05d}.safetensors", "rows": 0, "tokens": 0, "bytes": 0})
-            batches.append([])
-        for i in batch:
-            places[i] = torch.tensor([len(shards) - 1, shards[-1]["tokens"], lengths[i]])
-            shards[-1]["tokens"] += lengths[i]
-        shards[-1]["rows"] += len(batch)
-        shards[-1]["bytes"] = shards[-1]["tokens"] * token_bytes
-        batches[-1].append(batch)
-    signatures = torch.stack([torch.frombuffer(bytearray(row_signature(row)), dtype=torch.uint8) for row in rows])
-    manifest = {
-        "key": cache_key(model, tokenizer, max_length),
-        "layers": chosen,
-        "dtype": dtype,
-        "hidden_size": backbone.hidden_size,
-        "batch_size": batch_size,
-        "shards": shards,
-    }
-    return Plan(manifest, batches, signatures, places)
 
 
 def cache_layer_states(
@@ -182,13 +93,10 @@ def cache_layer_states(
     process = PartialState()
     shards = plan.manifest["shards"]
     if process.is_main_process:
-        _prepare(folder, plan)
+        _prepare(folder, plan, progress)
     process.wait_for_everyone()
     todo = [i for i, shard in enumerate(shards) if not shard_is_whole(folder / shard["file"], shard)]
     process.wait_for_everyone()  # no process may take another's fresh shard for one that was there
-    if progress and process.is_main_process:
-        state = "complete" if not todo else f"{len(shards) - len(todo)} of {len(shards)} shards there"
-        print(f"{folder}: {plan}; {state}", flush=True)
     mine = todo[process.process_index :: process.num_processes]
     bar = tqdm(
         total=sum(shards[i]["rows"] for i in mine),
@@ -211,8 +119,8 @@ def cache_layer_states(
     return LayerStateCache(folder, model, verify=False)
 
 
-def _prepare(folder: Path, plan: Plan) -> None:
-    """Checks folder and disk, and writes the plan."""
+def _prepare(folder: Path, plan: Plan, tell: bool) -> None:
+    """Checks folder and disk, tells the size, and writes the plan."""
     if (folder / MANIFEST).is_file():
         _check_same(folder, plan)
     elif folder.exists() and any(folder.iterdir()):
@@ -222,7 +130,8 @@ def _prepare(folder: Path, plan: Plan) -> None:
     there = folder
     while not there.exists():
         there = there.parent
-    done = sum((folder / s["file"]).stat().st_size for s in plan.manifest["shards"] if (folder / s["file"]).is_file())
+    present = [folder / s["file"] for s in plan.manifest["shards"] if (folder / s["file"]).is_file()]
+    done = sum(path.stat().st_size for path in present)
     free = shutil.disk_usage(there).free
     if plan.bytes - done > free:
         raise OSError(
@@ -230,6 +139,8 @@ def _prepare(folder: Path, plan: Plan) -> None:
             f"{free / 2**20:,.1f} MiB free. Nothing was written. Choose another folder, dtype='int8', fewer layers "
             "(fusion_layers), or fewer rows."
         )
+    if tell:
+        print(f"{folder}: {plan}; {len(present)} of them there", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / MANIFEST).is_file():
         write_plan(folder, plan.manifest, plan.signatures, plan.places)
@@ -246,9 +157,7 @@ def _check_same(folder: Path, plan: Plan) -> None:
         wanted = {s.tobytes() for s in plan.signatures.numpy()}
         new, gone = len(wanted - known), len(known - wanted)
         if new or gone:
-            wrong = [
-                f"text: {new} of {len(plan.signatures)} rows are not in the cache, {gone} of its rows are not among these"
-            ]
+            wrong = [f"text: {new} of {len(wanted)} rows are not in the cache, {gone} of its rows are not among these"]
         elif stored["shards"] != plan.manifest["shards"]:
             wrong = [f"shards: {len(stored['shards'])} in the cache, {len(plan.manifest['shards'])} now"]
     if wrong:
@@ -258,78 +167,22 @@ def _check_same(folder: Path, plan: Plan) -> None:
         )
 
 
-def _shape(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    if "input_ids" in row:
-        return ()
-    return tuple((n, tuple(torch.as_tensor(v).shape)) for n, v in sorted(row.items()) if n not in LABELS and v is not None)
-
-
-def _lengths(backbone: Backbone, rows: Sequence[Mapping[str, Any]], shapes: list[tuple[Any, ...]]) -> list[int]:
-    """Positions of each row: real tokens of a text; for images and sound what the backbone makes of such a shape."""
-    known: dict[tuple[Any, ...], int] = {}
-    lengths = []
-    for row, shape in zip(rows, shapes, strict=True):
-        if "input_ids" in row:
-            mask = row.get("attention_mask")
-            lengths.append(len(row["input_ids"]) if mask is None else int(sum(mask)))
-            continue
-        if shape not in known:
-            inputs = {n: torch.as_tensor(v)[None].to(backbone.device) for n, v in row.items() if n not in LABELS}
-            with torch.no_grad(), recorded(backbone, [backbone.num_layers]) as states:
-                backbone.base(**inputs)
-            known[shape] = states[backbone.num_layers].shape[1]
-        lengths.append(known[shape])
-    return lengths
-
-
-def _batches(order: list[int], shapes: list[tuple[Any, ...]], size: int) -> Iterator[list[int]]:
-    batch: list[int] = []
-    for i in order:
-        if batch and (len(batch) == size or shapes[i] != shapes[batch[0]]):
-            yield batch
-            batch = []
-        batch.append(i)
-    yield batch
-
-
 @contextlib.contextmanager
 def _only_backbone(model: nn.Module, backbone: Backbone) -> Iterator[None]:
     """For the time of an extraction: evaluation mode, no graph, no fusion."""
     modes = [(module, module.training) for module in backbone.base.modules()]
+    switched = [layer for layer in fusion_layers(model) if not layer.disable_adapters]
+    for layer in switched:
+        layer.enable_adapters(False)
     backbone.base.eval()
     try:
-        with torch.no_grad(), model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
+        with torch.no_grad():
             yield
     finally:
+        for layer in switched:
+            layer.enable_adapters(True)
         for module, mode in modes:
             module.training = mode
-
-
-@contextlib.contextmanager
-def recorded(backbone: Backbone, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Records layer states of the calls in the body; the dictionary holds those of the last call, `(B, T, d)` each."""
-    wanted, states, count = set(layers), {}, 0
-
-    def begin(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal count
-        if count in (0, backbone.num_layers):
-            count = 0
-            if 0 in wanted:
-                states[0] = args[0] if args else kwargs["hidden_states"]
-
-    def end(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        nonlocal count
-        count += 1
-        if count in wanted:
-            states[count] = output[0] if isinstance(output, tuple) else output
-
-    handles = [backbone.blocks[0].register_forward_pre_hook(begin, with_kwargs=True)]
-    handles += [block.register_forward_hook(end) for block in dict.fromkeys(backbone.blocks)]
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _extract(
@@ -346,13 +199,14 @@ def _extract(
     result = {"states": torch.empty(tokens, len(layers), m["hidden_size"], dtype=DTYPES[dtype])}
     if dtype == "int8":
         result["scales"] = torch.empty(tokens, len(layers))
-    start = 0
+    start, row = 0, sum(shard["rows"] for shard in m["shards"][:number])
     for batch in plan.batches[number]:
-        inputs = _inputs(backbone, [rows[i] for i in batch], collator)
+        inputs = _inputs(backbone, [rows[i] for i in batch], m["inputs"], collator)
         mask = inputs.get("attention_mask") if "input_ids" in inputs else None
         with recorded(backbone, layers) as states:
             backbone.base(**inputs)
-        end = start + int(plan.places[batch, 2].sum())
+        end = start + int(plan.places[row : row + len(batch), 2].sum())
+        row += len(batch)
         real = None if mask is None or bool(mask.all()) else mask.flatten().nonzero().squeeze(1)
         for column, layer in enumerate(layers):
             flat = states[layer].flatten(0, 1)  # (B T, d)
@@ -369,16 +223,19 @@ def _extract(
 
 
 def _inputs(
-    backbone: Backbone, rows: list[Mapping[str, Any]], collator: Callable[[list[Any]], Any] | None
+    backbone: Backbone, rows: list[Mapping[str, Any]], names: Sequence[str], collator: Callable[[list[Any]], Any] | None
 ) -> dict[str, Any]:
-    plain = [{n: v for n, v in row.items() if n not in LABELS} for row in rows]
+    plain = [{n: row[n] for n in names if row.get(n) is not None} for row in rows]
     if collator is not None:
         batch = dict(collator(plain))
     elif len({tuple(len(v) for v in row.values()) for row in plain}) == 1:
         batch = {n: torch.stack([torch.as_tensor(row[n]) for row in plain]) for n in plain[0]}
     else:
         raise ValueError("The rows differ in length, and there is no collator to pad them. Give the task's collator.")
-    return {n: v.to(backbone.device) for n, v in batch.items() if n not in LABELS and isinstance(v, Tensor)}
+    inputs: dict[str, Any] = {n: v.to(backbone.device) for n, v in batch.items() if n in names}
+    if "use_cache" in inspect.signature(backbone.base.forward).parameters:
+        inputs["use_cache"] = False
+    return inputs
 
 
 def _store(result: dict[str, Tensor], where: slice, column: int, states: Tensor) -> None:

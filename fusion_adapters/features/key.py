@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -79,11 +80,22 @@ def key_differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> lis
     return [f"{n}: {stored[n]} in the cache, {wanted[n]} now" for n in names if stored[n] != wanted[n]]
 
 
-def row_signature(row: Mapping[str, Any]) -> bytes:
-    """Sixteen bytes that stand for the model inputs of a row, labels left out."""
+def input_names(backbone: Backbone, row: Mapping[str, Any]) -> list[str]:
+    """The entries of a row that the backbone is called with; labels and columns that it does not know are none."""
+    known = inspect.signature(backbone.base.forward).parameters
+    return sorted(name for name in row if name in known and name not in LABELS)
+
+
+def row_signature(row: Mapping[str, Any], names: Sequence[str]) -> bytes:
+    """Sixteen bytes that stand for the model inputs of a row.
+
+    Args:
+        row: The row.
+        names: Which of its entries count; one that is not there or None is left out.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(row):
-        if name in LABELS or row[name] is None:
+    for name in names:
+        if row.get(name) is None:
             continue
         value = torch.as_tensor(row[name])
         value = value.float() if value.is_floating_point() else value.long()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import BatchEncoding
 
@@ -22,10 +23,15 @@ class CachedRow(BatchEncoding):
     No `dict`, so that `Trainer` does not take columns out of it; a `BatchEncoding`, so that it can be sorted by length.
     """
 
-    def __init__(self, inputs: Mapping[str, Any], source: CachedDataset, number: int) -> None:
-        super().__init__(dict(inputs))
+    def __init__(self, source: CachedDataset, index: int) -> None:
+        super().__init__(dict(source.rows[index]))
         self.source = source
-        self.number = number
+        self.index = index
+
+    @property
+    def number(self) -> int:
+        """The number of the row in the cache."""
+        return self.source.numbers[self.index]
 
 
 class CachedDataset(Dataset[CachedRow]):
@@ -63,12 +69,27 @@ class CachedDataset(Dataset[CachedRow]):
         self.layers = list(layers)
         self.positions = positions
         self.numbers = cache.find(rows)
+        self._labelled: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, i: int) -> CachedRow:
-        return CachedRow(self.rows[i], self, self.numbers[i])
+        return CachedRow(self, i)
+
+    def labelled(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Which of a row's cached positions have a label, bool, and its inputs and labels there; kept for later epochs."""
+        if i not in self._labelled:
+            row = self.rows[i]
+            labels = torch.as_tensor(row["labels"])
+            # rows that were padded before they were cached have no states for their padding
+            real = (
+                torch.as_tensor(row["attention_mask"]).bool() if "attention_mask" in row else torch.ones_like(labels).bool()
+            )
+            keep = labels[real] != IGNORED
+            names = [n for n in ("labels", *self.cache.manifest["inputs"]) if n in row]
+            self._labelled[i] = keep, {n: torch.as_tensor(row[n])[real][keep] for n in names}
+        return self._labelled[i]
 
 
 class CachedCollator:
@@ -117,18 +138,13 @@ class CachedCollator:
 
     def _packed(self, rows: Sequence[CachedRow]) -> dict[str, Any]:
         source = rows[0].source
-        # rows that were padded before they were cached have no states for their padding
-        real = [torch.as_tensor(row.data.get("attention_mask", [1] * len(row["labels"]))).bool() for row in rows]
-        keep = [torch.as_tensor(row["labels"])[r] != IGNORED for row, r in zip(rows, real, strict=True)]
-        states = source.cache.read([row.number for row in rows], source.layers, self.dtype, keep)
+        kept = [source.labelled(row.index) for row in rows]
+        states = source.cache.read([row.number for row in rows], source.layers, self.dtype, [keep for keep, _ in kept])
         tokens = states.shape[1]
         height = max(1, -(-tokens // PACKED_LENGTH))
         batch = {}
-        for name in ("labels", *source.cache.manifest["inputs"]):
-            if name not in rows[0].data:
-                continue
-            values = torch.cat([torch.as_tensor(row[name])[r][k] for row, r, k in zip(rows, real, keep, strict=True)])
+        for name in kept[0][1]:
             packed = torch.full((height * PACKED_LENGTH,), IGNORED if name == "labels" else 0)
-            packed[:tokens] = values
+            packed[:tokens] = torch.cat([inputs[name] for _, inputs in kept])
             batch[name] = packed.view(height, PACKED_LENGTH)
         return {**batch, "layer_states": {"states": states, "positions": torch.arange(tokens)}}

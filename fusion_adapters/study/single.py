@@ -15,13 +15,16 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from torch import nn
 from transformers import DataCollatorWithPadding, PrinterCallback, TrainerCallback
 
 from ..alignment import IGNORED, MAIN_SCORE, Encoded, encode
+from ..backbone import find_backbones
 from ..budget import count_trainable
 from ..data import Splits, load_splits
 from ..features import LayerStateCache, cache_layer_states
+from ..fusions import resolve_layers
 from ..loading import load_model, load_tokenizer
 from ..memory import PeakMemory
 from ..recipe import BackboneRecipe, DataRecipe, Recipe
@@ -133,6 +136,8 @@ def prepare_states(study: StudyRecipe, root: Path) -> None:
             recipe = study.recipe_of(data, methods[0])
             tokenizer = load_tokenizer(recipe.backbone)
             model = load_model(recipe.backbone, recipe.task, splits.labels)
+            if recipe.backbone.bits is None:  # a quantised model is where it was loaded
+                model.to(PartialState().device)
             layers = {i for m in methods for i in _layers(study.recipe_of(data, m), model)}
             rows = [
                 row
@@ -152,9 +157,6 @@ def prepare_states(study: StudyRecipe, root: Path) -> None:
 
 
 def _layers(recipe: Recipe, model: nn.Module) -> tuple[int, ...]:
-    from ..backbone import find_backbones
-    from ..fusions import resolve_layers
-
     config = adapter_config(recipe)
     depth = find_backbones(model, config.fusion_blocks, config.fusion_stack)[0].num_layers
     return resolve_layers(config.fusion_layers, depth)

@@ -105,7 +105,7 @@ class Taps:
         """
         before = [block.__dict__.get("forward") for block in self._blocks]
         for block in self._blocks:
-            block.forward = _StandIn(block, self._answers)  # type: ignore[method-assign]
+            block.forward = _StandIn(type(block), block.forward, self._answers)  # type: ignore[method-assign]
         self._frames.given = given
         try:
             yield
@@ -251,18 +251,18 @@ class Taps:
 class _StandIn:
     """Takes the place of a block's `forward`: hands its input on, in the form in which the block answers."""
 
-    def __init__(self, block: nn.Module, answers: dict[type, int | None]) -> None:
-        self.block = block
+    def __init__(self, kind: type, forward: Callable[..., Any], answers: dict[type, int | None]) -> None:
+        self.kind = kind
+        self.forward = forward
         self.answers = answers
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kind = type(self.block)
-        if kind not in self.answers:  # once, to see
+        if self.kind not in self.answers:  # once, to see
             with torch.no_grad():
-                answer = kind.forward(self.block, *args, **kwargs)
-            self.answers[kind] = len(answer) if isinstance(answer, tuple) else None
+                answer = self.forward(*args, **kwargs)
+            self.answers[self.kind] = len(answer) if isinstance(answer, tuple) else None
         state = args[0] if args else kwargs["hidden_states"]
-        length = self.answers[kind]
+        length = self.answers[self.kind]
         return state if length is None else (state, *([None] * (length - 1)))
 
 

@@ -12,8 +12,10 @@ import torch
 from families import FAMILIES, answer, attach, inputs
 from packaging.version import Version
 from safetensors.torch import load_file
-from support import disturb
+from support import disturb, without_dropout
+from test_features import pad, rows_of
 
+from fusion_adapters.features import cache_layer_states
 from fusion_adapters.tuner import fusion_layers
 
 HERE = Path(__file__).parent
@@ -125,3 +127,12 @@ def test_a_backbone_spread_over_devices(family, far, tmp_path):
     model.train()
     model(**batch).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    # from cached states its blocks need not come at all
+    rows = rows_of(batch)
+    cache = cache_layer_states(model, rows, tmp_path / "states", pad, dtype="float32", progress=False)
+    dataset = cache.dataset(rows)
+    states = cache.collator(pad)([dataset[i] for i in range(len(rows))])
+    without_dropout(model)
+    loss = model(**batch).loss
+    torch.testing.assert_close(model(**states).loss, loss)
+    torch.testing.assert_close(model(**batch).loss, loss)

@@ -40,12 +40,16 @@ class Frame:
         states: The states by layer number, `z_0 .. z_L`.
         context: What a fusion may know besides the states.
         reached: The number of the block that ran last.
+        absorbs: Whether the fusion takes each state in as it comes, so that `kept` stands for the states so far.
+        kept: See `Fusion.absorb`.
     """
 
     wanted: frozenset[int] | None
     states: list[Tensor | None]
     context: Context
     reached: int = 0
+    absorbs: bool = False
+    kept: Any = None
 
 
 class _Frames(threading.local):
@@ -68,7 +72,8 @@ class Taps:
         blocks: The backbone's blocks in the order in which they run; a block may run several times.
         fuse: Called with the states by layer number, `z_L` and the context; returns the fused state. A module whose
             `wanted_layers()` says which layers it will read, or None to leave the backbone alone, and whose
-            `mixes_positions` says whether it must know about a KV cache.
+            `mixes_positions` says whether it must know about a KV cache. Where its `absorbs()` is true, its `absorb` and
+            `finish` take the place of a call, see `Fusion`.
         causal: Passed on in the context.
     """
 
@@ -120,7 +125,7 @@ class Taps:
     @property
     def held(self) -> int:
         """The number of layer states that this thread holds now; zero outside of a forward pass."""
-        return sum(state is not None for frame in self._frames.stack for state in frame.states)
+        return sum(state is not None for frame in self._frames.stack for state in (*frame.states, frame.kept))
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_frames"}  # thread-local: neither copied nor pickled
@@ -151,6 +156,7 @@ class Taps:
         frame.context = Context(named.get("attention_mask"), self.causal, recompute=self._cuts())
         if self.fuse.mixes_positions:
             frame.context.cached_positions = max(_cached_positions(named.get(name)) for name in CACHE_NAMES)
+        frame.absorbs = not torch.is_grad_enabled() and self._frames.given is None and self.fuse.absorbs()
         encoded = kwargs.get("encoder_hidden_states")
         if isinstance(encoded, Tensor) and encoded.requires_grad and self._cuts():
             return args, {**kwargs, "encoder_hidden_states": encoded.detach()}
@@ -178,8 +184,7 @@ class Taps:
         if state.requires_grad and self._cuts():
             state = state.detach()
             changed = ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
-        if 0 in frame.wanted:
-            frame.states[0] = state
+        self._keep(frame, 0, state)
         return changed
 
     def _keep_output(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -193,13 +198,24 @@ class Taps:
         given = self._frames.given
         if given is not None:
             return self._finish_given(frame, given, state, args, kwargs, output) if frame.reached == self.depth else None
-        if frame.reached in frame.wanted:
-            frame.states[frame.reached] = state
+        self._keep(frame, frame.reached, state)
         return self._finish(frame, state, args, kwargs, output) if frame.reached == self.depth else None
+
+    def _keep(self, frame: Frame, layer: int, state: Tensor) -> None:
+        if layer not in (frame.wanted or ()):
+            return
+        if frame.absorbs:
+            frame.kept = self.fuse.absorb(frame.kept, layer, state)
+        else:
+            frame.states[layer] = state
 
     def _finish(
         self, frame: Frame, last: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor | tuple[Any, ...]
     ) -> Any:
+        if frame.absorbs:
+            kept, frame.kept = frame.kept, None
+            fused = self.fuse.finish(kept, last)
+            return (fused, *output[1:]) if isinstance(output, tuple) else fused
         states, frame.states = frame.states, []
         context = _with_block_inputs(frame.context, args, kwargs)
         # a backbone spread over devices: the fusion sits where the last block computes

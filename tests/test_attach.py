@@ -2,6 +2,7 @@
 
 import copy
 import io
+import weakref
 
 import pytest
 import torch
@@ -119,12 +120,7 @@ def test_with_lora_the_graph_goes_through_the_blocks(family):
 @pytest.mark.parametrize("method", ["dwatt", "scalar_mix", "deeper"])
 def test_stop_gradient_leaves_lora_the_gradient_of_the_last_state(family, method):
     def gradients(**fields):
-        torch.manual_seed(1)
-        model = attached(family, fusion=method, **LORA[family], **fields)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:  # away from a start at which the fusion adds nothing
-                    parameter.add_(0.1 * torch.randn_like(parameter))
+        model = disturb(attached(family, fusion=method, **LORA[family], **fields))
         seen = []
 
         def look(_, args, fused):
@@ -245,6 +241,39 @@ def test_only_the_wanted_layers_are_kept_and_none_after_the_pass(family):
     logits(model)
     assert seen == [1, DEPTH]
     assert layer_of(model).taps.held == 0
+
+
+ABSORBING = [name for name, fields in METHODS.items() if FUSIONS[fields["fusion"]].absorbs]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_answers_without_a_graph_are_those_with_one(family, method, dtype):
+    model = disturb(attached(family, model=tiny(family, dtype=dtype), **METHODS[method])).eval()
+    with_graph = model(**batch()).logits
+    assert torch.equal(logits(model), with_graph)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inference_keeps_what_the_fusion_needs_of_a_state_and_not_the_state(family, method):
+    model = attached(family, **METHODS[method])
+    blocks, alive, counted = layer_of(model).backbone.blocks, [], []
+
+    def look(block, args, output):
+        alive.append(weakref.ref(output[0] if isinstance(output, tuple) else output))
+
+    for block in blocks[:-2]:
+        block.register_forward_hook(look)
+    blocks[-1].register_forward_pre_hook(lambda *_: counted.append(sum(state() is not None for state in alive)))
+    logits(model)
+    layers = set(layer_of(model).active_fusion.layers)
+    assert counted == [0 if method in ABSORBING else len(layers & set(range(1, DEPTH - 1)))]
+    alive.clear()
+    # whoever waits for the fusion's call is served, from whole states
+    calls = []
+    layer_of(model).active_fusion.register_forward_hook(lambda m, args, output: calls.append(args[0]))
+    expected = logits(model)
+    assert len(calls) == 1 and torch.equal(expected, logits(model))
 
 
 def test_an_exception_in_a_forward_pass_leaves_the_next_one_right(family):

@@ -49,11 +49,13 @@ class Fusion(nn.Module):
         stop_gradient: Whether the caller keeps this fusion's gradients from the backbone, all but that of `z_L` itself.
         paper: Options that give the published form.
         has_weights: Whether `forward(..., return_weights=True)` can return weights over depth.
+        absorbs: Whether `absorb` and `finish` can take the place of `forward` where no gradient is needed.
         mixes_positions: Whether the result at a position depends on other positions (then a KV cache is refused).
     """
 
     paper: ClassVar[dict[str, Any]] = {"init": "paper"}
     has_weights: ClassVar[bool] = False
+    absorbs: ClassVar[bool] = False
     mixes_positions: ClassVar[bool] = False
 
     def __init__(self, hidden_size: int, layers: Sequence[int]) -> None:
@@ -76,6 +78,23 @@ class Fusion(nn.Module):
         Returns:
             The fused state `(B, T, d)` in the dtype of `last`; with `return_weights` the pair of it and the weights.
         """
+        raise NotImplementedError
+
+    def absorb(self, kept: Any, index: int, state: Tensor) -> Any:
+        """Takes in one state, as the backbone reaches it, so that the state itself need not be kept.
+
+        Args:
+            kept: What the call for the state before returned; None for the first.
+            index: Which of `self.layers` it is; the calls come in this order.
+            state: That state, `(B, T, d)`.
+
+        Returns:
+            What `finish` needs of the states so far.
+        """
+        raise NotImplementedError
+
+    def finish(self, kept: Any, last: Tensor) -> Tensor:
+        """The fused state `(B, T, d)` from what `absorb` kept of all states, equal to that of `forward`."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -209,12 +228,15 @@ class BottleneckMLP(nn.Module):
         return list(zip(*(p.unbind(0) for p in self.parameters()), strict=True))
 
     @staticmethod
-    def apply_layer(
-        x: Tensor, down: Tensor, down_bias: Tensor, norm: Tensor, norm_bias: Tensor, up: Tensor, up_bias: Tensor
-    ) -> Tensor:
+    def narrow(x: Tensor, down: Tensor, down_bias: Tensor, norm: Tensor, norm_bias: Tensor) -> Tensor:
+        """The inner half of one layer's MLP, `LN_n(gelu(U_n x))`, `(B, T, d)` to `(B, T, r)`."""
+        return layer_norm(F.gelu(linear(x, down, down_bias)), norm, norm_bias)
+
+    @classmethod
+    def apply_layer(cls, x: Tensor, *parameters: Tensor) -> Tensor:
         """One layer's MLP, `(B, T, d)` to the same shape."""
-        hidden = F.gelu(linear(x, down, down_bias))  # (B, T, r)
-        return linear(layer_norm(hidden, norm, norm_bias), up, up_bias)  # (B, T, d)
+        *inner, up, up_bias = parameters
+        return linear(cls.narrow(x, *inner), up, up_bias)
 
     def forward(self, states: Sequence[Tensor]) -> list[Tensor]:
         """Maps `depth` states, each `(B, T, d)`, to as many of the same shape."""

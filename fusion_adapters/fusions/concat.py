@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,6 +23,8 @@ class Concat(Fusion):
         bottleneck: Width `r` between the two maps; an int, or a float as fraction of `d`; None for a single map.
         init: `"identity"` adds to `z_L` and starts the last map at zero; `"paper"` has no residual.
     """
+
+    absorbs = True
 
     def __init__(
         self,
@@ -52,7 +53,18 @@ class Concat(Fusion):
     def forward(
         self, states: Sequence[Tensor], last: Tensor, context: Context | None = None, return_weights: bool = False
     ) -> Any:
-        mixed = linear(torch.cat(tuple(states), dim=-1), self.weight, self.bias)  # (B, T, N d) -> (B, T, r or d)
+        # layer by layer, not one product: the concatenation would be a copy of all states
+        kept = None
+        for index, state in enumerate(states):
+            kept = self.absorb(kept, index, state)
+        return self.finish(kept, last)
+
+    def absorb(self, kept: Any, index: int, state: Tensor) -> Any:
+        part = linear(state, self.weight[:, index * self.hidden_size :][:, : self.hidden_size]).float()  # (B, T, r or d)
+        return part + self.bias if kept is None else kept + part  # in float32: rounding would grow with depth
+
+    def finish(self, kept: Any, last: Tensor) -> Tensor:
+        mixed = kept.to(last.dtype)
         if self.up_weight is not None:
             mixed = linear(F.gelu(mixed), self.up_weight, self.up_bias)  # (B, T, d)
         elif not self.residual:

@@ -18,6 +18,7 @@ from .base import (
     check_init,
     each_layer,
     layer_norm,
+    linear,
     linear_weight,
 )
 
@@ -53,6 +54,7 @@ class DWAtt(Fusion):
 
     paper: ClassVar[dict[str, Any]] = {"bottleneck": 0.5, "heads": 1, "scale": False, "dropout": 0.0, "init": "paper"}
     has_weights = True
+    absorbs = True
 
     def __init__(
         self,
@@ -99,18 +101,37 @@ class DWAtt(Fusion):
         self, states: Sequence[Tensor], last: Tensor, context: Context | None = None, return_weights: bool = False
     ) -> Any:
         weights = each_layer(self.depth_weights, context, last)  # (B, T, H, N)
-        shares = F.dropout(weights, self.dropout, self.training).to(last.dtype).unsqueeze(-1).unbind(-2)
-        gains, biases = self.gain_scale * self.value_norm_weight, self.gain_scale * self.value_norm_bias  # (N, d)
-        layers = zip(states, shares, gains.unbind(0), biases.unbind(0), self.value.layers(), strict=True)
+        layers = self._layers(F.dropout(weights, self.dropout, self.training).to(last.dtype))
         fused = last.float()  # summed in float32: rounding would grow with depth
-        for state, share, gain, bias, mlp in layers:
+        for state, (share, gain, bias, *mlp) in zip(states, layers, strict=True):
             fused = fused + each_layer(self._weighed_value, context, state, share, gain, bias, *mlp)
         fused = fused.to(last.dtype)
         if return_weights:
             return fused, weights.squeeze(2) if self.heads == 1 else weights
         return fused
 
+    def absorb(self, kept: Any, index: int, state: Tensor) -> Any:
+        *inner, _, _ = (parameter[index] for parameter in self.value.parameters())
+        return [*(kept or ()), BottleneckMLP.narrow(state, *inner)]  # (B, T, r) each
+
+    def finish(self, kept: Any, last: Tensor) -> Tensor:
+        fused = last.float()
+        for i, (share, gain, bias, *_, up, up_bias) in enumerate(self._layers(self.depth_weights(last).to(last.dtype))):
+            fused = fused + self._weighed(linear(kept[i], up, up_bias), share, gain, bias)
+            kept[i] = None
+        return fused.to(last.dtype)
+
+    def _layers(self, weights: Tensor) -> list[tuple[Tensor, ...]]:
+        """For each layer its weights `(B, T, H, 1)`, the gain and bias of its outer norm, and its MLP's parameters."""
+        shares = weights.unsqueeze(-1).unbind(-2)
+        gains, biases = self.gain_scale * self.value_norm_weight, self.gain_scale * self.value_norm_bias  # (N, d)
+        rows = zip(shares, gains.unbind(0), biases.unbind(0), self.value.layers(), strict=True)
+        return [(share, gain, bias, *mlp) for share, gain, bias, mlp in rows]
+
     def _weighed_value(self, state: Tensor, share: Tensor, gain: Tensor, bias: Tensor, *mlp: Tensor) -> Tensor:
-        """A layer's part of the sum, `s_n LN_n(f_n(z_n))`, `(B, T, d)`."""
-        normed = layer_norm(BottleneckMLP.apply_layer(state, *mlp), gain, bias)
+        return self._weighed(BottleneckMLP.apply_layer(state, *mlp), share, gain, bias)
+
+    def _weighed(self, value: Tensor, share: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+        """A layer's part of the sum, `s_n LN_n(f_n(z_n))`, `(B, T, d)`, from `f_n(z_n)`."""
+        normed = layer_norm(value, gain, bias)
         return (share * normed.unflatten(-1, (self.heads, -1))).flatten(-2)

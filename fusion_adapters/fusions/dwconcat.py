@@ -31,6 +31,7 @@ class DWConcat(Fusion):
     """
 
     has_weights = True
+    absorbs = True
 
     def __init__(
         self,
@@ -76,22 +77,40 @@ class DWConcat(Fusion):
     def forward(
         self, states: Sequence[Tensor], last: Tensor, context: Context | None = None, return_weights: bool = False
     ) -> Any:
-        depth = len(self.layers)
         weights = self.depth_weights(_normalised(last))  # (B, T, H, N)
-        shares = (depth * weights).unsqueeze(-1).unbind(-2)  # N of (B, T, H, 1)
         mixed: Any = 0.0
-        for state, down, share in zip(states, self.down_weight.unbind(0), shares, strict=True):
+        for state, down, share in zip(states, self.down_weight.unbind(0), self._shares(weights), strict=True):
             # summed in float32: rounding would grow with depth
             mixed = mixed + each_layer(self._weighed_part, context, state, down, share)
-        mixed = (mixed.flatten(-2) if self.attends else mixed) + self.down_bias
-        hidden = F.gelu(layer_norm(mixed, self.norm_weight, self.norm_bias)).to(last.dtype)
-        fused = last + linear(hidden, self.up_weight, self.up_bias)
+        fused = self._widened(mixed, last)
         return (fused, weights) if return_weights else fused
 
+    def absorb(self, kept: Any, index: int, state: Tensor) -> Any:
+        return [*(kept or ()), linear(_normalised(state), self.down_weight[index])]  # (B, T, r) each
+
+    def finish(self, kept: Any, last: Tensor) -> Tensor:
+        mixed: Any = 0.0
+        for i, share in enumerate(self._shares(self.depth_weights(_normalised(last)))):
+            mixed = mixed + self._weighed(kept[i], share)
+            kept[i] = None
+        return self._widened(mixed, last)
+
+    def _shares(self, weights: Tensor) -> tuple[Tensor, ...]:
+        """The `a_n` of each layer, `(B, T, H, 1)`."""
+        return (len(self.layers) * weights).unsqueeze(-1).unbind(-2)
+
     def _weighed_part(self, state: Tensor, down: Tensor, share: Tensor) -> Tensor:
+        return self._weighed(linear(_normalised(state), down), share)
+
+    def _weighed(self, narrow: Tensor, share: Tensor) -> Tensor:
         """A layer's part of the sum, `a_n * W_n x_n`, float32, `(B, T, H, r / H)`, with uniform weights `(B, T, r)`."""
-        narrow = linear(_normalised(state), down)  # (B, T, r)
         return share * narrow.unflatten(-1, (self.heads, -1)) if self.attends else narrow.float()
+
+    def _widened(self, mixed: Tensor, last: Tensor) -> Tensor:
+        """`z_L + U gelu(LN(m + b)) + c`, `(B, T, d)`, from the weighed sum `m`."""
+        mixed = (mixed.flatten(-2) if self.attends else mixed) + self.down_bias
+        hidden = F.gelu(layer_norm(mixed, self.norm_weight, self.norm_bias)).to(last.dtype)
+        return last + linear(hidden, self.up_weight, self.up_bias)
 
 
 def _normalised(state: Tensor) -> Tensor:

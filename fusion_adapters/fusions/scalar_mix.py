@@ -25,6 +25,7 @@ class ScalarMix(Fusion):
     """
 
     has_weights = True
+    absorbs = True
 
     def __init__(self, hidden_size: int, layers: Sequence[int], *, init: str = "identity") -> None:
         super().__init__(hidden_size, layers)
@@ -35,11 +36,17 @@ class ScalarMix(Fusion):
     def forward(
         self, states: Sequence[Tensor], last: Tensor, context: Context | None = None, return_weights: bool = False
     ) -> Any:
-        weights = F.softmax(self.logits, dim=0)  # (N,)
-        fused = last.float() if self.residual else torch.zeros_like(last, dtype=torch.float32)
-        for share, state in zip((self.gamma * weights).unbind(0), states, strict=True):
-            fused = fused + share * state
-        fused = fused.to(last.dtype)
+        kept = None
+        for index, state in enumerate(states):
+            kept = self.absorb(kept, index, state)
+        fused = self.finish(kept, last)
         if return_weights:
-            return fused, weights.expand(*last.shape[:-1], -1)  # (B, T, N)
+            return fused, F.softmax(self.logits, dim=0).expand(*last.shape[:-1], -1)  # (B, T, N)
         return fused
+
+    def absorb(self, kept: Any, index: int, state: Tensor) -> Any:
+        part = (self.gamma * F.softmax(self.logits, dim=0))[index] * state.float()
+        return part if kept is None else kept + part
+
+    def finish(self, kept: Any, last: Tensor) -> Tensor:
+        return (kept + last if self.residual else kept).to(last.dtype)

@@ -78,6 +78,31 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
         self.recording.append(weights.detach())
         return fused
 
+    def absorbs(self) -> bool:
+        """Whether the active fusion may take in the states one by one, see `Fusion.absorb`: then no call is seen.
+
+        A hook, a wrapper or a compiled form of the fusion waits for the call, and the weights over depth come from it.
+        """
+        fusion = self.active_fusion
+        if fusion is None or self.recording is not None or not getattr(fusion, "absorbs", False):
+            return False
+        return not any(
+            m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl is not None or "forward" in m.__dict__
+            for m in (self, fusion)
+        )
+
+    def absorb(self, kept: Any, layer: int, state: Tensor) -> Any:
+        """Takes in the state of a layer, see `Fusion.absorb`."""
+        fusion: Any = self.active_fusion
+        # a backbone spread over devices: the fusion sits where the last block computes
+        state = state.to(next(fusion.parameters()).device)
+        return fusion.absorb(kept, fusion.layers.index(layer), state)
+
+    def finish(self, kept: Any, last: Tensor) -> Tensor:
+        """The fused state from what was absorbed, see `Fusion.finish`."""
+        fusion: Any = self.active_fusion
+        return fusion.finish(kept, last)
+
     def trains_states(self) -> bool:
         """Whether something trains inside the backbone, so that its layer states change."""
         return any(p.requires_grad for module in self.backbone.upstream for p in module.parameters())

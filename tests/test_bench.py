@@ -11,7 +11,7 @@ from fusion_adapters.bench.cases import EPOCHS, ROUNDS, Setting
 from fusion_adapters.bench.large import measure_large
 from fusion_adapters.bench.runner import compare_with_bars, measure_checkpoints, ratio
 from fusion_adapters.bench.scaling import exponents, measure_scaling
-from fusion_adapters.bench.workers import alternate, peak_memory
+from fusion_adapters.bench.workers import alternate, deep_inference_memory, peak_memory
 from fusion_adapters.reporting.bench import write_bench_report
 
 LLAMA = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 50}
@@ -84,6 +84,8 @@ def test_memory_is_measured_in_fresh_processes(recipe, tmp_path):
     memory = peak_memory(recipe, tmp_path, lambda what: None)
     assert set(memory) == {"LoRA", "LoRA + DWAtt", "last, live", "DWAtt, live"}
     assert all(set(kinds) == {"training", "inference"} for kinds in memory.values())
+    deep = deep_inference_memory(recipe, lambda what: None)
+    assert set(deep) == {"bare model", "DWAtt, all states kept", "DWAtt"}
 
 
 def summary_of(recipe, tmp_path):
@@ -97,6 +99,7 @@ def summary_of(recipe, tmp_path):
         "tokens_per_epoch": setting.tokens,
         "seconds": rounds,
         "memory_mib": {c: {"training": 30.0, "inference": 20.0} for c in ("LoRA", "DWAtt, live")},
+        "deep_inference_mib": {"bare model": 10.0, "DWAtt, all states kept": 40.0, "DWAtt": 20.0},
         "scaling": scaling,
         "exponents": exponents(scaling),
         "checkpoints": measure_checkpoints(setting, tmp_path),

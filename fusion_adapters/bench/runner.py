@@ -23,7 +23,7 @@ from .cases import EPOCHS, EXTRACTIONS, FORWARDS, Setting
 from .large import measure_large
 from .scaling import exponents, measure_scaling
 from .settings import BenchRecipe
-from .workers import MEMORY_CASES, alternate, cores, peak_memory
+from .workers import DEEP_CASES, MEMORY_CASES, alternate, cores, deep_inference_memory, peak_memory
 
 LOAD_PARAMETERS = 10_000_000
 
@@ -45,7 +45,7 @@ def run_bench(recipe: BenchRecipe, output: str | Path, overwrite: bool = False) 
     """
     output = check_output(output, overwrite)
     rounds = len([*EPOCHS, *FORWARDS, *EXTRACTIONS]) * (recipe.repeats + 1)
-    bar = tqdm(total=rounds + 2 * len(MEMORY_CASES) + 4 + 1, desc="benchmark", unit="measurement")
+    bar = tqdm(total=rounds + 2 * len(MEMORY_CASES) + len(DEEP_CASES) + 4 + 1, desc="benchmark", unit="measurement")
 
     def advance(what: str) -> None:
         bar.set_postfix_str(what)
@@ -63,6 +63,7 @@ def run_bench(recipe: BenchRecipe, output: str | Path, overwrite: bool = False) 
             **alternate(recipe, EXTRACTIONS, Path(scratch), advance),
         }
         memory = peak_memory(recipe, Path(scratch), advance)
+        deep_memory = deep_inference_memory(recipe, advance)
         scaling = measure_scaling(recipe, advance)
         advance("checkpoints")
         checkpoints = measure_checkpoints(setting, Path(scratch))
@@ -73,6 +74,7 @@ def run_bench(recipe: BenchRecipe, output: str | Path, overwrite: bool = False) 
             "tokens_per_epoch": setting.tokens,
             "seconds": {case: {"median": statistics.median(s), "rounds": s} for case, s in seconds.items()},
             "memory_mib": memory,
+            "deep_inference_mib": deep_memory,
             "scaling": scaling,
             "exponents": exponents(scaling),
             "checkpoints": checkpoints,

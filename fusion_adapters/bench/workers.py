@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from torch import nn
+from transformers import BertConfig, BertModel
 
+from ..config import FusionConfig
 from ..memory import PeakMemory
+from ..tuner import fusion_layers
 from .cases import ROUNDS, Setting
 from .settings import BenchRecipe
 
+DEEP_CASES = ("bare model", "DWAtt, all states kept", "DWAtt")
+BOTTLENECK = 64  # a quarter of the width of the deep backbone
 MEMORY_CASES = ("LoRA", "LoRA + DWAtt", "last, live", "DWAtt, live")
 
 
@@ -58,20 +64,33 @@ def alternate(
 
 def peak_memory(recipe: BenchRecipe, folder: Path, advance: Callable[[str], None]) -> dict[str, dict[str, float]]:
     """MiB above the loaded model of one training step and of one inference with the largest batch, per case."""
-    context = multiprocessing.get_context("spawn")
     found: dict[str, dict[str, float]] = {}
     for case in MEMORY_CASES:
         for kind in ("training", "inference"):
             advance(f"memory, {case}, {kind}")
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_measure_memory, args=(theirs, recipe, case, kind, folder), daemon=True)
-            process.start()
-            try:
-                found.setdefault(case, {})[kind] = _answer(ours, case)
-            finally:
-                process.terminate()
-                process.join()
+            found.setdefault(case, {})[kind] = _in_a_process(_measure_memory, case, recipe, case, kind, folder)
     return found
+
+
+def deep_inference_memory(recipe: BenchRecipe, advance: Callable[[str], None]) -> dict[str, float]:
+    """MiB above the model of one inference through a random backbone of the largest of `depths`, per case."""
+    found = {}
+    for case in DEEP_CASES:
+        advance(f"memory at {max(recipe.depths)} blocks, {case}")
+        found[case] = _in_a_process(_measure_deep, case, max(recipe.depths), max(recipe.tokens), case)
+    return found
+
+
+def _in_a_process(target: Callable[..., None], case: str, *arguments: Any) -> float:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
+    process.start()
+    try:
+        return _answer(ours, case)
+    finally:
+        process.terminate()
+        process.join()
 
 
 def _answer(connection: Any, case: str) -> float:
@@ -109,6 +128,25 @@ def _measure_memory(connection: Any, recipe: BenchRecipe, case: str, kind: str, 
         model.zero_grad()
         with PeakMemory() as memory:
             run(model, large, step=True)
+        connection.send(memory.mib)
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {error}")
+
+
+def _measure_deep(connection: Any, depth: int, tokens: int, case: str) -> None:
+    try:
+        torch.manual_seed(0)
+        shape: dict[str, Any] = {"vocab_size": 100, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}
+        model: Any = BertModel(BertConfig(**shape, num_hidden_layers=depth)).eval()
+        if case != "bare model":
+            model = get_peft_model(model, FusionConfig(fusion_bottleneck=BOTTLENECK))  # type: ignore[arg-type]
+        if case == "DWAtt, all states kept":  # for whoever waits for the fusion's call
+            fusion_layers(model)[0].active_fusion.register_forward_hook(lambda *_: None)  # type: ignore[union-attr]
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        ids = torch.zeros(max(1, tokens // 256), 256, dtype=torch.long, device=model.device)
+        _inference(model, {"input_ids": ids[:1, :8]}, step=False)
+        with PeakMemory() as memory:
+            _inference(model, {"input_ids": ids}, step=False)
         connection.send(memory.mib)
     except Exception as error:
         connection.send(f"{type(error).__name__}: {error}")

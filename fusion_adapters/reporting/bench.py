@@ -24,6 +24,8 @@ def write_bench_report(summary: dict[str, Any], folder: Path) -> None:
     for case, kinds in summary["memory_mib"].items():
         for kind, value in kinds.items():
             writer.writerow(["memory above the model, MiB", case, kind, value])
+    for case, value in summary["deep_inference_mib"].items():
+        writer.writerow(["memory above a deep model, MiB", case, "inference", value])
     for row in summary["scaling"]:
         writer.writerow(["scaling, seconds", row["axis"], row["value"], row["seconds"]])
     for case, values in summary["checkpoints"].items():
@@ -67,6 +69,10 @@ def bench_text(summary: dict[str, Any]) -> str:
         "| memory above the loaded model, MiB | training step | inference |",
         "| --- | --- | --- |",
         *(f"| {case} | {m['training']:,.1f} | {m['inference']:,.1f} |" for case, m in summary["memory_mib"].items()),
+        "",
+        f"| inference at {max(recipe['depths'])} blocks, bottleneck a quarter of the width | MiB above the loaded model |",
+        "| --- | --- |",
+        *(f"| {case} | {value:,.1f} |" for case, value in summary["deep_inference_mib"].items()),
         "",
         "| adapter | parameters, head included | bytes | beyond 4 a parameter | seconds to load |",
         "| --- | --- | --- | --- | --- |",

@@ -100,9 +100,9 @@ def load_model(recipe: BackboneRecipe, task: Task, labels: list[str], trained: S
 
 def _zero_output_bias(model: nn.Module, key: str) -> bool:
     """Whether a tensor is the bias over the vocabulary, at zero: the same as a head without one."""
-    output: Any = getattr(model.get_output_embeddings(), "bias", None)  # type: ignore[operator]
-    tensor = model.state_dict(keep_vars=True).get(key)
-    return output is not None and tensor is output and not output.any()
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    bias: torch.Tensor | None = getattr(output, "bias", None)
+    return bias is not None and not bool(bias.any()) and model.state_dict(keep_vars=True).get(key) is bias
 
 
 def _check_tied_head(model: nn.Module, trained: Sequence[str]) -> None:

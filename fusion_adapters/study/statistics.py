@@ -43,8 +43,8 @@ def summarise(study: StudyRecipe, runs: Sequence[dict[str, Any]]) -> dict[str, A
 
     Returns:
         `rows`, each with `dev`, `test` (or null), for masked language modelling `dev_loss` and `test_loss`, `seconds`,
-            the chosen `rate`, `parameters`, and `to_baseline` and
-        `to_reference`: the paired differences of the test score (of the development score where there is no test).
+        the chosen `rate`, `parameters`, and `to_baseline` and `to_reference`: the paired differences of the test score (of
+        the development score where there is no test).
     """
     groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for run in runs:

@@ -299,6 +299,14 @@ def test_a_study_reports_the_loss(tmp_path, capsys):
     assert (tmp_path / "old" / "steps.png").is_file() and not (tmp_path / "old" / "loss.png").exists()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_16_bit_backbone_trains_the_head_in_float32(tmp_path, dtype):
+    metrics = run_recipe(load_recipe(write_files(tmp_path, backbone={"dtype": dtype})), tmp_path / "out")
+    assert metrics["reload_difference"] == 0 and math.isfinite(metrics["scores"]["test"]["loss"])
+    tensors = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -24,6 +24,7 @@ class FusionPeftType(str, enum.Enum):
 _GENERAL = {
     "fusion_layers",
     "fusion_budget",
+    "fusion_stop_gradient",
     "fusion_blocks",
     "fusion_stack",
     "fusion_model_type",
@@ -60,6 +61,8 @@ class FusionConfig(LoraConfig):
         fusion_budget: How many parameters fusion and LoRA may train together: a number, `"1M"`, `"dwatt-paper"` (what the
             paper's DWAtt would train) or `"lora:r=16"` (what that LoRA would). When attached, the method's free width (see
             `fit_budget`) is set to the largest that fits, and this field to None.
+        fusion_stop_gradient: With LoRA: the fusion reads the layer states, but sends no gradient back through them, so that
+            LoRA learns as it would without the fusion, by what reaches the last block's output directly.
         fusion_blocks: Name of the backbone's list of blocks, for models where it is not found.
         fusion_stack: For an encoder-decoder: `"encoder"`, `"decoder"` or `"both"` (a fusion in each); None means the
             stack that the head reads, the decoder where there is one.
@@ -85,6 +88,9 @@ class FusionConfig(LoraConfig):
     fusion_feedforward: int | None = _option("Feed-forward width of the blocks that 'deeper' adds.")
     fusion_copy_last: bool | None = _option("Whether 'deeper' copies the backbone's last block.")
     fusion_budget: int | str | None = _option("Trainable parameters to choose the method's width by.")
+    fusion_stop_gradient: bool = field(
+        default=False, metadata={"help": "Whether the fusion sends no gradient into a backbone with LoRA."}
+    )
     fusion_blocks: str | None = _option("Name of the backbone's list of blocks.")
     fusion_stack: str | None = _option("Stack of an encoder-decoder: 'encoder', 'decoder' or 'both'.")
     fusion_model_type: str | None = _option("Filled in when attached.")
@@ -184,6 +190,11 @@ class FusionConfig(LoraConfig):
             )
 
     def _check_lora(self) -> None:
+        if self.fusion_stop_gradient and not self.has_lora:
+            raise ValueError(
+                "fusion_stop_gradient=True keeps the fusion's gradients from LoRA, but target_modules=None asks for a fusion "
+                "without LoRA. Set target_modules, or leave fusion_stop_gradient unset."
+            )
         if self.layer_replication:
             raise ValueError(
                 "layer_replication changes the number of blocks under the fusion, and the adapter would not fit the "

@@ -116,6 +116,44 @@ def test_with_lora_the_graph_goes_through_the_blocks(family):
     assert any(shape[-1:] == (2 * WIDTH,) for shape in saved.shapes)
 
 
+@pytest.mark.parametrize("method", ["dwatt", "scalar_mix", "deeper"])
+def test_stop_gradient_leaves_lora_the_gradient_of_the_last_state(family, method):
+    def gradients(**fields):
+        torch.manual_seed(1)
+        model = attached(family, fusion=method, **LORA[family], **fields)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:  # away from a start at which the fusion adds nothing
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        seen = []
+
+        def look(_, args, fused):
+            for state in (args[1], fused):
+                state.retain_grad()
+                seen.append(state)
+
+        layer_of(model).register_forward_hook(look)
+        output = model(**batch())
+        output.loss.backward()
+        return output.logits, seen, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    plain, (last, fused), every = gradients()
+    assert not torch.allclose(last.grad, fused.grad)
+    stopped, (last, fused), own = gradients(fusion_stop_gradient=True)
+    assert torch.equal(plain, stopped)
+    assert torch.equal(last.grad, fused.grad)
+    assert own.keys() == every.keys()
+    for name, gradient in own.items():
+        if ".fusions." in name:
+            assert torch.allclose(gradient, every[name], atol=1e-6), "the fusion itself learns as before"
+    assert any(not torch.allclose(g, every[n]) for n, g in own.items() if "lora_" in n)
+
+
+def test_stop_gradient_needs_lora():
+    with pytest.raises(ValueError, match="fusion_stop_gradient=True keeps the fusion's gradients from LoRA"):
+        FusionConfig(fusion_stop_gradient=True)
+
+
 @pytest.mark.parametrize("head", ["token", "sequence"])
 def test_a_frozen_backbone_stays_in_evaluation_mode(family, head):
     model = attached(family, head, model=tiny(family, head, dropout=0.5), fusion_dropout=0.1).train()

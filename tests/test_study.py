@@ -10,7 +10,7 @@ from support_text import SENTENCES, conll, save_model
 from fusion_adapters.cli import main
 from fusion_adapters.study import load_study
 from fusion_adapters.study.runner import Cell, rate_size
-from fusion_adapters.study.single import subset, training_sizes
+from fusion_adapters.study.single import RunFailedError, subset, training_sizes
 from fusion_adapters.study.statistics import interval, steps_to_share, summarise
 
 METHODS = {
@@ -152,6 +152,55 @@ def test_sizes_per_class(tmp_path):
 def test_rates_may_be_chosen_at_a_few_sizes(tmp_path):
     study = load_study(write_study(tmp_path, sizes=[2, 4, 8, "all"], rate_sizes=[4, "all"]))
     assert [rate_size(study, Cell("toy", "dwatt", size)) for size in (2, 4, 8, 13)] == [4, 4, 4, 13]
+
+
+def test_a_comparison_grows_its_rate_sizes(tmp_path):
+    methods = {name: METHODS[name] for name in ("deeper", "concat")}
+    path = write_study(tmp_path, methods=methods, rate_sizes=["all"], seeds=[1])
+    main(["compare", str(path), "--output", str(tmp_path / "out"), "--workers", "1"])
+    before = scores(tmp_path / "out")
+    grown = write_study(tmp_path, methods=methods, rate_sizes=[4, "all"], seeds=[1])
+    main(["compare", str(grown), "--output", str(tmp_path / "out"), "--workers", "2"])
+    after = scores(tmp_path / "out")
+    assert {r["size"] for r in before if r["stage"] == "rate"} == {"13"}
+    assert {r["size"] for r in after if r["stage"] == "rate"} == {"4", "13"}
+    assert [r for r in after if r["size"] == "13"] == [r for r in before if r["size"] == "13"]
+
+
+def test_a_method_starts_from_the_weights_of_another(tmp_path):
+    lora = {"r": 4, "lora_alpha": 16, "target_modules": ["query", "value"]}
+    warm = {
+        "from fusion": {"adapter": {**METHODS["dwatt"]["adapter"], **lora}, "start_from": "dwatt"},
+        "from lora": {"adapter": {**METHODS["dwatt"]["adapter"], **lora}, "start_from": "lora"},
+    }
+    # rates at which nothing moves: what it began with is then what it scores with
+    still = {name: {**method, "rates": [1e-12]} for name, method in warm.items()}
+    learns = {"adapter": {"fusion": "last", **lora}, "rates": [3e-2]}
+    methods = {**{n: METHODS[n] for n in ("deeper", "concat", "dwatt")}, "lora": learns, **still}
+    path = write_study(tmp_path, methods=methods, sizes=["all"], rates=[1e-2], epochs=6)
+    main(["compare", str(path), "--output", str(tmp_path / "out"), "--workers", "1"])
+    found = {(r["method"], r["seed"], r["stage"]): (r["dev"], r["test"]) for r in scores(tmp_path / "out")}
+    for source, name in (("dwatt", "from fusion"), ("lora", "from lora")):
+        for seed in "12":
+            assert found[name, seed, "report"] == found[source, seed, "report"]
+            assert float(found[source, seed, "report"][0]) > 0, "the source has learnt nothing to hand on"
+        assert found[name, "0", "rate"] == found[source, "0", "rate"]
+
+    # without its weights a finished run is no start
+    for kept in (tmp_path / "out" / "runs").rglob("*.safetensors"):
+        kept.unlink()
+    for done in (tmp_path / "out" / "runs" / "toy" / "from lora").glob("*.json"):
+        done.unlink()
+    main(["compare", str(path), "--output", str(tmp_path / "out"), "--workers", "1"])
+    again = {(r["method"], r["seed"], r["stage"]): (r["dev"], r["test"]) for r in scores(tmp_path / "out")}
+    assert again == found
+
+    unlike = {"adapter": {"fusion": "concat", **lora, "r": 3}, "start_from": "dwatt"}
+    path = write_study(tmp_path, methods={**{n: METHODS[n] for n in ("deeper", "concat", "dwatt")}, "x": unlike})
+    with pytest.raises(RunFailedError, match=r"None of the adapter weights in .* fits"):
+        main(["compare", str(path), "--output", str(tmp_path / "unlike"), "--workers", "1", "--quick"])
+    with pytest.raises(ValueError, match="lets 'x' start from 'dwat', which is not a method of the recipe"):
+        load_study(write_study(tmp_path, methods={**METHODS, "x": {**unlike, "start_from": "dwat"}}))
 
 
 def test_statistics():

@@ -46,6 +46,7 @@ class Fusion(nn.Module):
 
     Attributes:
         layers: Indices of the states that `forward` wants, ascending.
+        stop_gradient: Whether the caller keeps this fusion's gradients from the backbone, all but that of `z_L` itself.
         paper: Options that give the published form.
         has_weights: Whether `forward(..., return_weights=True)` can return weights over depth.
         mixes_positions: Whether the result at a position depends on other positions (then a KV cache is refused).
@@ -59,6 +60,7 @@ class Fusion(nn.Module):
         super().__init__()
         self.hidden_size = hidden_size
         self.layers = tuple(layers)
+        self.stop_gradient = False
 
     def forward(
         self, states: Sequence[Tensor], last: Tensor, context: Context | None = None, return_weights: bool = False

@@ -21,6 +21,9 @@ class MethodRecipe(BaseModel):
     training: dict[str, Any] = Field(default_factory=dict, description="TrainingArguments of this method alone.")
     bits: Literal[4, 8] | None = Field(None, description="Quantise the backbone for this method.")
     rates: list[float] | None = Field(None, description="A grid of its own; the same for all methods is fairer.")
+    start_from: str | None = Field(
+        None, description="Begin with another method's trained weights, of the same size and seed, where they fit."
+    )
     lora_rate_scale: float = Field(1.0, gt=0, description="LoRA's learning rate, as a multiple of the fusion's.")
 
 
@@ -96,6 +99,13 @@ def load_study(path: str | Path, settings: list[str] | None = None, quick: bool 
             raise ValueError(
                 f"The recipe {str(path)!r} compares with {name!r}, which is none of its methods ({', '.join(study.methods)}). Set "
                 "baseline and reference to methods of the recipe."
+            )
+    for name, own in study.methods.items():
+        source = own.start_from
+        if source is not None and (source not in study.methods or study.methods[source].start_from is not None):
+            raise ValueError(
+                f"The recipe {str(path)!r} lets {name!r} start from {source!r}, which is not a method of the recipe "
+                "that starts afresh."
             )
     unknown = [s for s in study.rate_sizes or [] if s not in study.sizes]
     if unknown:

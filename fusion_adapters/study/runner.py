@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from ..files import write_text_whole
+from ..recipe import validated
 from ..reporting.study import write_report
 from .recipe import StudyRecipe
 from .single import Run, RunFailedError, count_examples, prepare_states, run_single, training_sizes
@@ -63,8 +64,8 @@ def run_study(study: StudyRecipe, output: str | Path, workers: int | None = None
     prepare_states(study, output / "states")
     if workers is None:
         workers = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-    # those at whose size a rate is chosen come first: the others wait for nothing then
-    cells.sort(key=lambda cell: rate_size(study, cell) != cell.size)
+    # those that others wait for come first: where a rate is chosen, and whose weights others start from
+    cells.sort(key=lambda cell: (rate_size(study, cell) != cell.size, study.methods[cell.method].start_from is not None))
     todo = [cell for cell in cells if not _is_done(study, cell, output)]
     steps = {cell: _steps(study, cell) for cell in cells}
     bar = tqdm(total=sum(steps.values()), initial=sum(steps[c] for c in cells if c not in todo), unit="step", desc="runs")
@@ -117,14 +118,29 @@ def rate_size(study: StudyRecipe, cell: Cell) -> int:
 
 
 def _run(study: StudyRecipe, run: Run, output: Path) -> dict[str, Any]:
-    path = output / "runs" / run.data / run.method / f"{run.size}-seed{run.seed}-{run.rate:g}.json"
-    if path.is_file():
+    path = _path(run, output)
+    weights = path.with_suffix(".safetensors") if _is_source(study, run.method) else None
+    if path.is_file() and (weights is None or weights.is_file()):
         return json.loads(path.read_text(encoding="utf-8"))
+    source, start = study.methods[run.method].start_from, None
+    if source is not None:
+        rate, _ = rate_of(study, Cell(run.data, source, run.size), output)
+        first = replace(run, method=source, rate=rate)
+        _run(study, first, output)
+        start = _path(first, output).with_suffix(".safetensors")
     begun = time.perf_counter()
-    result = run_single(study, run, output / "states")
+    result = run_single(study, run, output / "states", start, weights)
     result["seconds_total"] = round(time.perf_counter() - begun, 2)
     write_text_whole(path, json.dumps(result) + "\n")
     return result
+
+
+def _path(run: Run, output: Path) -> Path:
+    return output / "runs" / run.data / run.method / f"{run.size}-seed{run.seed}-{run.rate:g}.json"
+
+
+def _is_source(study: StudyRecipe, method: str) -> bool:
+    return any(m.start_from == method for m in study.methods.values())
 
 
 def _begin_worker() -> None:
@@ -136,7 +152,10 @@ def _is_done(study: StudyRecipe, cell: Cell, output: Path) -> bool:
     folder = output / "runs" / cell.data / cell.method
     rates = study.methods[cell.method].rates or study.rates
     tried = [folder / f"{rate_size(study, cell)}-seed{s}-{r:g}.json" for s in study.rate_seeds for r in rates]
-    return all(p.is_file() for p in tried) and all(any(folder.glob(f"{cell.size}-seed{s}-*.json")) for s in study.seeds)
+    if not all(path.is_file() for path in tried):
+        return False
+    rate, _ = rate_of(study, cell, output)  # nothing is run: its runs are all there
+    return all((folder / f"{cell.size}-seed{seed}-{rate:g}.json").is_file() for seed in study.seeds)
 
 
 def _steps(study: StudyRecipe, cell: Cell) -> int:
@@ -150,11 +169,11 @@ def _claim(study: StudyRecipe, output: Path) -> None:
     values = json.loads(study.model_dump_json(exclude={"quick"}))
     path = output / STUDY_FILE
     if path.is_file():
-        there = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # with today's defaults for keys that came later
+        began = validated(StudyRecipe, yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        there = json.loads(began.model_dump_json(exclude={"quick"}))
         different = [k for k in {**there, **values} if there.get(k) != values.get(k) and k not in GROWING]
-        changed = [
-            n for n in there.get("methods", {}) if n in values["methods"] and there["methods"][n] != values["methods"][n]
-        ]
+        changed = [n for n in there["methods"] if n in values["methods"] and there["methods"][n] != values["methods"][n]]
         if different or changed:
             raise ValueError(
                 f"The folder {str(output)!r} holds another comparison: {', '.join([*different, *changed])} differ from its "

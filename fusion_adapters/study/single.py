@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import random
 import tempfile
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import DataCollatorWithPadding, PrinterCallback, TrainerCallback
 
@@ -185,13 +187,17 @@ class KeepBest(TrainerCallback):
             self.weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def run_single(study: StudyRecipe, run: Run, states: Path) -> dict[str, Any]:
+def run_single(
+    study: StudyRecipe, run: Run, states: Path, start: Path | None = None, keep_weights: Path | None = None
+) -> dict[str, Any]:
     """Trains once and scores.
 
     Args:
         study: The comparison.
         run: Which run.
         states: Folder of the layer states.
+        start: Weights of another method's run to begin with, where names and shapes fit.
+        keep_weights: Where to write the weights of the best evaluation.
 
     Returns:
         The run's settings, `dev` (the best score), `curve` (step, score), `loss_curve` (step, development loss as the
@@ -215,6 +221,8 @@ def run_single(study: StudyRecipe, run: Run, states: Path) -> dict[str, Any]:
     splits = splits_of(study, run.data)
     config = adapter_config(recipe)
     model, tokenizer = load_attached(recipe, config, splits.labels)
+    if start is not None:
+        start_from(model, start)
     cache = None
     if not config.has_lora:
         cache = LayerStateCache(states_folder(study, run.data, run.method, states), model, verify=False)
@@ -259,6 +267,11 @@ def run_single(study: StudyRecipe, run: Run, states: Path) -> dict[str, Any]:
     }
     if recipe.task == "masked_lm":
         result["dev_loss"] = dict(keep.losses)[keep.best[1]]
+    if keep_weights is not None:
+        keep_weights.parent.mkdir(parents=True, exist_ok=True)
+        aside = keep_weights.with_name(f".{keep_weights.name}.{os.getpid()}")
+        save_file(keep.weights, aside)
+        aside.replace(keep_weights)
     if run.stage == "report":
         model.load_state_dict(keep.weights, strict=False)
         trainer.compute_metrics = None
@@ -271,6 +284,22 @@ def run_single(study: StudyRecipe, run: Run, states: Path) -> dict[str, Any]:
         if run.seed == study.seeds[0]:
             result["depth"], result["layers"] = depth_by_label(model, trainer, sets["dev"], splits.labels)
     return result
+
+
+def start_from(model: nn.Module, weights: Path) -> None:
+    """Loads the trained weights that `run_single` kept of another method's run, those whose name and shape fit.
+
+    Raises:
+        RunFailedError: If none fits.
+    """
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    fitting = {n: w for n, w in load_file(weights).items() if n in own and own[n].shape == w.shape}
+    if not any(".lora_" in name or ".fusions." in name for name in fitting):
+        raise RunFailedError(
+            f"None of the adapter weights in {str(weights)!r} fits the method that should start from them. Give both methods "
+            "the same fusion, LoRA rank and widths for the part that they share."
+        )
+    model.load_state_dict(fitting, strict=False)
 
 
 def regime(study: StudyRecipe, method: str) -> str:

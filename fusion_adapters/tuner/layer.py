@@ -65,7 +65,13 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
         fusion = self.active_fusion
         if fusion is None:
             return last
-        chosen = [states[i] for i in fusion.layers]
+        chosen: list[Any] = [states[i] for i in fusion.layers]
+        if not (fusion.stop_gradient and last.requires_grad):
+            return self._fuse(fusion, chosen, last, context)
+        fused = self._fuse(fusion, [state.detach() for state in chosen], last.detach(), context)
+        return fused + (last - last.detach())  # adds zero, and the gradient that z_L has without a fusion
+
+    def _fuse(self, fusion: Fusion, chosen: Sequence[Tensor], last: Tensor, context: Context) -> Tensor:
         if self.recording is None or not fusion.has_weights:
             return fusion(chosen, last, context)
         fused, weights = fusion(chosen, last, context, return_weights=True)

@@ -229,7 +229,7 @@ class _Card:
 
 
 def _fusion_for(backbone: Backbone, config: FusionConfig) -> Fusion:
-    return build_fusion(
+    fusion = build_fusion(
         config.fusion,
         backbone.hidden_size,
         backbone.num_layers,
@@ -237,6 +237,8 @@ def _fusion_for(backbone: Backbone, config: FusionConfig) -> Fusion:
         last_block=_plain_copy(backbone.blocks[-1]) if config.fusion_copy_last else None,
         **config.options,
     )
+    fusion.stop_gradient = config.fusion_stop_gradient
+    return fusion
 
 
 def _plain_copy(block: nn.Module) -> nn.Module:

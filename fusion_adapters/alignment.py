@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .data import Example
+from .masking import Masker
 from .recipe import Task
 
 IGNORED = -100  # positions that carry no label, as torch's cross-entropy wants it
@@ -21,7 +23,7 @@ class Encoded:
     Attributes:
         rows: `input_ids`, `attention_mask` and `labels`, one dictionary a row, not padded.
         words: For each row the example and, at each labelled position, the index of the word.
-        notes: How many sentences were split, texts cut off, and words had no piece.
+        notes: How many sentences or texts were split, texts cut off, words had no piece, and rows nothing to predict.
     """
 
     rows: list[dict[str, list[int]]] = field(default_factory=list)
@@ -38,13 +40,21 @@ def encode(
 ) -> Encoded:
     """Encodes examples; every labelled word gets its label at its first piece, wherever its sentence is cut.
 
+    For masked language modelling the labels are the ids of hidden pieces, see `Masker`.
+
     Args:
         examples: The examples; their labels must be in `labels`.
         tokenizer: A fast tokenizer.
         labels: The label set.
-        task: Token or sequence classification.
-        max_length: Word pieces per row. A longer sentence of words becomes several rows; a longer text is cut off.
+        task: Which task.
+        max_length: Word pieces per row. A longer sentence of words, or text for masked language modelling, becomes several
+            rows; a longer text to classify is cut off.
+
+    Raises:
+        ValueError: If pieces are to be masked and the tokenizer has no mask token.
     """
+    if task == "masked_lm":
+        return _encode_masked(examples, tokenizer, max_length)
     number = {label: i for i, label in enumerate(labels)}
     if task == "sequence_classification":
         return _encode_texts(examples, tokenizer, number, max_length)
@@ -89,6 +99,26 @@ def _encode_texts(
     return encoded
 
 
+def _encode_masked(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    masker = Masker(tokenizer)
+    encoded = Encoded(notes={"split_texts": 0, "rows_without_pieces": 0})
+    for index, example in enumerate(examples):
+        parts = tokenizer(example.words[0], truncation=True, max_length=max_length, return_overflowing_tokens=True)
+        encoded.notes["split_texts"] += len(parts["input_ids"]) > 1
+        for pieces in parts["input_ids"]:
+            hidden, chosen = masker(pieces)
+            if not chosen:  # characters that the tokenizer drops, or does not know
+                encoded.notes["rows_without_pieces"] += 1
+                continue
+            row_labels = [IGNORED] * len(pieces)
+            for position in chosen:
+                row_labels[position] = pieces[position]
+            row = {"input_ids": hidden, "attention_mask": [1] * len(pieces), "labels": row_labels}
+            encoded.rows.append(row)
+            encoded.words.append((index, []))
+    return encoded
+
+
 def _parts(words: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[tuple[int, int]]:
     """Cuts a sentence between words into parts that fit; a word too long for a part stands alone and loses its tail."""
     batch = tokenizer(list(words), is_split_into_words=True, verbose=False)
@@ -126,16 +156,22 @@ def decode_tags(
 
 
 def score(task: Task, gold: Sequence[Any], predicted: Sequence[Any]) -> dict[str, Any]:
-    """Scores: entity-level precision, recall and F1 by seqeval, or accuracy and macro-F1.
+    """Scores: entity-level precision, recall and F1 by seqeval, accuracy and macro-F1, or accuracy and loss of pieces.
 
     Args:
-        task: Token or sequence classification.
-        gold: Lists of tags, or labels.
-        predicted: The same shape.
+        task: Which task.
+        gold: Lists of tags, labels, or for masked language modelling the ids of the hidden pieces.
+        predicted: The same shape; for masked language modelling pairs of the likeliest id and the negative
+            log-likelihood of the right one (in nats).
 
     Returns:
-        Fractions between 0 and 1; for tokens also the F1 of each entity type, as `f1_by_type`.
+        Fractions between 0 and 1; for tokens also the F1 of each entity type, as `f1_by_type`; for masked language
+        modelling also `loss`, the mean negative log-likelihood of a piece, and `perplexity`, its exponential.
     """
+    if task == "masked_lm":
+        loss = math.fsum(nll for _, nll in predicted) / len(gold)
+        # beyond exp(700) there is no such float
+        return {"accuracy": main_score(task, gold, predicted), "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
     if task == "sequence_classification":
         from sklearn.metrics import accuracy_score, f1_score
 
@@ -158,6 +194,8 @@ def score(task: Task, gold: Sequence[Any], predicted: Sequence[Any]) -> dict[str
 
 def main_score(task: Task, gold: Sequence[Any], predicted: Sequence[Any]) -> float:
     """The one score by which epochs are compared, `MAIN_SCORE`: a quarter of the time of `score`."""
+    if task == "masked_lm":
+        return sum(int(piece) == right for right, (piece, _) in zip(gold, predicted, strict=True)) / len(gold)
     if task == "sequence_classification":
         from sklearn.metrics import accuracy_score
 
@@ -167,4 +205,4 @@ def main_score(task: Task, gold: Sequence[Any], predicted: Sequence[Any]) -> flo
     return float(f1_score(gold, predicted, zero_division=0))
 
 
-MAIN_SCORE = {"token_classification": "f1", "sequence_classification": "accuracy"}
+MAIN_SCORE = {"token_classification": "f1", "sequence_classification": "accuracy", "masked_lm": "accuracy"}

@@ -112,7 +112,7 @@ def predict(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a text, for programs.")] = False,
 ) -> None:
-    """Reload an adapter and print entities or classes."""
+    """Reload an adapter and print entities, classes, or filled masks."""
     texts = text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not texts:
         raise ValueError("There is no text to predict. Give --text '...', or lines on standard input.")

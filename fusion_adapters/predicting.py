@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from .alignment import decode_tags, encode
 from .data import Example
 from .loading import load_model, load_tokenizer
+from .masking import mask_token_of
 from .recipe import Recipe, parse_recipe
 from .tuner import depth_weights, fusion_layers
 
@@ -56,7 +57,7 @@ def load_run(folder: str | Path) -> Run:
 
 
 def predict(run: Run, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Predicts entities or classes.
+    """Predicts entities, classes, or what stands at the mask tokens of a text.
 
     Args:
         run: The reloaded run.
@@ -64,8 +65,14 @@ def predict(run: Run, texts: Sequence[str]) -> list[dict[str, Any]]:
 
     Returns:
         For each text `{"text", "entities": [{"type", "text", "start", "end"}]}` with character offsets, or
-        `{"text", "label", "probability"}`.
+        `{"text", "label", "probability"}`, or for masked language modelling `{"text", "filled", "masks": [{"piece",
+        "probability"}]}` with the likeliest piece for each mask token.
+
+    Raises:
+        ValueError: If a text for masked language modelling holds no mask token.
     """
+    if run.recipe.task == "masked_lm":
+        return [_fill(run, text) for text in texts]
     tokens = run.recipe.task == "token_classification"
     spans = [[m.span() for m in WORD.finditer(text)] for text in texts]
     words = (
@@ -111,6 +118,31 @@ def _class(run: Run, text: str, logits: Tensor) -> dict[str, Any]:
     probabilities = logits.softmax(-1)
     best = int(probabilities.argmax())
     return {"text": text, "label": run.labels[best], "probability": round(float(probabilities[best]), 4)}
+
+
+def _fill(run: Run, text: str) -> dict[str, Any]:
+    mask, written = mask_token_of(run.tokenizer), str(run.tokenizer.mask_token)
+    length = run.recipe.data.max_length
+    parts = run.tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True)["input_ids"]
+    found: list[int] = []
+    masks = []
+    for pieces in parts:
+        positions = [i for i, piece in enumerate(pieces) if piece == mask]
+        if positions:
+            logits = _logits(run, {"input_ids": pieces, "attention_mask": [1] * len(pieces)})
+            for probabilities in logits[positions].softmax(-1):
+                found.append(int(probabilities.argmax()))
+                piece = str(run.tokenizer.convert_ids_to_tokens(found[-1]))
+                masks.append({"piece": piece, "probability": round(float(probabilities.max()), 4)})
+    if not found:
+        raise ValueError(
+            f"The text {text[:80]!r} holds no {written}, and a masked language model predicts only what stands there. Write "
+            f"{written} in place of the words to predict."
+        )
+    filled = text
+    for number in found:
+        filled = filled.replace(written, str(run.tokenizer.decode([number])).strip(), 1)
+    return {"text": text, "filled": filled, "masks": masks}
 
 
 def _entities(text: str, spans: Sequence[tuple[int, int]], tags: Sequence[str]) -> list[dict[str, Any]]:

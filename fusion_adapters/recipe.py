@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from .config import FusionConfig
 
 Model = TypeVar("Model", bound=BaseModel)
-Task = Literal["token_classification", "sequence_classification"]
+Task = Literal["token_classification", "sequence_classification", "masked_lm"]
 
 
 class _Loader(yaml.SafeLoader):
@@ -47,7 +47,7 @@ class DataRecipe(_Section):
     dev: str | None = Field(None, description="Development file or split; without one, dev_fraction of train is cut off.")
     test: str | None = Field(None, description="Test file or split.")
     config_name: str | None = Field(None, description="Configuration of a hub dataset.")
-    format: Literal["conll", "csv", "json"] | None = Field(
+    format: Literal["conll", "csv", "json", "text"] | None = Field(
         None, description="Format of the files; None reads it from the name."
     )
     text: str | None = Field(None, description="Column of the text (or of the tokens); None takes the usual names.")
@@ -60,7 +60,9 @@ class DataRecipe(_Section):
         None, gt=0, lt=1, description="Share of train to cut off for testing, if there is no test; the same for every seed."
     )
     limit: int | None = Field(None, ge=1, description="Use this many training examples, drawn by the seed.")
-    max_length: int = Field(256, ge=8, description="Word pieces per example; longer sentences of tokens are split.")
+    max_length: int = Field(
+        256, ge=8, description="Word pieces per row; longer sentences of tokens, and texts of masked_lm, are split."
+    )
 
 
 class Recipe(_Section):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import numpy as np
 import peft
 import psutil
 import torch
@@ -21,7 +22,6 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import get_peft_model
 from torch import nn
-from torch.utils.data import SequentialSampler
 from transformers import (
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from . import __version__
-from .alignment import MAIN_SCORE, Encoded, decode_tags, encode, main_score, score
+from .alignment import IGNORED, MAIN_SCORE, Encoded, decode_tags, encode, main_score, score
 from .budget import count_trainable
 from .config import FusionConfig
 from .data import Example, Splits, load_splits
@@ -41,6 +41,7 @@ from .files import check_output, written_aside
 from .loading import PEFT_TASKS, load_model, load_tokenizer
 from .recipe import Recipe, Task
 from .reporting import model_card
+from .trainers import MaskedLMTrainer, OrderedTrainer
 from .tuner import fusion_layers
 
 # Of the recipe's own; whatever it sets wins.
@@ -61,7 +62,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 
 @dataclass
 class Evaluation:
-    """Examples with their encoding; turns the label numbers that a model predicts into scores.
+    """Examples with their encoding; turns what a model predicts (label numbers, pieces) into scores.
 
     The dataset is sorted by length, so that a batch has little padding; with a cache it brings the layer states along.
     """
@@ -82,39 +83,42 @@ class Evaluation:
         )
 
     def scores(self, predictions: Any, label_ids: Any) -> dict[str, Any]:
-        """All scores of predicted label numbers; for arguments and errors see `main_score`."""
+        """All scores of predicted label numbers; for arguments and errors see `watched_scores`."""
         return score(self.task, *self._compared(predictions, label_ids))
 
-    def main_score(self, predictions: Any, label_ids: Any) -> float:
-        """The one score of predicted label numbers by which epochs are compared.
+    def watched_scores(self, predictions: Any, label_ids: Any) -> dict[str, float]:
+        """The one score by which epochs are compared, by name; for masked language modelling also the exact `loss`.
 
         Args:
-            predictions: In the order of `dataset`, `(rows, positions)`, or `(rows,)` for sequences.
+            predictions: In the order of `dataset`, `(rows, positions)`, or `(rows,)` for sequences; for masked language
+                modelling the two arrays of `MaskedLMTrainer`.
             label_ids: The labels that came back with them, of the same shape.
 
         Raises:
             RuntimeError: If the labels show that the predictions come in another order.
         """
-        return main_score(self.task, *self._compared(predictions, label_ids))
+        if self.task == "masked_lm":
+            scores = self.scores(predictions, label_ids)
+            return {name: scores[name] for name in (MAIN_SCORE[self.task], "loss")}
+        return {MAIN_SCORE[self.task]: main_score(self.task, *self._compared(predictions, label_ids))}
 
     def _compared(self, predictions: Any, label_ids: Any) -> tuple[list[Any], list[Any]]:
         """Gold and predicted labels in the order of the examples."""
+        if self.task == "masked_lm":
+            predictions = np.stack(predictions, axis=-1)  # (rows, positions, 2)
         rows: list[Any] = [None] * len(self.order)
         for i, predicted, expected in zip(self.order, predictions, label_ids, strict=True):
             own = self.encoded.rows[i]["labels"]
             if list(expected[: len(own)]) != own if isinstance(own, list) else expected != own:
                 raise RuntimeError("The Trainer returned predictions in another order than that of the dataset.")
             rows[i] = predicted
+        if self.task == "masked_lm":
+            pieces = [row["labels"] for row in self.encoded.rows]
+            found = [p for own, row in zip(pieces, rows, strict=True) for p in row[: len(own)][np.array(own) != IGNORED]]
+            return [piece for own in pieces for piece in own if piece != IGNORED], found
         if self.task == "sequence_classification":
             return [e.labels[0] for e in self.examples], [self.labels[int(p)] for p in rows]
         return [e.labels for e in self.examples], decode_tags(self.encoded, rows, self.examples, self.labels)
-
-
-class OrderedTrainer(Trainer):
-    """A Trainer that evaluates in the order of the dataset, whatever the sampling of the training data."""
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
-        return SequentialSampler(eval_dataset)
 
 
 def run_recipe(
@@ -191,7 +195,7 @@ def cache_recipe(recipe: Recipe, folder: str | Path, dtype: str = "float16") -> 
 
 def adapter_config(recipe: Recipe) -> FusionConfig:
     """The adapter that a recipe describes."""
-    return FusionConfig(task_type=PEFT_TASKS[recipe.task], **recipe.adapter)  # type: ignore[arg-type]
+    return FusionConfig(task_type=PEFT_TASKS.get(recipe.task), **recipe.adapter)  # type: ignore[arg-type]
 
 
 def load_attached(recipe: Recipe, config: FusionConfig, labels: list[str]) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -282,7 +286,7 @@ def train(
 
 def positions_for(model: nn.Module, task: Task, training: bool) -> str:
     """Which positions a cached dataset needs: without a label they do not count, unless positions are mixed."""
-    if task != "token_classification" or any(layer.mixes_positions for layer in fusion_layers(model)):
+    if task == "sequence_classification" or any(layer.mixes_positions for layer in fusion_layers(model)):
         return "all"
     return "packed" if training else "labelled"
 
@@ -307,20 +311,20 @@ def make_trainer(
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"The recipe's section 'training' does not fit: {' '.join(str(error).split())}") from error
-    tokens = recipe.task == "token_classification"
-    collator: Any = DataCollatorForTokenClassification(tokenizer) if tokens else DataCollatorWithPadding(tokenizer)
+    sequences = recipe.task == "sequence_classification"
+    collator: Any = DataCollatorWithPadding(tokenizer) if sequences else DataCollatorForTokenClassification(tokenizer)
     if train_set.cache is not None:
         collator = train_set.cache.collator(collator)
-    name = MAIN_SCORE[recipe.task]
-    return OrderedTrainer(
+    masked = recipe.task == "masked_lm"
+    return (MaskedLMTrainer if masked else OrderedTrainer)(
         model=model,
         args=arguments,
         train_dataset=train_set.dataset,
         eval_dataset=dev_set.dataset,
         data_collator=collator,
-        compute_metrics=lambda result: {name: dev_set.main_score(result.predictions, result.label_ids)},
+        compute_metrics=lambda result: dev_set.watched_scores(result.predictions, result.label_ids),
         # label numbers instead of logits: the scores need no more, and a large set of labels would fill the memory
-        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+        preprocess_logits_for_metrics=None if masked else lambda logits, labels: logits.argmax(-1),
     )
 
 

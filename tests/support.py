@@ -6,6 +6,7 @@ import torch
 from peft import get_peft_model
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     BertForTokenClassification,
     LlamaConfig,
@@ -23,6 +24,7 @@ LORA = {"bert": {"r": 4, "target_modules": ["query", "value"]}, "llama": {"r": 4
 HEADS = {
     ("bert", "token"): BertForTokenClassification,
     ("bert", "sequence"): BertForSequenceClassification,
+    ("bert", "mlm"): BertForMaskedLM,
     ("llama", "token"): LlamaForTokenClassification,
     ("llama", "sequence"): LlamaForSequenceClassification,
     ("llama", "lm"): LlamaForCausalLM,
@@ -78,7 +80,7 @@ def batch(head="token", labels=LABELS, seed=0):
 def attached(family="bert", head="token", model=None, **fields):
     """A tiny model with an adapter."""
     model = tiny(family, head) if model is None else model
-    return get_peft_model(model, FusionConfig(task_type=TASKS[head], **fields))
+    return get_peft_model(model, FusionConfig(task_type=TASKS.get(head), **fields))
 
 
 def disturb(model, scale=0.1):

@@ -17,9 +17,18 @@ SENTENCES = [
 ]
 
 
-def tokenizer():
-    """WordPiece over a few words and all letters; special tokens as BERT's."""
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, *LETTERS, *(f"##{c}" for c in LETTERS)]
+def tokenizer(mask=False):
+    """WordPiece over a few words and all letters; special tokens as BERT's, `[MASK]` last if asked for."""
+    pieces = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        *WORDS,
+        *LETTERS,
+        *(f"##{c}" for c in LETTERS),
+        *(["[MASK]"] if mask else []),
+    ]
     inner = Tokenizer(models.WordPiece({p: i for i, p in enumerate(dict.fromkeys(pieces))}, unk_token="[UNK]"))
     inner.normalizer = normalizers.BertNormalizer(lowercase=True)
     inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -34,13 +43,14 @@ def tokenizer():
         cls_token="[CLS]",
         sep_token="[SEP]",
         model_max_length=64,
+        **({"mask_token": "[MASK]"} if mask else {}),
     )
 
 
-def save_model(folder, head="token", **options):
+def save_model(folder, head="token", mask=False, **options):
     """Saves a tiny BERT backbone with its tokenizer."""
     tiny("bert", head, **options).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    tokenizer(mask).save_pretrained(folder)
     return folder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..recipe import Recipe
+from .tables import score_text
 
 
 def model_card(recipe: Recipe, metrics: dict[str, Any]) -> str:
@@ -29,5 +30,7 @@ def model_card(recipe: Recipe, metrics: dict[str, Any]) -> str:
         "| --- | --- | --- |",
     ]
     for split, scores in metrics["scores"].items():
-        lines += [f"| {split} | {name} | {100 * value:.1f} |" for name, value in scores.items() if isinstance(value, float)]
+        lines += [
+            f"| {split} | {name} | {score_text(name, value)} |" for name, value in scores.items() if isinstance(value, float)
+        ]
     return "\n".join(lines) + "\n"

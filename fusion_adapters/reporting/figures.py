@@ -111,6 +111,15 @@ def draw_budget(summary: dict[str, Any], path: Path) -> None:
 
 def draw_steps(runs: Sequence[dict[str, Any]], path: Path) -> None:
     """Development score over optimizer steps, the mean over seeds; a panel for each data set and size."""
+    _draw_curves(runs, path, "curve", 100, "development score (points of 100)")
+
+
+def draw_losses(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """Development loss over optimizer steps, the mean over seeds; a panel for each data set and size."""
+    _draw_curves(runs, path, "loss_curve", 1, "development loss (nats)")
+
+
+def _draw_curves(runs: Sequence[dict[str, Any]], path: Path, key: str, scale: float, measure: str) -> None:
     reported = [run for run in runs if run["stage"] == "report"]
     data, methods = _names(reported, "data"), _names(reported, "method")
     sizes = {name: sorted({r["size"] for r in reported if r["data"] == name}) for name in data}
@@ -126,13 +135,13 @@ def draw_steps(runs: Sequence[dict[str, Any]], path: Path) -> None:
             for method in methods:
                 own = [r for r in reported if (r["data"], r["size"], r["method"]) == (name, size, method)]
                 if own:
-                    steps = [step for step, _ in own[0]["curve"]]
-                    means = [100 * statistics.mean(r["curve"][i][1] for r in own) for i in range(len(steps))]
+                    steps = [step for step, _ in own[0][key]]
+                    means = [scale * statistics.mean(r[key][i][1] for r in own) for i in range(len(steps))]
                     axis.plot(steps, means, label=method, **styles[method])
             axis.set_title(f"{name}, {size:,} examples", fontsize=9)
             axis.set_xlabel("optimizer steps")
             axis.grid(axis="y", alpha=0.3)
-        line[0].set_ylabel("development score (points of 100)")
+        line[0].set_ylabel(measure)
     _save(figure, axes.flat, path)
 
 

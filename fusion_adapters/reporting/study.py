@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_text_whole
-from .figures import draw_budget, draw_depth, draw_samples, draw_steps
+from .figures import draw_budget, draw_depth, draw_losses, draw_samples, draw_steps
 
 COLUMNS = (
     "data",
@@ -22,6 +22,8 @@ COLUMNS = (
     "rate",
     "dev",
     "test",
+    "dev_loss",
+    "test_loss",
     "best_step",
     "steps",
     "fusion_parameters",
@@ -56,6 +58,9 @@ def write_report(study: Any, runs: Sequence[dict[str, Any]], summary: dict[str, 
     draw_samples(summary, output / "samples.png")
     draw_budget(summary, output / "budget.png")
     draw_steps(runs, output / "steps.png")
+    traced = [run for run in runs if run.get("loss_curve")]  # runs of earlier versions kept no loss
+    if any(run["stage"] == "report" for run in traced):
+        draw_losses(traced, output / "loss.png")
     depths = [run for run in runs if run.get("depth")]
     if depths:
         draw_depth(depths, output / "depth.png")
@@ -77,6 +82,19 @@ def summary_text(summary: dict[str, Any]) -> str:
             "",
             *_grid(here, sizes, lambda row, measure=measure: _spread(row[measure]), with_counts=True),
         ]
+        lost = f"{measure}_loss"
+        if any(lost in row for row in here):
+            lines += [
+                "Loss on the same data: mean negative log-likelihood of a predicted piece, in nats; less is better.",
+                "",
+                *_grid(here, sizes, lambda row, lost=lost: _spread(row[lost], 3) if lost in row else "-"),
+            ]
+            if measure == "test":
+                lines += [
+                    "Loss on the development data, of the same weights.",
+                    "",
+                    *_grid(here, sizes, lambda row: _spread(row["dev_loss"], 3) if "dev_loss" in row else "-"),
+                ]
         for key, name in (("to_baseline", summary["baseline"]), ("to_reference", summary["reference"])):
             if any(row[key] for row in here):
                 lines += [
@@ -107,8 +125,9 @@ def _grid(rows: list[dict[str, Any]], sizes: list[int], cell: Any, with_counts: 
     return [*lines, ""]
 
 
-def _spread(values: dict[str, Any]) -> str:
-    return f"{values['mean']:.1f}" + (f" ± {values['sd']:.1f}" if values["sd"] is not None else "")
+def _spread(values: dict[str, Any], digits: int = 1) -> str:
+    spread = f" ± {values['sd']:.{digits}f}" if values["sd"] is not None else ""
+    return f"{values['mean']:.{digits}f}{spread}"
 
 
 def _difference(values: dict[str, Any] | None) -> str:

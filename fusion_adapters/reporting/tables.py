@@ -16,7 +16,7 @@ def metrics_table(metrics: dict[str, Any], title: str) -> Table:
     for split, scores in metrics["scores"].items():
         for name, value in scores.items():
             if isinstance(value, float):
-                table.add_row(f"{split} {name.replace('_', ' ')}", f"{100 * value:.1f}")
+                table.add_row(f"{split} {name.replace('_', ' ')}", score_text(name, value))
     counts = metrics["parameters"]
     parts = ", ".join(f"{part} {counts[part]:,}" for part in ("fusion", "lora", "head", "other") if counts[part])
     table.add_row("trainable parameters", f"{counts['total']:,}")
@@ -32,11 +32,19 @@ def metrics_table(metrics: dict[str, Any], title: str) -> Table:
     return table
 
 
+def score_text(name: str, value: float) -> str:
+    """A score in points of 100; loss and perplexity as they are."""
+    return f"{value:.3f}" if name in ("loss", "perplexity") else f"{100 * value:.1f}"
+
+
 def prediction_lines(prediction: dict[str, Any]) -> str:
-    """A prediction as rich text: the sentence with its entities marked, or the class with its probability."""
+    """A prediction as rich text: the sentence with its entities marked, the class with its probability, or the filled text."""
     text = prediction["text"]
     if "label" in prediction:
         return f"{escape(text)}\n  [bold cyan]{escape(prediction['label'])}[/] {prediction['probability']:.2f}"
+    if "masks" in prediction:
+        found = ", ".join(f"[bold cyan]{escape(mask['piece'])}[/] {mask['probability']:.2f}" for mask in prediction["masks"])
+        return f"{escape(prediction['filled'])}\n  {found}"
     marked, position = "", 0
     for entity in prediction["entities"]:
         marked += escape(text[position : entity["start"]])

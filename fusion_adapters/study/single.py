@@ -30,6 +30,7 @@ from ..fusions import resolve_layers
 from ..loading import load_model, load_tokenizer
 from ..memory import PeakMemory
 from ..recipe import BackboneRecipe, DataRecipe, Recipe
+from ..trainers import labelled_logits
 from ..training import Evaluation, adapter_config, load_attached, make_trainer, positions_for
 from ..tuner import fusion_layers
 from .recipe import ALL, StudyRecipe
@@ -137,7 +138,8 @@ def prepare_states(study: StudyRecipe, root: Path) -> None:
         for folder, methods in folders.items():
             recipe = study.recipe_of(data, methods[0])
             tokenizer = load_tokenizer(recipe.backbone)
-            model = load_model(recipe.backbone, recipe.task, splits.labels)
+            fresh = adapter_config(recipe).modules_to_save or ()
+            model = load_model(recipe.backbone, recipe.task, splits.labels, fresh)
             if recipe.backbone.bits is None:  # a quantised model is where it was loaded
                 model.to(PartialState().device)
             layers = {i for m in methods for i in _layers(study.recipe_of(data, m), model)}
@@ -165,18 +167,20 @@ def _layers(recipe: Recipe, model: nn.Module) -> tuple[int, ...]:
 
 
 class KeepBest(TrainerCallback):
-    """Keeps the trainable weights of the best evaluation in memory."""
+    """Keeps the trainable weights of the best evaluation in memory, and the curves of score and loss."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.best: tuple[float, int] | None = None
         self.weights: dict[str, torch.Tensor] = {}
         self.curve: list[tuple[int, float]] = []
+        self.losses: list[tuple[int, float]] = []
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Notes the score, and the weights if it is the best so far."""
         score = float(kwargs["metrics"][f"eval_{self.name}"])
         self.curve.append((state.global_step, score))
+        self.losses.append((state.global_step, float(kwargs["metrics"]["eval_loss"])))
         if self.best is None or score > self.best[0]:
             self.best = (score, state.global_step)
             model = kwargs["model"]
@@ -196,8 +200,10 @@ def run_single(
         keep_weights: Where to write the weights of the best evaluation.
 
     Returns:
-        The run's settings, `dev` (the best score), `curve` (step, score), parameters by part, seconds of training,
-        memory, and for a reported run `test` and the mean weights over depth by label.
+        The run's settings, `dev` (the best score), `curve` (step, score), `loss_curve` (step, development loss as the
+        Trainer has it: over pieces for masked language modelling, else a mean over batches), parameters by part, seconds
+        of training, memory, and for a reported run `test` and the mean weights over depth by label. For masked language
+        modelling also `dev_loss` and `test_loss`, of the same weights as `dev` and `test`.
     """
     transformers.utils.logging.disable_progress_bar()  # "Loading weights", once a run
     recipe = study.recipe_of(run.data, run.method, run.seed)
@@ -252,12 +258,15 @@ def run_single(
         "dev": keep.best[0],
         "best_step": keep.best[1],
         "curve": keep.curve,
+        "loss_curve": keep.losses,
         "steps": steps,
         "parameters": count_trainable(model),
         "seconds": round(seconds, 2),
         "evaluation_seconds": round(sum(e["eval_runtime"] for e in trainer.state.log_history if "eval_runtime" in e), 2),
         "peak_memory_mib": memory.mib,
     }
+    if recipe.task == "masked_lm":
+        result["dev_loss"] = dict(keep.losses)[keep.best[1]]
     if keep_weights is not None:
         keep_weights.parent.mkdir(parents=True, exist_ok=True)
         aside = keep_weights.with_name(f".{keep_weights.name}.{os.getpid()}")
@@ -268,7 +277,10 @@ def run_single(
         trainer.compute_metrics = None
         if "test" in sets:
             predicted = trainer.predict(sets["test"].dataset)
-            result["test"] = sets["test"].scores(predicted.predictions, predicted.label_ids)[keep.name]
+            scores = sets["test"].scores(predicted.predictions, predicted.label_ids)
+            result["test"] = scores[keep.name]
+            if recipe.task == "masked_lm":
+                result["test_loss"] = scores["loss"]
         if run.seed == study.seeds[0]:
             result["depth"], result["layers"] = depth_by_label(model, trainer, sets["dev"], splits.labels)
     return result
@@ -321,8 +333,10 @@ def depth_by_label(
 ) -> tuple[dict[str, list[float]] | None, list[int]]:
     """The mean weight that tokens of each label give each layer, over heads and development data; and the layers.
 
-    None for a fusion without weights.
+    None for a fusion without weights. Without a label set (masked language modelling) all predicted pieces are one label.
     """
+    pieces = not labels
+    labels = labels or ["predicted pieces"]
     layers = fusion_layers(model)
     fusion = layers[-1].active_fusion if layers else None
     if fusion is None or not fusion.has_weights or fusion.mixes_positions:
@@ -333,7 +347,10 @@ def depth_by_label(
     for batch in trainer.get_eval_dataloader(evaluation.dataset):
         layers[-1].recording = []
         with torch.no_grad():
-            model(**batch)
+            if pieces:  # logits of a vocabulary at every position would fill the memory
+                labelled_logits(model, batch)
+            else:
+                model(**batch)
         weights = layers[-1].recording[-1].cpu()
         layers[-1].recording = None
         weights = weights if weights.dim() == 3 else weights.mean(2)  # (B, T, N), or (1, tokens, N) from a cache
@@ -346,6 +363,7 @@ def depth_by_label(
         elif "attention_mask" in batch:
             gold = torch.where(batch["attention_mask"].flatten().cpu().bool(), gold, IGNORED)
         known = gold != IGNORED
+        gold = gold.clamp(max=0) if pieces else gold
         totals.index_add_(0, gold[known], weights.flatten(0, 1)[known])
         counts.index_add_(0, gold[known], torch.ones(int(known.sum())))
     means = {label: (totals[i] / counts[i]).tolist() for i, label in enumerate(labels) if counts[i] > 0}

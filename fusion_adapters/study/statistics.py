@@ -42,8 +42,9 @@ def summarise(study: StudyRecipe, runs: Sequence[dict[str, Any]]) -> dict[str, A
     """A row for each data set, size and method, from the reported runs; scores in points of 100.
 
     Returns:
-        `rows`, each with `dev`, `test` (or null), `seconds`, the chosen `rate`, `parameters`, and `to_baseline` and
-        `to_reference`: the paired differences of the test score (of the development score where there is no test).
+        `rows`, each with `dev`, `test` (or null), for masked language modelling `dev_loss` and `test_loss`, `seconds`,
+        the chosen `rate`, `parameters`, and `to_baseline` and `to_reference`: the paired differences of the test score (of
+        the development score where there is no test).
     """
     groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for run in runs:
@@ -63,6 +64,12 @@ def summarise(study: StudyRecipe, runs: Sequence[dict[str, Any]]) -> dict[str, A
             "measure": measure,
             "dev": describe([100 * run["dev"] for run in group]),
             "test": describe([100 * run["test"] for run in group]) if measure == "test" else None,
+            # in nats; only masked language modelling has them
+            **{
+                key: describe([run[key] for run in group])
+                for key in ("dev_loss", "test_loss")
+                if all(key in run for run in group)
+            },
             "seconds": statistics.mean(run["seconds"] for run in group),
             "training_seconds": statistics.mean(run["seconds"] - run["evaluation_seconds"] for run in group),
             "peak_memory_mib": statistics.mean(run["peak_memory_mib"] for run in group),

@@ -11,10 +11,19 @@ from peft.tuners.lora import LoraModel
 
 from ..config import FusionConfig, FusionPeftType
 from .heads import TASK_HEADS
-from .layer import FusionLayer, depth_weights, fusion_layers, layers_read
+from .layer import FusionLayer, depth_weights, fusion_layers, layers_read, replaying
 from .model import FusionModel
 
-__all__ = ["TASK_HEADS", "FusionLayer", "FusionModel", "depth_weights", "fusion_layers", "layers_read", "register"]
+__all__ = [
+    "TASK_HEADS",
+    "FusionLayer",
+    "FusionModel",
+    "depth_weights",
+    "fusion_layers",
+    "layers_read",
+    "register",
+    "replaying",
+]
 
 
 def register() -> None:

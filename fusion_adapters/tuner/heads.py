@@ -81,20 +81,34 @@ def _modules_of(model: nn.Module, backbones: list[Backbone]) -> set[int]:
 def train_head_in_float32(model: nn.Module, backbones: list[Backbone], adapter_name: str) -> None:
     """Makes the trainable copy of a 16-bit head float32; peft leaves it in the dtype of the backbone."""
     in_backbone = _modules_of(model, backbones)
+    outputs = getattr(model, "get_output_embeddings", lambda: None)()
     for wrapper in model.modules():
         if not isinstance(wrapper, ModulesToSaveWrapper) or id(wrapper) in in_backbone:
             continue
         if adapter_name not in wrapper.modules_to_save:
             continue
         head = wrapper.modules_to_save[adapter_name]
-        if any(p.dtype in (torch.float16, torch.bfloat16) for p in head.parameters()):
+        dtype = next((p.dtype for p in head.parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
+        if dtype is not None:
             head.float()
             remove_float32_hook(head)
             head.register_forward_pre_hook(_inputs_to_float32)
+            if outputs is not None and all(m is not outputs for m in head.modules()):
+                head.register_forward_hook(_OutputTo(dtype))  # a masked LM's transform: frozen 16-bit embeddings follow
 
 
 def _inputs_to_float32(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+class _OutputTo:
+    """A forward hook that gives a head's result the dtype of what comes after it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(self, head: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return output.to(self.dtype) if isinstance(output, Tensor) else output
 
 
 def remove_float32_hook(head: nn.Module) -> None:
@@ -102,3 +116,6 @@ def remove_float32_hook(head: nn.Module) -> None:
     for key, hook in list(head._forward_pre_hooks.items()):
         if hook is _inputs_to_float32:
             del head._forward_pre_hooks[key]
+    for key, after in list(head._forward_hooks.items()):
+        if isinstance(after, _OutputTo):
+            del head._forward_hooks[key]

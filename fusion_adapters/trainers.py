@@ -1,0 +1,113 @@
+"""Transformers' Trainer as our tasks need it: evaluation in order, and the vocabulary's logits only where they count."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import Trainer
+
+from .alignment import IGNORED
+from .tuner import replaying
+
+
+class OrderedTrainer(Trainer):
+    """A Trainer that evaluates in the order of the dataset, whatever the sampling of the training data."""
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
+        return SequentialSampler(eval_dataset)
+
+
+class MaskedLMTrainer(OrderedTrainer):
+    """A Trainer for masked language modelling.
+
+    The head, a product with the whole vocabulary, runs at labelled positions alone, also where a fusion that mixes
+    positions, LoRA or a live backbone needs all of them. An evaluation keeps two numbers a position, not the logits.
+    """
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The mean negative log-likelihood of the labelled pieces.
+
+        Args:
+            model: The model, maybe wrapped by accelerate.
+            inputs: A batch with `labels`, `(B, T)`.
+            return_outputs: Also return the predictions.
+            num_items_in_batch: Labelled pieces of all batches of this optimizer step.
+
+        Returns:
+            The loss; with `return_outputs` also `predicted` (the likeliest piece) and `nll`, both `(B, T)` and -100
+            where there is no label.
+        """
+        labels: Tensor = inputs["labels"]
+        logits = labelled_logits(model, inputs, self.accelerator.unwrap_model(model))
+        nll = F.cross_entropy(logits.float(), labels[labels != IGNORED], reduction="none")
+        if num_items_in_batch is None:
+            loss = nll.mean()
+        else:
+            loss = nll.sum() / num_items_in_batch
+            if self.args.average_tokens_across_devices:  # as Trainer: the processes' gradients are averaged
+                loss = loss * self.accelerator.num_processes
+        if not return_outputs:
+            return loss
+        predicted = torch.full_like(labels, IGNORED)
+        predicted[labels != IGNORED] = logits.argmax(-1)
+        nlls = torch.full(labels.shape, float(IGNORED), device=labels.device)
+        nlls[labels != IGNORED] = nll.detach()
+        return loss, {"predicted": predicted, "nll": nlls}
+
+
+def labelled_logits(model: nn.Module, inputs: dict[str, Any], unwrapped: nn.Module | None = None) -> Tensor:
+    """The logits at labelled positions, in the order of the flattened batch.
+
+    Args:
+        model: An attached masked language model.
+        inputs: A batch with `labels`, `(B, T)`, and `layer_states` if it comes from a cache.
+        unwrapped: The model below a wrapper for several processes.
+
+    Returns:
+        `(labelled positions, V)`.
+    """
+    inputs = dict(inputs)
+    labelled = inputs.pop("labels") != IGNORED
+    states = inputs.pop("layer_states", None)
+    unwrapped = model if unwrapped is None else unwrapped
+    with contextlib.ExitStack() as stack:
+        if states is not None:  # a PeftModel without task type hands unknown inputs on to the model, not to our tuner
+            stack.enter_context(replaying(unwrapped, states))
+        cut = stack.enter_context(_only_at(unwrapped, labelled))
+        logits = model(**inputs).logits
+    return logits[0] if cut else logits[labelled]
+
+
+@contextlib.contextmanager
+def _only_at(model: nn.Module, labelled: Tensor) -> Iterator[bool]:
+    """Lets the head see only some positions, as one row, `(1, positions, d)`; yields whether that was possible."""
+    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    below = getattr(whole, "base_model", whole)
+    if below is whole:  # no head of its own beside the backbone: nothing to hook between them
+        yield False
+        return
+
+    def cut(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0][labelled][None], *output[1:])
+        output["last_hidden_state"] = output.last_hidden_state[labelled][None]
+        return output
+
+    handle = below.register_forward_hook(cut)
+    try:
+        yield True
+    finally:
+        handle.remove()

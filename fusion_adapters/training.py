@@ -299,7 +299,11 @@ def make_trainer(
     Raises:
         ValueError: If a training argument has a value that transformers refuses.
     """
-    chosen = {**TRAINING_DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available(), **recipe.training}
+    machine = {
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),  # transformers wants to be told before it takes bf16 there
+    }
+    chosen = {**TRAINING_DEFAULTS, **machine, **recipe.training}
     try:
         arguments = TrainingArguments(
             output_dir=str(folder),

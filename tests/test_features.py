@@ -16,6 +16,7 @@ from transformers import BertForTokenClassification, Trainer, TrainingArguments
 from fusion_adapters import FusionConfig, quantization_config
 from fusion_adapters.cli import main
 from fusion_adapters.features import LayerStateCache, StaleCacheError, cache_layer_states, plan_cache
+from fusion_adapters.features.extract import _all_finite
 
 ONE_STACK = [(f, h) for f, h in GRID if FAMILIES[f].stack is None and f not in ("t5", "bart", "whisper")]
 
@@ -236,10 +237,18 @@ def test_a_value_that_float16_cannot_hold_is_an_error(tmp_path):
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.mul_(1e9)
     with pytest.raises(
-        ValueError, match=r"\[1, 2, 3, 4\] hold values beyond 65,504, where float16 ends. Use dtype='bfloat16'"
+        ValueError, match=r"\[1, 2, 3, 4\] hold values beyond 65,504, where float16 ends, or NaN. Use dtype='bfloat16'"
     ):
         cached(model, some_rows(), tmp_path / "states", dtype="float16")
     assert not list((tmp_path / "states").glob("shard-*"))
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), -float("nan")])
+def test_every_value_that_is_not_finite_is_found(value):
+    states = torch.cat((torch.linspace(-65504, 65504, 50, dtype=torch.float16), torch.tensor([0.0, -0.0]).half()))
+    assert _all_finite(states) and _all_finite(states[:0])
+    states[7] = value
+    assert not _all_finite(states)
 
 
 def digests(folder):

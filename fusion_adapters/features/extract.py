@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from .storage import (
 )
 
 INT8_MAX = 127
+POSITIVE_INFINITY, NEGATIVE_INFINITY = 0x7C00, 0xFC00  # bits of float16
 
 
 def cache_layer_states(
@@ -65,7 +67,7 @@ def cache_layer_states(
         layers: Layer states to keep; None means those that the attached fusion reads, without one `1 .. L`. `z_L` is always
             among them.
         batch_size: Rows per batch.
-        shard_bytes: Size of a shard at most, unless one batch is larger; None means a 64th of the cache, between 32 MiB and
+        shard_bytes: Size of a shard at most, unless one batch is larger; None means a 64th of the cache, between 8 MiB and
             1 GiB.
         tokenizer: Goes into the key, so that another one is noticed as such.
         max_length: Likewise.
@@ -105,16 +107,19 @@ def cache_layer_states(
         disable=not (progress and process.is_main_process and mine),
     )
     backbone, _ = backbone_of(model)
-    # a shard is hashed and written while the next is computed
+    # beside a GPU a shard is hashed and written while the next is computed; a CPU's own threads would wait for that
+    beside = backbone.device.type != "cpu"
     with bar, ThreadPoolExecutor(1) as writer, _only_backbone(model, backbone):
-        writing: list[Future[None]] = []
+        writing: Future[None] | None = None
         for number in mine:
             tensors = _extract(backbone, rows, plan, number, collator, bar)
-            if writing:  # never more than two shards in memory
-                writing.pop().result()
-            writing.append(writer.submit(_write, folder / shards[number]["file"], tensors, plan.manifest["layers"]))
-        if writing:
-            writing.pop().result()
+            if writing is not None:  # never more than two shards in memory
+                writing.result()
+            writing = writer.submit(_write, folder / shards[number]["file"], tensors, plan.manifest["layers"])
+            if not beside:
+                writing.result()
+        if writing is not None:
+            writing.result()
     process.wait_for_everyone()
     return LayerStateCache(folder, model, verify=False)
 
@@ -203,21 +208,17 @@ def _extract(
     for batch in plan.batches[number]:
         inputs = _inputs(backbone, [rows[i] for i in batch], m["inputs"], collator)
         mask = inputs.get("attention_mask") if "input_ids" in inputs else None
-        with recorded(backbone, layers) as states:
-            backbone.base(**inputs)
-        end = start + int(plan.places[row : row + len(batch), 2].sum())
-        row += len(batch)
         real = None if mask is None or bool(mask.all()) else mask.flatten().nonzero().squeeze(1)
-        for column, layer in enumerate(layers):
-            flat = states[layer].flatten(0, 1)  # (B T, d)
-            chosen = flat if real is None else flat.index_select(0, real)
-            if len(chosen) != end - start:
-                raise ValueError(
-                    f"A batch of {len(batch)} rows has {len(chosen)} positions, but its rows have {end - start}. Give a collator that "
-                    "pads rows and makes an attention_mask, and does not cut them."
-                )
-            _store(result, slice(start, end), column, chosen)
-        start = end
+        where = slice(start, start + int(plan.places[row : row + len(batch), 2].sum()))
+        row += len(batch)
+
+        def take(layer: int, state: Tensor, where: slice = where, real: Tensor | None = real) -> None:
+            flat = state.flatten(0, 1)  # (B T, d)
+            _store(result, where, layers.index(layer), flat if real is None else flat.index_select(0, real))
+
+        with recorded(backbone, layers, take):
+            backbone.base(**inputs)
+        start = where.stop
         bar.update(len(batch))
     return result
 
@@ -240,6 +241,11 @@ def _inputs(
 
 def _store(result: dict[str, Tensor], where: slice, column: int, states: Tensor) -> None:
     """Writes states `(tokens, d)` into a column of a shard."""
+    if len(states) != where.stop - where.start:
+        raise ValueError(
+            f"A batch has {len(states)} positions, but its rows have {where.stop - where.start}. Give a collator that pads rows "
+            "and makes an attention_mask, and does not cut them."
+        )
     target = result["states"]
     if target.dtype == torch.int8:
         scales = states.float().abs().amax(-1).clamp_min(1e-12) / INT8_MAX  # (tokens,)
@@ -252,10 +258,19 @@ def _store(result: dict[str, Tensor], where: slice, column: int, states: Tensor)
 def _write(path: Path, tensors: dict[str, Tensor], layers: Sequence[int]) -> None:
     """Writes a shard, unless float16 could not hold a state."""
     states = tensors["states"]
-    if states.dtype == torch.float16 and bool(states.isinf().any()):
-        wrong = [layer for column, layer in enumerate(layers) if bool(states[:, column].isinf().any())]
+    if states.dtype == torch.float16 and not _all_finite(states):
+        wrong = [layer for column, layer in enumerate(layers) if not bool(states[:, column].isfinite().all())]
         raise ValueError(
-            f"The layer states {wrong} hold values beyond {torch.finfo(torch.float16).max:,.0f}, where float16 ends. Use "
-            "dtype='bfloat16'. Nothing of this shard was written."
+            f"The layer states {wrong} hold values beyond {torch.finfo(torch.float16).max:,.0f}, where float16 ends, or NaN. Use "
+            "dtype='bfloat16', or mend the backbone or rows that make NaN. Nothing of this shard was written."
         )
     write_shard(path, tensors)
+
+
+def _all_finite(states: Tensor) -> bool:
+    """Whether float16 values are neither infinite nor NaN, by their bits: these are the largest of each sign.
+
+    In numpy: torch would start threads of its own for the writing thread, which then keep the cores from the backbone.
+    """
+    bits = states.numpy().view(np.uint16)
+    return not len(bits) or bool(bits.view(np.int16).max() < POSITIVE_INFINITY and bits.max() < NEGATIVE_INFINITY)

@@ -18,7 +18,7 @@ from .storage import DTYPES
 
 BATCH_SIZE = 32
 # Small shards are cheap to make again; large caches should not fall into thousands of files.
-SHARDS, SMALLEST_SHARD, LARGEST_SHARD = 64, 32 * 2**20, 2**30
+SHARDS, SMALLEST_SHARD, LARGEST_SHARD = 64, 8 * 2**20, 2**30
 
 
 @dataclass
@@ -133,9 +133,10 @@ def _lengths(
             continue
         if shape not in known:
             inputs = {n: torch.as_tensor(row[n])[None].to(backbone.device) for n in names if row.get(n) is not None}
-            with torch.no_grad(), recorded(backbone, [backbone.num_layers]) as states:
+            seen: list[int] = []
+            with torch.no_grad(), recorded(backbone, [backbone.num_layers], lambda _, z, seen=seen: seen.append(z.shape[1])):  # type: ignore[misc]
                 backbone.base(**inputs)
-            known[shape] = states[backbone.num_layers].shape[1]
+            (known[shape],) = seen
         lengths[i] = known[shape]
     return lengths
 

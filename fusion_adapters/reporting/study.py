@@ -72,7 +72,7 @@ def summary_text(summary: dict[str, Any]) -> str:
     lines = ["# Comparison", ""]
     for data in dict.fromkeys(row["data"] for row in rows):
         here = [row for row in rows if row["data"] == data]
-        sizes = list(dict.fromkeys(row["size"] for row in here))
+        sizes = sorted({row["size"] for row in here})
         measure = here[0]["measure"]
         lines += [
             f"## {data}",

@@ -245,7 +245,7 @@ def test_a_value_that_float16_cannot_hold_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), -float("nan")])
 def test_every_value_that_is_not_finite_is_found(value):
-    states = torch.cat((torch.linspace(-65504, 65504, 50, dtype=torch.float16), torch.tensor([0.0, -0.0]).half()))
+    states = torch.cat((torch.linspace(-65504, 65504, 50).half(), torch.tensor([0.0, -0.0]).half()))
     assert _all_finite(states) and _all_finite(states[:0])
     states[7] = value
     assert not _all_finite(states)

@@ -58,6 +58,7 @@ class _Frames(threading.local):
     def __init__(self) -> None:
         self.stack: list[Frame] = []
         self.given: GivenStates | None = None
+        self.replays: list[contextlib.AbstractContextManager[None] | None] = []
 
 
 class Taps:
@@ -94,6 +95,34 @@ class Taps:
         ]
         for block in dict.fromkeys(blocks):
             self._handles.append(block.register_forward_hook(self._keep_output, with_kwargs=True))
+
+    def accept_states(self, model: nn.Module, replay: Callable[[nn.Module, Any], Any]) -> None:
+        """Lets calls of the whole model take `layer_states`, as `replaying` does for calls in a body.
+
+        Args:
+            model: The model with the backbone in it.
+            replay: Checks what was given, and returns the context in which the model runs.
+        """
+        self._replay = replay
+        self._handles += [
+            model.register_forward_pre_hook(self._begin_replay, with_kwargs=True, prepend=True),
+            model.register_forward_hook(self._end_replay, always_call=True),
+        ]
+
+    def _begin_replay(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        replays = self._frames.replays
+        replays.append(None)
+        if kwargs.get("layer_states") is None:
+            return None
+        context = self._replay(model, kwargs["layer_states"])
+        context.__enter__()
+        replays[-1] = context
+        return args, {k: v for k, v in kwargs.items() if k != "layer_states"}
+
+    def _end_replay(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        context = self._frames.replays.pop() if self._frames.replays else None
+        if context is not None:
+            context.__exit__(None, None, None)
 
     def remove(self) -> None:
         """Takes all hooks off the backbone."""

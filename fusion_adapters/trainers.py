@@ -14,7 +14,6 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
 from .alignment import IGNORED
-from .tuner import replaying
 
 
 class OrderedTrainer(Trainer):
@@ -81,12 +80,7 @@ def labelled_logits(model: nn.Module, inputs: dict[str, Any], unwrapped: nn.Modu
     """
     inputs = dict(inputs)
     labelled = inputs.pop("labels") != IGNORED
-    states = inputs.pop("layer_states", None)
-    unwrapped = model if unwrapped is None else unwrapped
-    with contextlib.ExitStack() as stack:
-        if states is not None:  # a PeftModel without task type hands unknown inputs on to the model, not to our tuner
-            stack.enter_context(replaying(unwrapped, states))
-        cut = stack.enter_context(_only_at(unwrapped, labelled))
+    with _only_at(model if unwrapped is None else unwrapped, labelled) as cut:
         logits = model(**inputs).logits
     return logits[0] if cut else logits[labelled]
 

@@ -1,5 +1,6 @@
 """Cached layer states: training from them is live training; extraction resumes, is checked, and never reused wrongly."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -8,7 +9,7 @@ from collections import namedtuple
 import pytest
 import torch
 from families import FAMILIES, GRID, attach, first_head, inputs
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from support import METHODS, attached, batch, disturb, tiny, without_dropout
 from support_text import save_model, tokenizer, write_recipe
 from transformers import BertForTokenClassification, Trainer, TrainingArguments
@@ -145,6 +146,24 @@ def test_the_model_is_the_same_after_a_call_with_states_and_after_one_that_faile
     assert all("forward" not in block.__dict__ for block in model.base_model.model.bert.encoder.layer)
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_model_without_task_type_takes_states_too(family, tmp_path):
+    plain = get_peft_model(tiny(family), FusionConfig(modules_to_save=["classifier" if family == "bert" else "score"]))
+    assert type(plain) is PeftModel  # peft calls its model past our tuner
+    rows = some_rows()
+    cache = cached(plain, rows, tmp_path / "states")
+    states = from_cache(cache, rows)
+    assert_equal_training(plain, pad(rows), states)
+    copied = copy.deepcopy(plain)
+    assert_equal_training(copied, pad(rows), states)
+    wrong = {**states, "layer_states": {**states["layer_states"], "states": states["layer_states"]["states"][1:]}}
+    with pytest.raises(ValueError, match="layer_states has the shape"):
+        plain(**wrong)
+    assert_equal_training(plain, pad(rows), states)
+    left = plain.merge_and_unload(drop_fusion=True)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in left.modules())
+
+
 def test_rows_as_people_have_them(tmp_path):
     """Columns that no model takes, rows padded before, the same row twice."""
     model = disturb(attached())
@@ -187,6 +206,7 @@ def test_states_of_a_model_that_transformers_attached_to(tmp_path):
     disturb(model)
     cache = cached(model, rows, tmp_path / "attached")
     torch.testing.assert_close(cache.read(cache.find(rows)), expected.read(expected.find(rows)))
+    assert_equal_training(model, pad(rows), from_cache(cache, rows))
 
 
 @pytest.mark.parametrize("bits", [8, 4])

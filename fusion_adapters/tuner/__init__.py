@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraModel
 
 from ..config import FusionConfig, FusionPeftType
 from .heads import TASK_HEADS
-from .layer import FusionLayer, depth_weights, fusion_layers, layers_read, replaying
+from .layer import FusionLayer, depth_weights, fusion_layers, layers_read
 from .model import FusionModel
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "fusion_layers",
     "layers_read",
     "register",
-    "replaying",
 ]
 
 

@@ -92,6 +92,8 @@ class FusionModel(LoraModel):
                 if layer is None:
                     layer = FusionLayer(backbone, adapter_name, fusion)
                     setattr(backbone.root, LAYER_NAME, layer)
+                    if backbone is backbones[0] and not layers:
+                        layer.taps.accept_states(model, replaying)  # peft calls a model without task type past our forward
                 else:
                     layer.update(adapter_name, fusion=fusion)
                 fusion.requires_grad_(False)

@@ -19,7 +19,7 @@ from ..budget import count_trainable
 from ..config import FusionConfig
 from ..files import check_output, written_aside
 from ..reporting.bench import write_bench_report
-from .cases import EPOCHS, EXTRACTIONS, FORWARDS, Setting
+from .cases import EXTRACTIONS, FORWARDS, Setting, epoch_cases
 from .large import measure_large
 from .scaling import exponents, measure_scaling
 from .settings import BenchRecipe
@@ -44,7 +44,8 @@ def run_bench(recipe: BenchRecipe, output: str | Path, overwrite: bool = False) 
         OSError: If data, model or folder cannot be read or written.
     """
     output = check_output(output, overwrite)
-    rounds = len([*EPOCHS, *FORWARDS, *EXTRACTIONS]) * (recipe.repeats + 1)
+    epochs = epoch_cases()
+    rounds = len([*epochs, *FORWARDS, *EXTRACTIONS]) * (recipe.repeats + 1)
     bar = tqdm(total=rounds + 2 * len(MEMORY_CASES) + len(DEEP_CASES) + 4 + 1, desc="benchmark", unit="measurement")
 
     def advance(what: str) -> None:
@@ -58,7 +59,7 @@ def run_bench(recipe: BenchRecipe, output: str | Path, overwrite: bool = False) 
         backbone_parameters = _without_embeddings(model)
         del model
         seconds = {
-            **alternate(recipe, list(EPOCHS), Path(scratch), advance),
+            **alternate(recipe, epochs, Path(scratch), advance),
             **alternate(recipe, FORWARDS, Path(scratch), advance),
             **alternate(recipe, EXTRACTIONS, Path(scratch), advance),
         }

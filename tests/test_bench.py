@@ -7,7 +7,7 @@ import torch
 from support_text import SENTENCES, conll, save_model
 
 from fusion_adapters.bench import load_bench
-from fusion_adapters.bench.cases import ROUNDS, Setting, epoch_cases
+from fusion_adapters.bench.cases import EPOCHS, ROUNDS, Setting, epoch_cases
 from fusion_adapters.bench.large import measure_large
 from fusion_adapters.bench.runner import compare_with_bars, measure_checkpoints, ratio
 from fusion_adapters.bench.scaling import exponents, measure_scaling

@@ -174,7 +174,7 @@ def draw_depth(runs: Sequence[dict[str, Any]], path: Path) -> None:
             axis.set_title(f"{method}\n{name}, {largest[name]:,}", fontsize=8)
             axis.set_xlabel("layer")
             axis.set_yticks(range(len(depth)), list(depth) if axis is line[0] else [""] * len(depth), fontsize=7)
-    figure.colorbar(image, ax=axes, label="mean weight", fraction=0.03)
+    figure.colorbar(image, ax=axes, label="mean weight", fraction=0.03, pad=0.01, aspect=30)
     figure.savefig(path)
     plt.close(figure)
 

@@ -61,9 +61,14 @@ def write_report(study: Any, runs: Sequence[dict[str, Any]], summary: dict[str, 
     traced = [run for run in runs if run.get("loss_curve")]  # runs of earlier versions kept no loss
     if any(run["stage"] == "report" for run in traced):
         draw_losses(traced, output / "loss.png")
-    depths = [run for run in runs if run.get("depth")]
+    depths = [run for run in runs if run.get("depth") and not _constant(run["depth"])]
     if depths:
         draw_depth(depths, output / "depth.png")
+
+
+def _constant(depth: dict[str, list[float]]) -> bool:
+    """Whether all weights over depth are the same: those of a control, of which a picture says nothing."""
+    return len({weight for weights in depth.values() for weight in weights}) == 1
 
 
 def summary_text(summary: dict[str, Any]) -> str:

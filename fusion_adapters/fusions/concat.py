@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -55,16 +56,23 @@ class Concat(Fusion):
     ) -> Any:
         # layer by layer, not one product: the concatenation would be a copy of all states
         kept = None
-        for index, state in enumerate(states):
-            kept = self.absorb(kept, index, state)
+        # split, not sliced: the gradient of all layers is then built in one piece
+        for state, weight in zip(states, self.weight.split(self.hidden_size, dim=1), strict=True):
+            kept = self._added(kept, state, weight)
         return self.finish(kept, last)
 
     def absorb(self, kept: Any, index: int, state: Tensor) -> Any:
-        part = linear(state, self.weight[:, index * self.hidden_size :][:, : self.hidden_size]).float()  # (B, T, r or d)
-        return part + self.bias if kept is None else kept + part  # in float32: rounding would grow with depth
+        return self._added(kept, state, self.weight[:, index * self.hidden_size :][:, : self.hidden_size])
+
+    def _added(self, kept: Tensor | None, state: Tensor, weight: Tensor) -> Tensor:
+        """Adds a layer's product to the sum `(B T, r or d)`, float32: in 16 bits rounding would grow with depth."""
+        flat = state.flatten(0, -2)
+        if flat.dtype == weight.dtype and not torch.is_autocast_enabled(flat.device.type):
+            return torch.addmm(self.bias, flat, weight.T) if kept is None else kept.addmm_(flat, weight.T)
+        return (self.bias if kept is None else kept) + linear(flat, weight).float()
 
     def finish(self, kept: Any, last: Tensor) -> Tensor:
-        mixed = kept.to(last.dtype)
+        mixed = kept.to(last.dtype).view(*last.shape[:-1], -1)
         if self.up_weight is not None:
             mixed = linear(F.gelu(mixed), self.up_weight, self.up_bias)  # (B, T, d)
         elif not self.residual:

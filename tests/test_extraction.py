@@ -1,0 +1,214 @@
+"""Extraction of layer states: what is stored, resumes, is checked, and never reused wrongly."""
+
+import hashlib
+import json
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from families import attach, first_head
+from support import attached, disturb, tiny
+from support_cache import cached, from_cache, pad, some_rows
+from support_text import tokenizer
+
+from fusion_adapters.features import LayerStateCache, StaleCacheError, cache_layer_states, plan_cache
+from fusion_adapters.features.extract import _all_finite
+
+
+def test_only_what_the_fusion_reads_is_stored_and_no_padding(tmp_path):
+    rows = some_rows()
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    for layers, stored in ((None, [1, 2, 3, 4]), ([0, 2], [0, 2, 4])):
+        cache = cached(attached(fusion="dwatt", fusion_layers=layers), rows, tmp_path / str(layers), dtype="float16")
+        assert cache.layers == stored
+        size = sum(p.stat().st_size for p in (tmp_path / str(layers)).glob("shard-*"))
+        assert 0 <= size - tokens * len(stored) * 32 * 2 < 400  # the header
+    cache = cached(attached(fusion="mlp"), rows, tmp_path / "last")
+    assert cache.layers == [4]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("bfloat16", 8e-3), ("int8", 1e-2)])
+def test_narrow_formats_are_near(dtype, tolerance, tmp_path):
+    model = disturb(attached())
+    rows = some_rows()
+    exact = cached(model, rows, tmp_path / "exact")
+    cache = cached(model, rows, tmp_path / dtype, dtype=dtype)
+    numbers = cache.find(rows)
+    wanted = exact.read(exact.find(rows))
+    error = (cache.read(numbers, dtype=torch.float32) - wanted).norm() / wanted.norm()
+    assert 0 < error < tolerance
+    names = {"float16": 2, "bfloat16": 2, "int8": 1 + 4 / 32}
+    ratio = sum(s["bytes"] for s in cache.manifest["shards"]) / sum(s["bytes"] for s in exact.manifest["shards"])
+    assert ratio == pytest.approx(names[dtype] / 4)
+    assert abs(model(**from_cache(cache, rows)).loss - model(**pad(rows)).loss) < 10 * tolerance
+
+
+def test_a_value_that_float16_cannot_hold_is_an_error(tmp_path):
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(1e9)
+    with pytest.raises(
+        ValueError, match=r"\[1, 2, 3, 4\] hold values beyond 65,504, where float16 ends, or NaN. Use dtype='bfloat16'"
+    ):
+        cached(model, some_rows(), tmp_path / "states", dtype="float16")
+    assert not list((tmp_path / "states").glob("shard-*"))
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), -float("nan")])
+def test_every_value_that_is_not_finite_is_found(value):
+    states = torch.cat((torch.linspace(-65504, 65504, 50).half(), torch.tensor([0.0, -0.0]).half()))
+    assert _all_finite(states) and _all_finite(states[:0])
+    states[7] = value
+    assert not _all_finite(states)
+
+
+def digests(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def test_a_killed_extraction_goes_on_and_ends_with_the_bytes_of_an_unbroken_one(tmp_path):
+    model, rows = attached(), some_rows(40)
+    options = {"batch_size": 4, "shard_bytes": 20_000}
+    cached(model, rows, tmp_path / "whole", **options)
+    calls = []
+
+    def failing(chosen):
+        calls.append(len(chosen))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return pad(chosen)
+
+    with pytest.raises(KeyboardInterrupt):
+        cache_layer_states(model, rows, tmp_path / "cut", failing, dtype="float32", progress=False, **options)
+    there = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cut").glob("shard-*")}
+    assert 0 < len(there) < len(list((tmp_path / "whole").glob("shard-*")))
+    assert not [p for p in (tmp_path / "cut").iterdir() if p.name.startswith(".")]
+    with pytest.raises(FileNotFoundError, match=r"not complete: \d+ of \d+ shards are missing"):
+        LayerStateCache(tmp_path / "cut", model)
+    cached(model, rows, tmp_path / "cut", **options)
+    assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
+    assert all((tmp_path / "cut" / name).stat().st_mtime_ns == time for name, time in there.items())
+
+
+def test_a_damaged_shard_is_found_and_only_it_is_made_again(tmp_path):
+    model, rows = attached(), some_rows(40)
+    folder, options = tmp_path / "states", {"batch_size": 4, "shard_bytes": 20_000}
+    cached(model, rows, folder, **options)
+    before = digests(folder)
+    shards = sorted(folder.glob("shard-*"))
+    times = {p.name: p.stat().st_mtime_ns for p in shards}
+    data = bytearray(shards[1].read_bytes())
+    data[-100] ^= 1
+    shards[1].write_bytes(data)
+    with pytest.raises(ValueError, match=r"1 of \d+ shards of the cache .* are damaged \(shard-00001.safetensors\)"):
+        LayerStateCache(folder, model)
+    cached(model, rows[::-1], folder, **options)  # the order of the rows does not matter
+    assert digests(folder) == before
+    assert [p.name for p in shards if p.stat().st_mtime_ns != times[p.name]] == ["shard-00001.safetensors"]
+    shards[0].write_bytes(shards[0].read_bytes()[:-50])  # cut short
+    with pytest.raises(ValueError, match=r"damaged \(shard-00000"):
+        LayerStateCache(folder, model)
+
+
+def test_a_cache_of_something_else_is_refused_and_the_part_is_named(tmp_path):
+    model, rows = attached(), some_rows()
+    folder = tmp_path / "states"
+    cache = cached(model, rows, folder, tokenizer=tokenizer(), max_length=64)
+    cache.check(model, tokenizer=tokenizer(), max_length=64)
+    with pytest.raises(StaleCacheError, match="max_length: 64 in the cache, 32 now"):
+        cache.check(model, max_length=32)
+    other = tokenizer()
+    other.add_tokens(["extra"])
+    with pytest.raises(StaleCacheError, match="tokenizer: "):
+        cache.check(model, tokenizer=other)
+    for wrong, message in (
+        (attached(model=tiny(seed=1)), "weights: "),
+        (attached(model=tiny(depth=5)), "backbone: bert, 4 blocks of width 32 in the cache, bert, 5 blocks"),
+        (attached(model=tiny(dtype=torch.bfloat16)), "dtype: float32 in the cache, bfloat16 now"),
+        (attached(fusion_layers=[0, 4]), r"reads the layer states \[0\], which the cache .* does not hold"),
+    ):
+        with pytest.raises(StaleCacheError, match=message):
+            LayerStateCache(folder, wrong)
+    one_weight = attached()
+    with torch.no_grad():  # a backbone that was trained on, seen nowhere but here
+        one_weight.base_model.model.bert.encoder.layer[1].intermediate.dense.bias.add_(1e-3)
+    with pytest.raises(StaleCacheError, match="weights: "):
+        LayerStateCache(folder, one_weight)
+    with pytest.raises(StaleCacheError, match=r"3 of 3 rows are not in the cache .* \(the first: row 0\)"):
+        cache.dataset(some_rows(3, seed=5))
+    with pytest.raises(
+        StaleCacheError, match="text: 12 of 12 rows are not in the cache, 12 of its rows are not among these"
+    ):
+        cached(model, some_rows(seed=5), folder)
+    with pytest.raises(StaleCacheError, match="dtype: float32 in the cache, float16 now"):
+        cached(model, rows, folder, dtype="float16")
+    (folder / "manifest.json").write_text(json.dumps({**cache.manifest, "format": 99}))
+    with pytest.raises(ValueError, match="has format 99, this version reads format 1"):
+        LayerStateCache(folder)
+    versions = {**cache.manifest, "key": {**cache.manifest["key"], "transformers": "4.0.0"}}
+    (folder / "manifest.json").write_text(json.dumps(versions))
+    with pytest.raises(StaleCacheError, match=r"transformers: 4.0.0 in the cache"):
+        LayerStateCache(folder, model)
+
+
+def test_a_disk_that_is_too_small_is_found_before_a_byte_is_written(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 10_000))
+    with pytest.raises(OSError, match=r"need 0.\d MiB .* rows, .* has 0.0 MiB free. Nothing was written"):
+        cached(attached(), some_rows(40), tmp_path / "states")
+    assert not (tmp_path / "states").exists()
+
+
+def test_the_size_is_told_before_writing(tmp_path, capsys):
+    plan = plan_cache(attached(), some_rows(), dtype="float16")
+    tokens = sum(len(row["input_ids"]) for row in some_rows())
+    assert plan.bytes == tokens * 4 * 32 * 2
+    cache_layer_states(attached(), some_rows(), tmp_path / "states", pad)
+    told = capsys.readouterr().out
+    assert f"12 rows, {tokens} tokens x 4 layers x 32 values in float16, 1 shards; 0 of them there" in told
+
+
+def test_a_backbone_that_trains_has_no_cache(tmp_path):
+    rows = some_rows()
+    lora = attached(r=4, target_modules=["query"])
+    with pytest.raises(ValueError, match=r"8 parameters train inside the backbone \(LoRA, for example"):
+        cached(lora, rows, tmp_path / "states")
+    cache = cached(attached(), rows, tmp_path / "states")
+    with pytest.raises(ValueError, match="train inside the backbone"):
+        LayerStateCache(tmp_path / "states", lora)
+    with pytest.raises(ValueError, match=r"parameters inside the backbone train now"):
+        lora(**from_cache(cache, rows))
+    model = attached()
+    with pytest.raises(ValueError, match="or its adapter is disabled"), model.disable_adapter():
+        model(**from_cache(cache, rows))
+    with pytest.raises(ValueError, match=r"encoder-decoder \('t5'\) cannot be cached"):
+        cached(attach("t5", first_head("t5")), rows, tmp_path / "t5")
+
+
+def test_folders_and_rows_that_do_not_fit(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not empty and holds no cache"):
+        cached(attached(), some_rows(), tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no cache of layer states"):
+        LayerStateCache(tmp_path)
+    with pytest.raises(ValueError, match="no rows to cache"):
+        cached(attached(), [], tmp_path / "states")
+    with pytest.raises(ValueError, match="dtype='int4' is not a format of caches"):
+        cached(attached(), some_rows(), tmp_path / "states", dtype="int4")
+    with pytest.raises(ValueError, match="differ in length, and there is no collator"):
+        cache_layer_states(attached(), some_rows(), tmp_path / "states", progress=False)
+    cache = cached(attached(), some_rows(), tmp_path / "good")
+    dataset = cache.dataset(some_rows())
+    with pytest.raises(ValueError, match="must not cut or lengthen rows"):
+        cache.collator(lambda rows: {k: v[:, :4] for k, v in pad(rows).items()})([dataset[0], dataset[1]])
+
+
+def test_extraction_leaves_the_model_as_it_was(tmp_path):
+    model = disturb(attached()).train()
+    before = pad(some_rows(3))
+    modes = [m.training for m in model.modules()]
+    trains = [p.requires_grad for p in model.parameters()]
+    cached(model, some_rows(), tmp_path / "states")
+    assert modes == [m.training for m in model.modules()] and trains == [p.requires_grad for p in model.parameters()]
+    assert model.active_adapter == "default" and model(**before).loss.requires_grad

@@ -57,6 +57,11 @@ class BudgetTooSmallError(ValueError):
             f"The budget of {parameters:,} parameters is too small: {what} trains {smallest:,}. Raise the budget to at "
             "least that, or choose another method."
         )
+        self._arguments = (what, smallest, parameters)
+
+    def __reduce__(self) -> tuple[type, tuple[str, int, int]]:
+        """Lets the error cross from one process to another."""
+        return type(self), self._arguments
 
 
 def skeleton(model: str | PreTrainedConfig) -> nn.Module:
@@ -91,7 +96,7 @@ def count_config(config: FusionConfig, model: nn.Module) -> dict[str, int]:
 def fit_budget(config: FusionConfig, model: nn.Module, parameters: int) -> FusionConfig:
     """Chooses the free width of a method so that fusion and LoRA together train at most so many parameters.
 
-    Free are the bottleneck of `dwatt`, `concat` and `mlp`; feed-forward width and number of blocks of `deeper`; and for
+    Free are the bottleneck of `dwatt`, `dwconcat`, `concat`, `laya` and `mlp`; feed-forward width and number of blocks of `deeper`; and for
     `last` with LoRA the rank. The largest width that fits is taken. LoRA beside another fusion keeps its rank.
 
     Args:
@@ -100,18 +105,16 @@ def fit_budget(config: FusionConfig, model: nn.Module, parameters: int) -> Fusio
         parameters: The budget, heads excluded.
 
     Returns:
-        A copy with the width filled in; `count_config` tells what it trains.
+        A copy with the width filled in; `count_config` tells what it trains. Biases that LoRA trains count with it.
 
     Raises:
         BudgetTooSmallError: If the smallest width is too large, or the method has no width to choose and does not fit.
+        ValueError: If the rank is to be chosen and `rank_pattern` sets it for every module.
     """
     config = replace(config, fusion_budget=None)
-    lora = count_config(config, model)["lora"] if config.has_lora else 0
     if config.fusion == "last" and config.has_lora:
-        per_rank = count_config(replace(config, r=1), model)["lora"]
-        if per_rank > parameters:
-            raise BudgetTooSmallError("LoRA of rank 1", per_rank, parameters)
-        return replace(config, r=parameters // per_rank)
+        return _fit_rank(config, model, parameters)
+    lora = _count_lora(config, model) if config.has_lora else 0
     backbones = find_backbones(model, config.fusion_blocks, config.fusion_stack)
 
     def count(**options: Any) -> int:
@@ -122,6 +125,8 @@ def fit_budget(config: FusionConfig, model: nn.Module, parameters: int) -> Fusio
         width = _largest(lambda r: count(bottleneck=r), parameters)
         if width < 1:
             raise BudgetTooSmallError(f"{config.fusion!r} with a bottleneck of 1", count(bottleneck=1), parameters)
+        while width > 1 and count(bottleneck=width - 1) == count(bottleneck=width):
+            width -= 1  # a method that rounds its width down: say the one that is built
         return replace(config, fusion_bottleneck=width)
     if "feedforward" in known and not config.fusion_copy_last:
         return _fit_blocks(config, count, 4 * backbones[0].hidden_size, parameters)
@@ -179,6 +184,25 @@ def _count_fusions(config: FusionConfig, backbones: list[Backbone], **options: A
             build_fusion(config.fusion, b.hidden_size, b.num_layers, config.fusion_layers, **chosen) for b in backbones
         ]
     return sum(p.numel() for fusion in fusions for p in fusion.parameters())
+
+
+def _count_lora(config: FusionConfig, model: nn.Module) -> int:
+    """What LoRA trains: its matrices, and biases where `bias` asks for them."""
+    counts = count_config(config, model)
+    return counts["lora"] + counts["other"]
+
+
+def _fit_rank(config: FusionConfig, model: nn.Module, parameters: int) -> FusionConfig:
+    """The largest rank within the budget: what LoRA trains is linear in it, biases and DoRA's magnitudes are its offset."""
+    one, two = (_count_lora(replace(config, r=rank), model) for rank in (1, 2))
+    if one > parameters:
+        raise BudgetTooSmallError("LoRA of rank 1", one, parameters)
+    if one == two:
+        raise ValueError(
+            f"A budget of {parameters:,} parameters chooses LoRA's rank, but rank_pattern sets the rank of every module "
+            f"({one:,} parameters). Leave out rank_pattern or the budget."
+        )
+    return replace(config, r=1 + (parameters - one) // (two - one))
 
 
 def _fit_blocks(config: FusionConfig, count: Callable[..., int], usual: int, parameters: int) -> FusionConfig:

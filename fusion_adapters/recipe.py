@@ -112,7 +112,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"The recipe {str(path)!r} must hold sections with keys (for example task, backbone, data); it is empty or a list."
         )
-    return values
+    return _unshared(values)
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which nothing is shared: what a YAML alias repeats is the same object, and a change would reach all of it."""
+    if isinstance(value, dict):
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def apply_settings(values: dict[str, Any], settings: list[str] | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import shutil
@@ -195,7 +196,8 @@ def cache_recipe(recipe: Recipe, folder: str | Path, dtype: str = "float16") -> 
 
 def adapter_config(recipe: Recipe) -> FusionConfig:
     """The adapter that a recipe describes."""
-    return FusionConfig(task_type=PEFT_TASKS.get(recipe.task), **recipe.adapter)  # type: ignore[arg-type]
+    fields = copy.deepcopy(recipe.adapter)  # peft adds to the config's lists when it attaches
+    return FusionConfig(task_type=PEFT_TASKS.get(recipe.task), **fields)  # type: ignore[arg-type]
 
 
 def load_attached(recipe: Recipe, config: FusionConfig, labels: list[str]) -> tuple[Any, PreTrainedTokenizerBase]:

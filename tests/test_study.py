@@ -2,16 +2,21 @@
 
 import csv
 import json
+import re
 
 import pytest
 import yaml
 from support_text import SENTENCES, conll, save_model
 
+from fusion_adapters.alignment import encode
 from fusion_adapters.cli import main
+from fusion_adapters.data import Example
 from fusion_adapters.study import load_study
+from fusion_adapters.study.examples import subset, training_sizes
 from fusion_adapters.study.runner import Cell, rate_size
-from fusion_adapters.study.single import RunFailedError, subset, training_sizes
+from fusion_adapters.study.single import Run, scale_lora_rate
 from fusion_adapters.study.statistics import interval, steps_to_share, summarise
+from fusion_adapters.training import Evaluation, adapter_config, load_attached, make_trainer
 
 METHODS = {
     "deeper": {"adapter": {"fusion": "deeper", "fusion_budget": 6000}},
@@ -103,6 +108,123 @@ def test_a_study_is_run_reported_and_gone_on_with(tmp_path, capsys, monkeypatch)
     assert "holds another comparison: epochs differ" in " ".join(capsys.readouterr().err.split())
 
 
+def refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", *map(str, arguments), "--workers", "1"])
+    assert stop.value.code == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_a_folder_is_never_gone_on_with_by_another_comparison(tmp_path, capsys):
+    small = {n: METHODS[n] for n in ("deeper", "concat")}
+    few = {"sizes": [4], "seeds": [1], "rates": [1e-3], "reference": None}
+    both = {**small, "dwatt": METHODS["dwatt"]}
+    out = tmp_path / "out"
+    # nothing has run yet: a mended recipe takes the folder over
+    path = write_study(tmp_path, methods=both, **few)
+    refused([path, "--output", out, "--set", "data.toy.train=none.conll"], capsys)
+    refused([path, "--output", out, "--set", "backbone.model=none"], capsys)
+    main(["compare", str(path), "--output", str(out), "--workers", "1"])
+    before = scores(out)
+    # a method may be left out; it comes back as it was, or not at all
+    main(["compare", str(write_study(tmp_path, methods=small, **few)), "--output", str(out), "--workers", "1"])
+    changed = write_study(
+        tmp_path, methods={**small, "dwatt": {"adapter": {"fusion": "dwatt", "fusion_bottleneck": 8}}}, **few
+    )
+    assert "methods.dwatt differ" in refused([changed, "--output", out], capsys)
+    path = write_study(tmp_path, methods=both, **few)
+    main(["compare", str(path), "--output", str(out), "--workers", "1"])
+    assert scores(out) == before
+    # a method that reads other layers joins in
+    more = {**both, "low": {"adapter": {"fusion": "concat", "fusion_layers": [0, 1], "fusion_bottleneck": 4}}}
+    main(["compare", str(write_study(tmp_path, methods=more, **few)), "--output", str(out), "--workers", "1"])
+    assert [r for r in scores(out) if r["method"] != "low"] == before
+    path = write_study(tmp_path, methods=both, **few)
+    main(["compare", str(path), "--output", str(out), "--workers", "1"])
+    assert scores(out) == before
+    # the same data elsewhere are the same data; a label that changed makes others of them
+    (tmp_path / "moved").mkdir()
+    for name in ("train.conll", "test.conll"):
+        (tmp_path / "moved" / name).write_text((tmp_path / name).read_text())
+    moved = ["--set", f"data.toy.path={tmp_path / 'moved'}"]
+    main(["compare", str(path), "--output", str(out), "--workers", "1", *moved])
+    train = tmp_path / "moved" / "train.conll"
+    train.write_text(train.read_text().replace("B-PER", "B-LOC", 1))
+    assert "the examples of 'toy' differ" in refused([path, "--output", out, *moved], capsys)
+
+
+def test_rates_may_be_added(tmp_path):
+    methods = {n: METHODS[n] for n in ("deeper", "concat")}
+    few = {"methods": methods, "sizes": [4], "seeds": [1]}
+    path = write_study(tmp_path, rates=[1e-5], **few)
+    main(["compare", str(path), "--output", str(tmp_path / "out"), "--workers", "1"])
+    path = write_study(tmp_path, rates=[1e-5, 3e-2], **few)
+    main(["compare", str(path), "--output", str(tmp_path / "out"), "--workers", "1"])
+    rows = scores(tmp_path / "out")
+    for method in methods:
+        tried = {float(r["rate"]): float(r["dev"]) for r in rows if r["method"] == method and r["stage"] == "rate"}
+        assert set(tried) == {1e-5, 3e-2}
+        (chosen,) = [float(r["rate"]) for r in rows if r["method"] == method and r["stage"] == "report"]
+        assert tried[chosen] == max(tried.values())
+    told = (tmp_path / "out" / "summary.md").read_text()
+    assert "0.03*" in told  # the highest of the grid
+
+
+def test_one_method_of_an_alias_can_be_set(tmp_path):
+    path = write_study(tmp_path)
+    text = path.read_text()
+    methods = yaml.safe_dump({"methods": METHODS}, sort_keys=False)
+    aliased = "methods:\n  deeper: {adapter: &a {fusion: deeper}}\n  concat: {adapter: *a}\n"
+    path.write_text(text.replace(methods, aliased))
+    study = load_study(path, ["methods.concat.adapter.fusion=concat"])
+    assert [m.adapter["fusion"] for m in study.methods.values()] == ["deeper", "concat"]
+
+
+def test_a_recipe_is_what_it_was_after_its_runs(tmp_path):
+    """peft extends a config's lists when it attaches."""
+    study = load_study(write_study(tmp_path))
+    recipe = study.recipe_of("toy", "dwatt")
+    recipe.adapter["modules_to_save"] = ["pooler"]
+    for _ in range(2):
+        load_attached(recipe, adapter_config(recipe), ["a", "b"])
+    assert recipe.adapter["modules_to_save"] == ["pooler"]
+
+
+def test_the_length_of_a_run_is_counted_in_passes(tmp_path):
+    training = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    study = load_study(write_study(tmp_path, methods={**METHODS, "small": {"training": training}}, epochs=3))
+    assert [Run("toy", m, 13, 1, 1e-3, "rate").steps(study) for m in ("dwatt", "small")] == [12, 12]
+    del training["gradient_accumulation_steps"]
+    study = load_study(write_study(tmp_path, methods={**METHODS, "small": {"training": training}}, epochs=3))
+    assert Run("toy", "small", 13, 1, 1e-3, "rate").steps(study) == 21
+
+
+def test_development_data_are_scored_evenly_and_at_the_end(tmp_path):
+    methods = {n: METHODS[n] for n in ("deeper", "concat")}
+    path = write_study(tmp_path, methods=methods, sizes=[13], seeds=[1], rates=[1e-3], epochs=5, evaluations=3)
+    main(["compare", str(path), "--output", str(tmp_path / "out"), "--workers", "1"])
+    for run in (tmp_path / "out" / "runs").rglob("*.json"):
+        assert [step for step, _ in json.loads(run.read_text())["curve"]] == [7, 13, 20]
+
+
+def test_lora_has_its_own_learning_rate(tmp_path):
+    study = load_study(write_study(tmp_path))
+    both = {**METHODS["dwatt"]["adapter"], "r": 2, "target_modules": ["query"]}
+    study.methods["dwatt"].adapter = both
+    recipe = study.recipe_of("toy", "dwatt")
+    recipe.training["learning_rate"] = 1e-3
+    labels = ["O", "B-PER"]
+    model, tokenizer = load_attached(recipe, adapter_config(recipe), labels)
+    examples = [Example(["anna"], ["B-PER"])]
+    data = Evaluation(recipe.task, labels, examples, encode(examples, tokenizer, labels, recipe.task, 16), None, "all")
+    trainer = make_trainer(model, tokenizer, recipe, data, data, tmp_path / "checkpoints")
+    scale_lora_rate(trainer, 0.5)
+    names = {id(p): n for n, p in model.named_parameters() if p.requires_grad}
+    rates = {names.pop(id(p)): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert not names and {rate for name, rate in rates.items() if ".lora_" in name} == {5e-4}
+    assert {rate for name, rate in rates.items() if ".lora_" not in name} == {1e-3}
+
+
 def test_processes_give_the_table_of_one(tmp_path):
     methods = {name: METHODS[name] for name in ("deeper", "concat")}
     path = write_study(tmp_path, methods=methods)
@@ -167,7 +289,7 @@ def test_a_comparison_grows_its_rate_sizes(tmp_path):
     assert [r for r in after if r["size"] == "13"] == [r for r in before if r["size"] == "13"]
 
 
-def test_a_method_starts_from_the_weights_of_another(tmp_path):
+def test_a_method_starts_from_the_weights_of_another(tmp_path, capsys):
     lora = {"r": 4, "lora_alpha": 16, "target_modules": ["query", "value"]}
     warm = {
         "from fusion": {"adapter": {**METHODS["dwatt"]["adapter"], **lora}, "start_from": "dwatt"},
@@ -186,7 +308,10 @@ def test_a_method_starts_from_the_weights_of_another(tmp_path):
             assert float(found[source, seed, "report"][0]) > 0, "the source has learnt nothing to hand on"
         assert found[name, "0", "rate"] == found[source, "0", "rate"]
 
-    # without its weights a finished run is no start
+    # where only its scores are left, a source trains again for those who start from it, and its scores stay
+    kept_scores = {
+        p: p.read_bytes() for n in ("dwatt", "lora") for p in (tmp_path / "out" / "runs" / "toy" / n).glob("*.json")
+    }
     for kept in (tmp_path / "out" / "runs").rglob("*.safetensors"):
         kept.unlink()
     for done in (tmp_path / "out" / "runs" / "toy" / "from lora").glob("*.json"):
@@ -194,11 +319,17 @@ def test_a_method_starts_from_the_weights_of_another(tmp_path):
     main(["compare", str(path), "--output", str(tmp_path / "out"), "--workers", "1"])
     again = {(r["method"], r["seed"], r["stage"]): (r["dev"], r["test"]) for r in scores(tmp_path / "out")}
     assert again == found
+    assert kept_scores == {path: path.read_bytes() for path in kept_scores}
 
     unlike = {"adapter": {"fusion": "concat", **lora, "r": 3}, "start_from": "dwatt"}
     path = write_study(tmp_path, methods={**{n: METHODS[n] for n in ("deeper", "concat", "dwatt")}, "x": unlike})
-    with pytest.raises(RunFailedError, match=r"None of the adapter weights in .* fits"):
-        main(["compare", str(path), "--output", str(tmp_path / "unlike"), "--workers", "1", "--quick"])
+    told = refused([path, "--output", tmp_path / "unlike", "--quick"], capsys)
+    assert re.search(r"do not fit the method that should start from them \((\d+) of \1 tensors, for example", told)
+    partly = {"adapter": {"fusion": "dwatt", "fusion_bottleneck": 8, **lora}, "start_from": "dwatt"}
+    path = write_study(tmp_path, methods={**{n: METHODS[n] for n in ("deeper", "concat", "dwatt")}, "x": partly})
+    told = refused([path, "--output", tmp_path / "partly", "--quick"], capsys)
+    wrong, shared = re.search(r"start from them \((\d+) of (\d+) tensors", told).groups()
+    assert int(wrong) < int(shared), "biases fit at any width"
     with pytest.raises(ValueError, match="lets 'x' start from 'dwat', which is not a method of the recipe"):
         load_study(write_study(tmp_path, methods={**METHODS, "x": {**unlike, "start_from": "dwat"}}))
 
@@ -224,11 +355,32 @@ def test_statistics():
         ),
         ({"methods": {**METHODS, "x": {"adapter": {"fusio": 1}}}}, "Did you mean 'fusion'"),
         ({"rate_sizes": [5]}, r"chooses rates at the sizes \[5\]"),
+        ({"seeds": [1, 1]}, r"'seeds' holds the same twice \(1, 1\)"),
+        ({"seeds": []}, "'seeds' is empty"),
+        ({"sizes": [0, 4]}, r"'sizes' holds a number below 1 \(0, 4\)"),
+        ({"rates": [1e-3, 1.0000001e-3]}, r"'rates' holds the same twice \(0.001, 0.001\)"),
+        ({"rates": [0.0]}, r"'rates' holds a rate that is not above 0"),
+        ({"training": {"learning_rate": 1e-3}}, "sets training.learning_rate, which a comparison sets itself"),
+        (
+            {"methods": {**METHODS, "x": {"training": {"max_steps": 3}}}},
+            "sets methods.x.training.max_steps, which a comparison sets itself",
+        ),
     ],
 )
 def test_a_recipe_that_does_not_fit_says_why(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         load_study(write_study(tmp_path, **changes))
+
+
+def test_a_budget_that_is_too_small_is_told_before_anything_is_computed(tmp_path, capsys):
+    methods = {**METHODS, "dwatt": {"adapter": {"fusion": "dwatt", "fusion_budget": 100}}}
+    path = write_study(tmp_path, methods=methods)
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", str(path), "--output", str(tmp_path / "out"), "--workers", "2"])
+    assert stop.value.code == 2 and not (tmp_path / "out").exists()
+    assert "The budget of 100 parameters is too small: 'dwatt' with a bottleneck" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_sizes_beyond_the_data_are_refused(tmp_path, capsys):

@@ -110,9 +110,10 @@ def summary_text(summary: dict[str, Any]) -> str:
                     ),
                 ]
         lines += [
-            "Seconds of training without evaluation, steps to 90 % of the run's best development score, chosen learning rate.",
+            "Seconds of training without evaluation, steps to 90 % of the run's best development score, chosen learning rate "
+            "(with a star the lowest or highest of its grid: a wider grid may have a better one).",
             "",
-            *_grid(here, sizes, lambda row: f"{row['training_seconds']:.1f} s, {row['steps_to_90']:.0f}, {row['rate']:g}"),
+            *_grid(here, sizes, _course),
         ]
     return "\n".join(lines)
 
@@ -128,6 +129,11 @@ def _grid(rows: list[dict[str, Any]], sizes: list[int], cell: Any, with_counts: 
         cells = [cell(found[method, size]) if (method, size) in found else "-" for size in sizes]
         lines.append(f"| {' | '.join([f'`{method}`', *([f'{count:,}'] if with_counts else []), *cells])} |")
     return [*lines, ""]
+
+
+def _course(row: dict[str, Any]) -> str:
+    edge = "*" if row["rate_at_edge"] else ""
+    return f"{row['training_seconds']:.1f} s, {row['steps_to_90']:.0f}, {row['rate']:g}{edge}"
 
 
 def _spread(values: dict[str, Any], digits: int = 1) -> str:

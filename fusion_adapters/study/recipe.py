@@ -12,6 +12,20 @@ from ..recipe import BackboneRecipe, DataRecipe, Recipe, Task, apply_settings, p
 ALL = "all"
 
 
+# TrainingArguments that follow from the grid.
+SET_BY_STUDY = (
+    "learning_rate",
+    "max_steps",
+    "num_train_epochs",
+    "eval_strategy",
+    "eval_steps",
+    "save_strategy",
+    "logging_strategy",
+    "load_best_model_at_end",
+    "disable_tqdm",
+)
+
+
 class MethodRecipe(BaseModel):
     """One row of the comparison."""
 
@@ -51,9 +65,11 @@ class StudyRecipe(BaseModel):
         description="Sizes at which rates are chosen, for themselves and the sizes up to the next. None means all sizes.",
     )
     rates: list[float] = Field(default=[3e-4, 1e-3, 3e-3, 1e-2], description="The grid, the same for all methods.")
-    epochs: int = Field(30, ge=1, description="Passes over the training examples at most.")
+    epochs: int = Field(30, ge=1, description="Passes over the training examples, as far as max_steps allows.")
     max_steps: int = Field(1500, ge=1, description="Optimizer steps at most.")
-    evaluations: int = Field(6, ge=1, description="Times that the development data are scored in a run, evenly spread.")
+    evaluations: int = Field(
+        6, ge=1, description="Times that the development data are scored in a run, evenly spread, the last at its end."
+    )
     training: dict[str, Any] = Field(default_factory=dict, description="TrainingArguments of all methods.")
     states_dtype: str = Field("float16", description="How layer states are cached.")
     quick: dict[str, Any] = Field(default_factory=dict, description="What --quick changes in this recipe.")
@@ -100,6 +116,15 @@ def load_study(path: str | Path, settings: list[str] | None = None, quick: bool 
                 f"The recipe {str(path)!r} compares with {name!r}, which is none of its methods ({', '.join(study.methods)}). Set "
                 "baseline and reference to methods of the recipe."
             )
+    _check_lists(study, str(path))
+    sections = {"training": study.training, **{f"methods.{n}.training": m.training for n, m in study.methods.items()}}
+    for where, given in sections.items():
+        taken = sorted(set(given) & set(SET_BY_STUDY))
+        if taken:
+            raise ValueError(
+                f"The recipe {str(path)!r} sets {where}.{taken[0]}, which a comparison sets itself: from rates, epochs, "
+                "max_steps and evaluations. Set those."
+            )
     for name, own in study.methods.items():
         source = own.start_from
         if source is not None and (source not in study.methods or study.methods[source].start_from is not None):
@@ -122,3 +147,26 @@ def load_study(path: str | Path, settings: list[str] | None = None, quick: bool 
         for method in study.methods:
             study.recipe_of(data, method)
     return study
+
+
+def _check_lists(study: StudyRecipe, source: str) -> None:
+    """Raises ValueError for a list of the grid that is empty, repeats itself, or holds what cannot be."""
+    grids = {name: own.rates for name, own in study.methods.items() if own.rates is not None}
+    lists: dict[str, list[Any]] = {"seeds": study.seeds, "rate_seeds": study.rate_seeds, "sizes": study.sizes}
+    lists |= {"rates": study.rates, **{f"methods.{name}.rates": rates for name, rates in grids.items()}}
+    lists |= {"methods": list(study.methods), "data": list(study.data)}
+    lists |= {} if study.rate_sizes is None else {"rate_sizes": study.rate_sizes}
+    for name, values in lists.items():
+        shown = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]  # as in the names of files
+        least = 0 if name.endswith("seeds") else 1 if name.endswith("sizes") else None
+        if not values:
+            problem = "is empty"
+        elif len(set(shown)) < len(shown):
+            problem = f"holds the same twice ({', '.join(shown)})"
+        elif least is not None and any(isinstance(v, int) and v < least for v in values):
+            problem = f"holds a number below {least} ({', '.join(shown)})"
+        elif name.endswith("rates") and min(values) <= 0:
+            problem = f"holds a rate that is not above 0 ({', '.join(shown)})"
+        else:
+            continue
+        raise ValueError(f"The recipe {source!r} does not fit. '{name}' {problem}. Correct that list.")

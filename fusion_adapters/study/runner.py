@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from tqdm.auto import tqdm
 
+from ..budget import settle_budget, skeleton
 from ..files import write_text_whole
-from ..recipe import validated
+from ..loading import resolve_model
 from ..reporting.study import write_report
+from ..training import adapter_config
+from .claim import claim
+from .examples import count_examples, forget, training_sizes
 from .recipe import StudyRecipe
-from .single import Run, RunFailedError, count_examples, prepare_states, run_single, training_sizes
+from .single import Run, run_single
+from .states import prepare_states
 from .statistics import summarise
-
-STUDY_FILE = "study.yaml"
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,10 @@ def run_study(study: StudyRecipe, output: str | Path, workers: int | None = None
         OSError: If data, model or folder cannot be read or written.
     """
     output = Path(output)
-    _claim(study, output)
+    forget()
     sizes = training_sizes(study)
+    check_budgets(study)
+    claim(study, output)
     cells = [
         Cell(data, method, size)
         for size in dict.fromkeys(s for data in study.data for s in sizes[data])
@@ -119,20 +123,27 @@ def rate_size(study: StudyRecipe, cell: Cell) -> int:
 
 def _run(study: StudyRecipe, run: Run, output: Path) -> dict[str, Any]:
     path = _path(run, output)
-    weights = path.with_suffix(".safetensors") if _is_source(study, run.method) else None
-    if path.is_file() and (weights is None or weights.is_file()):
+    if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     source, start = study.methods[run.method].start_from, None
     if source is not None:
         rate, _ = rate_of(study, Cell(run.data, source, run.size), output)
-        first = replace(run, method=source, rate=rate)
-        _run(study, first, output)
-        start = _path(first, output).with_suffix(".safetensors")
+        start = _weights(study, replace(run, method=source, rate=rate), output)
     begun = time.perf_counter()
-    result = run_single(study, run, output / "states", start, weights)
+    keep = path.with_suffix(".safetensors") if _is_source(study, run.method) else None
+    result = run_single(study, run, output / "states", start, keep)
     result["seconds_total"] = round(time.perf_counter() - begun, 2)
     write_text_whole(path, json.dumps(result) + "\n")
     return result
+
+
+def _weights(study: StudyRecipe, run: Run, output: Path) -> Path:
+    """The trained weights of a run that others start from; where only its scores were kept, it trains again for them."""
+    _run(study, run, output)
+    path = _path(run, output).with_suffix(".safetensors")
+    if not path.is_file():
+        run_single(study, run, output / "states", None, path)
+    return path
 
 
 def _path(run: Run, output: Path) -> Path:
@@ -141,6 +152,21 @@ def _path(run: Run, output: Path) -> Path:
 
 def _is_source(study: StudyRecipe, method: str) -> bool:
     return any(m.start_from == method for m in study.methods.values())
+
+
+def check_budgets(study: StudyRecipe) -> None:
+    """Fits every method to its budget on the backbone's configuration, before anything is computed.
+
+    Raises:
+        BudgetTooSmallError: If one does not fit.
+    """
+    data = next(iter(study.data))
+    configs = [adapter_config(study.recipe_of(data, method)) for method in study.methods]
+    budgeted = [replace(c, task_type=None, modules_to_save=None) for c in configs if c.fusion_budget is not None]
+    if budgeted:
+        model = skeleton(resolve_model(study.backbone.model))
+        for config in budgeted:
+            settle_budget(config, model)
 
 
 def _begin_worker() -> None:
@@ -162,32 +188,3 @@ def _steps(study: StudyRecipe, cell: Cell) -> int:
     rates = study.methods[cell.method].rates or study.rates
     tried = len(rates) * len(study.rate_seeds) if rate_size(study, cell) == cell.size else 0
     return Run(cell.data, cell.method, cell.size, 0, 0.0, "rate").steps(study) * (tried + len(study.seeds))
-
-
-def _claim(study: StudyRecipe, output: Path) -> None:
-    """Writes the recipe into the folder, or checks that the one there is the same."""
-    values = json.loads(study.model_dump_json(exclude={"quick"}))
-    path = output / STUDY_FILE
-    if path.is_file():
-        # with today's defaults for keys that came later
-        began = validated(StudyRecipe, yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-        there = json.loads(began.model_dump_json(exclude={"quick"}))
-        different = [k for k in {**there, **values} if there.get(k) != values.get(k) and k not in GROWING]
-        changed = [n for n in there["methods"] if n in values["methods"] and there["methods"][n] != values["methods"][n]]
-        if different or changed:
-            raise ValueError(
-                f"The folder {str(output)!r} holds another comparison: {', '.join([*different, *changed])} differ from its "
-                f"{STUDY_FILE}. Give another folder. (Methods, sizes and seeds may be added to a comparison; what is "
-                "there may not change.)"
-            )
-    elif output.exists() and any(output.iterdir()):
-        raise FileExistsError(
-            f"The folder {str(output)!r} is not empty and holds no comparison. Give a new or empty folder."
-        )
-    write_text_whole(path, yaml.safe_dump(values, sort_keys=False))
-
-
-# What may grow between two calls on one folder: its runs stay as they are.
-GROWING = ("methods", "sizes", "seeds", "rate_sizes", "baseline", "reference")
-
-__all__ = ["Cell", "RunFailedError", "run_cell", "run_study"]

@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
-import random
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import DataCollatorWithPadding, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
-from ..alignment import IGNORED, MAIN_SCORE, Encoded, encode
-from ..backbone import find_backbones
+from ..alignment import IGNORED, MAIN_SCORE, encode
 from ..budget import count_trainable
-from ..data import Splits, load_splits
-from ..features import LayerStateCache, cache_layer_states
-from ..fusions import resolve_layers
-from ..loading import load_model, load_tokenizer
+from ..features import LayerStateCache
 from ..memory import PeakMemory
-from ..recipe import BackboneRecipe, DataRecipe, Recipe
 from ..trainers import labelled_logits
-from ..training import Evaluation, adapter_config, load_attached, make_trainer, positions_for
+from ..training import TRAINING_DEFAULTS, Evaluation, adapter_config, load_attached, make_trainer, positions_for
 from ..tuner import fusion_layers
-from .recipe import ALL, StudyRecipe
+from .examples import encoded_part, splits_of, subset
+from .recipe import StudyRecipe
+from .states import states_folder
 
 
-class RunFailedError(RuntimeError):
+class RunFailedError(ValueError):
     """A run that did not give a number."""
 
 
@@ -53,128 +45,29 @@ class Run:
 
     def steps(self, study: StudyRecipe) -> int:
         """Optimizer steps."""
-        batch = study.training.get("per_device_train_batch_size", 16)
+        training = {**study.training, **study.methods[self.method].training}
+        training = {**TRAINING_DEFAULTS, "gradient_accumulation_steps": 1, **training}
+        batch = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
         return min(study.epochs * math.ceil(self.size / batch), study.max_steps)
 
 
-@functools.lru_cache(maxsize=8)
-def _encoded(data_json: str, task: Any, tokenizer_json: str, name: str) -> Encoded:
-    """Development or test data in word pieces; they are the same in every run of a process."""
-    splits = _splits(data_json, task)
-    tokenizer = load_tokenizer(BackboneRecipe.model_validate_json(tokenizer_json))
-    length = DataRecipe.model_validate_json(data_json).max_length
-    return encode(getattr(splits, name), tokenizer, splits.labels, task, length)
-
-
-@functools.lru_cache(maxsize=8)
-def _splits(data_json: str, task: Any) -> Splits:
-    return load_splits(DataRecipe.model_validate_json(data_json), task, seed=0)
-
-
-def splits_of(study: StudyRecipe, data: str) -> Splits:
-    """A data set, all of its training examples, read once a process."""
-    return _splits(study.data[data].model_dump_json(), study.task)
-
-
-def training_sizes(study: StudyRecipe) -> dict[str, list[int]]:
-    """For each data set the numbers of training examples, `all` and sizes per class turned into numbers.
-
-    Raises:
-        ValueError: If a size is larger than the data set.
-    """
-    return {data: list(dict.fromkeys(count_examples(study, data, s) for s in study.sizes)) for data in study.data}
-
-
-def count_examples(study: StudyRecipe, data: str, size: int | str) -> int:
-    """The number of training examples that an entry of `sizes` means on a data set; see `training_sizes`."""
-    train = splits_of(study, data).train
-    if size == ALL:
-        return len(train)
-    if study.per_class:
-        counts = Counter(example.labels[0] for example in train)
-        available, number = max(counts.values()), sum(min(int(size), n) for n in counts.values())
-    else:
-        available = number = len(train)
-    if int(size) > available:
-        unit = "of the largest class" if study.per_class else "training examples"
-        raise ValueError(f"sizes: {size} is more than the {available} {unit} of {data!r}. Lower it, or say all.")
-    return number if study.per_class else int(size)
-
-
-def subset(labels: Sequence[str] | None, total: int, size: int, seed: int) -> list[int]:
-    """The training examples of a seed, the same for every method; smaller sizes are parts of larger ones.
-
-    Args:
-        labels: The class of each example, to draw one of each class in turn; None draws from all alike.
-        total: The number of training examples.
-        size: How many to take.
-        seed: Of the draw.
-    """
-    order = random.Random(seed).sample(range(total), total)
-    if labels is not None:
-        seen: Counter[str] = Counter()
-        turns = []
-        for i in order:
-            turns.append((seen[labels[i]], i))
-            seen[labels[i]] += 1
-        order = [i for _, i in sorted(turns, key=lambda turn: turn[0])]  # stable: within a turn the order of the draw
-    return order[:size]
-
-
-def states_folder(study: StudyRecipe, data: str, method: str, root: Path) -> Path:
-    """Where the layer states of a data set are, for the quantisation of a method."""
-    bits = study.methods[method].bits or study.backbone.bits
-    return root / (data if bits is None else f"{data}-{bits}bit")
-
-
-def prepare_states(study: StudyRecipe, root: Path) -> None:
-    """Computes the layer states that the methods without LoRA read, once for all runs."""
-    for data in study.data:
-        splits = splits_of(study, data)
-        folders: dict[Path, list[str]] = {}
-        for method in study.methods:
-            if not adapter_config(study.recipe_of(data, method)).has_lora:
-                folders.setdefault(states_folder(study, data, method, root), []).append(method)
-        for folder, methods in folders.items():
-            recipe = study.recipe_of(data, methods[0])
-            tokenizer = load_tokenizer(recipe.backbone)
-            fresh = adapter_config(recipe).modules_to_save or ()
-            model = load_model(recipe.backbone, recipe.task, splits.labels, fresh)
-            if recipe.backbone.bits is None:  # a quantised model is where it was loaded
-                model.to(PartialState().device)
-            layers = {i for m in methods for i in _layers(study.recipe_of(data, m), model)}
-            rows = [
-                row
-                for examples in (splits.train, splits.dev, splits.test)
-                for row in encode(examples, tokenizer, splits.labels, recipe.task, recipe.data.max_length).rows
-            ]
-            cache_layer_states(
-                model,
-                rows,
-                folder,
-                DataCollatorWithPadding(tokenizer),
-                dtype=study.states_dtype,
-                layers=sorted(layers),
-                tokenizer=tokenizer,
-                max_length=recipe.data.max_length,
-            )
-
-
-def _layers(recipe: Recipe, model: nn.Module) -> tuple[int, ...]:
-    config = adapter_config(recipe)
-    depth = find_backbones(model, config.fusion_blocks, config.fusion_stack)[0].num_layers
-    return resolve_layers(config.fusion_layers, depth)
-
-
 class KeepBest(TrainerCallback):
-    """Keeps the trainable weights of the best evaluation in memory, and the curves of score and loss."""
+    """Asks for evaluations, evenly spread and with the last step one of them, and keeps the best one's weights in memory.
 
-    def __init__(self, name: str) -> None:
+    Also the curves of score and loss.
+    """
+
+    def __init__(self, name: str, steps: int, evaluations: int) -> None:
         self.name = name
+        self.moments = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
         self.best: tuple[float, int] | None = None
         self.weights: dict[str, torch.Tensor] = {}
         self.curve: list[tuple[int, float]] = []
         self.losses: list[tuple[int, float]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Asks for an evaluation where one is due."""
+        control.should_evaluate = state.global_step in self.moments
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Notes the score, and the weights if it is the best so far."""
@@ -211,8 +104,7 @@ def run_single(
     recipe.training.update(
         learning_rate=run.rate,
         max_steps=steps,
-        eval_strategy="steps",
-        eval_steps=max(1, steps // study.evaluations),
+        eval_strategy="no",  # KeepBest asks for them
         save_strategy="no",
         logging_strategy="no",
         load_best_model_at_end=False,
@@ -235,10 +127,10 @@ def run_single(
             if name == "train":
                 encoded = encode(examples, tokenizer, splits.labels, recipe.task, recipe.data.max_length)
             else:
-                encoded = _encoded(recipe.data.model_dump_json(), recipe.task, study.backbone.model_dump_json(), name)
+                encoded = encoded_part(recipe.data.model_dump_json(), recipe.task, study.backbone.model_dump_json(), name)
             positions = positions_for(model, recipe.task, training=name == "train")
             sets[name] = Evaluation(recipe.task, splits.labels, examples, encoded, cache, positions)
-    keep = KeepBest(MAIN_SCORE[recipe.task])
+    keep = KeepBest(MAIN_SCORE[recipe.task], steps, study.evaluations)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(model, tokenizer, recipe, sets["train"], sets["dev"], Path(folder))
         trainer.add_callback(keep)
@@ -250,7 +142,7 @@ def run_single(
             trainer.train()
         seconds = time.perf_counter() - begun
     if keep.best is None:
-        raise RunFailedError(f"The run {run} was never evaluated. Lower evaluations, or raise epochs and max_steps.")
+        raise RunFailedError(f"The run {run} was never evaluated.")
     result = {
         **asdict(run),
         "regime": regime(study, run.method),
@@ -287,19 +179,23 @@ def run_single(
 
 
 def start_from(model: nn.Module, weights: Path) -> None:
-    """Loads the trained weights that `run_single` kept of another method's run, those whose name and shape fit.
+    """Loads the trained weights that `run_single` kept of another method's run: the fusion, LoRA, or both, and the head.
 
     Raises:
-        RunFailedError: If none fits.
+        RunFailedError: If the methods share neither, or what they share differs in a name or a shape.
     """
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    fitting = {n: w for n, w in load_file(weights).items() if n in own and own[n].shape == w.shape}
-    if not any(".lora_" in name or ".fusions." in name for name in fitting):
+    kept = load_file(weights)
+    parts = [p for p in (".fusions.", ".lora_") if any(p in name for name in own) and any(p in name for name in kept)]
+    shared = [name for name in kept if any(part in name for part in parts)]
+    wrong = [name for name in shared if name not in own or own[name].shape != kept[name].shape]
+    if wrong or not shared:
+        which = f"{len(wrong)} of {len(shared)} tensors, for example {wrong[0]!r}" if wrong else "none of the tensors"
         raise RunFailedError(
-            f"None of the adapter weights in {str(weights)!r} fits the method that should start from them. Give both methods "
-            "the same fusion, LoRA rank and widths for the part that they share."
+            f"The adapter weights in {str(weights)!r} do not fit the method that should start from them ({which}). Give both "
+            "methods the same fusion, LoRA rank and widths for the part that they share."
         )
-    model.load_state_dict(fitting, strict=False)
+    model.load_state_dict({n: w for n, w in kept.items() if n in own and own[n].shape == w.shape}, strict=False)
 
 
 def regime(study: StudyRecipe, method: str) -> str:

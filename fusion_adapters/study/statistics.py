@@ -43,8 +43,9 @@ def summarise(study: StudyRecipe, runs: Sequence[dict[str, Any]]) -> dict[str, A
 
     Returns:
         `rows`, each with `dev`, `test` (or null), for masked language modelling `dev_loss` and `test_loss`, `seconds`,
-        the chosen `rate`, `parameters`, and `to_baseline` and `to_reference`: the paired differences of the test score (of
-        the development score where there is no test).
+        the chosen `rate` and whether it is the lowest or highest of its grid (`rate_at_edge`), `parameters`, and
+        `to_baseline` and `to_reference`: the paired differences of the test score (of the development score where there is
+        no test).
     """
     groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for run in runs:
@@ -53,6 +54,7 @@ def summarise(study: StudyRecipe, runs: Sequence[dict[str, Any]]) -> dict[str, A
     rows = []
     for (data, size, method), group in groups.items():
         measure = "test" if "test" in group[0] else "dev"
+        grid = study.methods[method].rates or study.rates
         row = {
             "data": data,
             "size": size,
@@ -60,6 +62,7 @@ def summarise(study: StudyRecipe, runs: Sequence[dict[str, Any]]) -> dict[str, A
             "regime": group[0]["regime"],
             "parameters": group[0]["parameters"],
             "rate": group[0]["rate"],
+            "rate_at_edge": group[0]["rate"] in (min(grid), max(grid)) and len(grid) > 1,
             "seeds": [run["seed"] for run in group],
             "measure": measure,
             "dev": describe([100 * run["dev"] for run in group]),

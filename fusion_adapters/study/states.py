@@ -1,0 +1,73 @@
+"""The cached layer states of a comparison: one extraction that all frozen methods share."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from accelerate import PartialState
+from torch import nn
+from transformers import DataCollatorWithPadding
+
+from ..alignment import encode
+from ..backbone import find_backbones
+from ..features import cache_layer_states
+from ..features.storage import MANIFEST, read_manifest
+from ..fusions import resolve_layers
+from ..loading import load_model, load_tokenizer
+from ..recipe import Recipe
+from ..training import adapter_config
+from .examples import splits_of
+from .recipe import StudyRecipe
+
+
+def states_folder(study: StudyRecipe, data: str, method: str, root: Path) -> Path:
+    """Where the layer states of a data set are, for the quantisation of a method."""
+    bits = study.methods[method].bits or study.backbone.bits
+    return root / (data if bits is None else f"{data}-{bits}bit")
+
+
+def prepare_states(study: StudyRecipe, root: Path) -> None:
+    """Computes the layer states that the methods without LoRA read, once for all runs."""
+    for data in study.data:
+        splits = splits_of(study, data)
+        folders: dict[Path, list[str]] = {}
+        for method in study.methods:
+            if not adapter_config(study.recipe_of(data, method)).has_lora:
+                folders.setdefault(states_folder(study, data, method, root), []).append(method)
+        for folder, methods in folders.items():
+            recipe = study.recipe_of(data, methods[0])
+            tokenizer = load_tokenizer(recipe.backbone)
+            fresh = adapter_config(recipe).modules_to_save or ()
+            model = load_model(recipe.backbone, recipe.task, splits.labels, fresh)
+            if recipe.backbone.bits is None:  # a quantised model is where it was loaded
+                model.to(PartialState().device)
+            layers = {i for m in methods for i in _layers(study.recipe_of(data, m), model)}
+            if (folder / MANIFEST).is_file():
+                there = set(read_manifest(folder)["layers"])
+                if layers <= there:  # methods were left out
+                    layers = there
+                else:  # methods were added that read more; the states of the others come out as before
+                    layers |= there
+                    shutil.rmtree(folder)
+            rows = [
+                row
+                for examples in (splits.train, splits.dev, splits.test)
+                for row in encode(examples, tokenizer, splits.labels, recipe.task, recipe.data.max_length).rows
+            ]
+            cache_layer_states(
+                model,
+                rows,
+                folder,
+                DataCollatorWithPadding(tokenizer),
+                dtype=study.states_dtype,
+                layers=sorted(layers),
+                tokenizer=tokenizer,
+                max_length=recipe.data.max_length,
+            )
+
+
+def _layers(recipe: Recipe, model: nn.Module) -> tuple[int, ...]:
+    config = adapter_config(recipe)
+    depth = find_backbones(model, config.fusion_blocks, config.fusion_stack)[0].num_layers
+    return resolve_layers(config.fusion_layers, depth)

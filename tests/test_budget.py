@@ -69,6 +69,39 @@ def test_lora_alone_gets_the_largest_rank():
     assert config.r == 8
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"use_dora": True}, {"lora_bias": True}, {"rank_pattern": {"layers.0.*q_proj": 3}}, {"bias": "all"}]
+)
+def test_the_rank_is_the_largest_with_every_option_of_lora(options):
+    model, budget = LlamaModel(SMALL), 20_000
+
+    def trained(rank):
+        counts = count_config(FusionConfig(fusion="last", r=rank, target_modules=["q_proj", "v_proj"], **options), model)
+        return counts["lora"] + counts["other"]
+
+    config = FusionConfig(fusion="last", r=2, target_modules=["q_proj", "v_proj"], **options)
+    rank = fit_budget(config, model, budget).r
+    assert trained(rank) <= budget < trained(rank + 1)
+
+
+def test_a_rank_that_a_pattern_sets_cannot_be_chosen():
+    config = FusionConfig(fusion="last", target_modules=["q_proj"], rank_pattern={"q_proj": 3})
+    with pytest.raises(ValueError, match=r"rank_pattern sets the rank of every module \(1,536 parameters\)"):
+        fit_budget(config, LlamaModel(SMALL), 20_000)
+
+
+def test_biases_that_lora_trains_count():
+    model = FAMILIES["bert"].build(first_head("bert"))
+    config = config_of("bert", True, fusion="dwatt", bias="all")
+    counts = count_config(fit_budget(config, model, 20_000), model)
+    assert counts["other"] > 0 and 19_000 < counts["total"] - counts["head"] <= 20_000
+
+
+def test_a_width_is_the_one_that_is_built():
+    fitted = fit_budget(FusionConfig(fusion="dwconcat"), LlamaModel(SMALL), 30_000)
+    assert fitted.fusion_bottleneck % 4 == 0  # heads
+
+
 def test_a_budget_that_is_too_small_names_the_smallest():
     model = LlamaModel(SMALL)
     for method in ("dwatt", "concat", "mlp", "deeper"):

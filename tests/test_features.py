@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from support import METHODS, attached, batch, disturb, tiny, without_dropout
 from support_cache import assert_equal_training, cached, from_cache, pad, rows_of, some_rows
 from support_text import save_model, write_recipe
+from torch.utils.data import ConcatDataset
 from transformers import BertForTokenClassification, Trainer, TrainingArguments
 
 from fusion_adapters import FusionConfig, quantization_config
@@ -46,6 +47,23 @@ def test_rows_may_come_in_any_order_with_other_labels_and_in_part(tmp_path):
     cache = cached(model, rows, tmp_path / "states", batch_size=4)
     chosen = [{**rows[i], "labels": [1] * len(rows[i]["labels"])} for i in (7, 2, 2, 11)]
     assert_equal_training(model, pad(chosen), from_cache(cache, chosen))
+
+
+def test_a_batch_may_have_rows_of_several_datasets_of_one_cache(tmp_path):
+    model = without_dropout(disturb(attached()))
+    rows = some_rows()
+    cache = cached(model, rows, tmp_path / "states")
+    first = rows[:6]
+    second = [{**row, "labels": [i % 3, *[-100] * (len(row["labels"]) - 1)]} for i, row in enumerate(rows[6:])]
+    for positions in ("all", "labelled", "packed"):
+        joined = ConcatDataset([cache.dataset(part, positions=positions) for part in (first, second)])
+        chosen = cache.collator(pad)([joined[i] for i in (7, 0, 11, 3)])
+        assert_equal_training(model, pad([second[1], first[0], second[5], first[3]]), chosen)
+    other = cached(model, rows, tmp_path / "other")
+    for part in (other.dataset(second), cache.dataset(second, positions="labelled"), cache.dataset(second, layers=[4])):
+        joined = ConcatDataset([cache.dataset(first), part])
+        with pytest.raises(ValueError, match="rows of 2 cached datasets that do not go together"):
+            cache.collator(pad)([joined[0], joined[7]])
 
 
 def test_positions_without_label_may_be_left_out(tmp_path):

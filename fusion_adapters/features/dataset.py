@@ -112,11 +112,12 @@ class CachedCollator:
         """Collates rows of a `CachedDataset`.
 
         Raises:
-            ValueError: If the task's collator makes rows shorter or longer.
+            ValueError: If the task's collator makes rows shorter or longer, or the rows come from datasets that do not go
+                together.
         """
-        source, numbers = rows[0].source, [row.number for row in rows]
+        source, numbers = _common_source(rows), [row.number for row in rows]
         if source.positions == "packed":
-            return self._packed(rows)
+            return self._packed(source, rows)
         batch = self.collator([dict(row.data) for row in rows])
         lengths = [source.cache.length(n) for n in numbers]
         mask = batch.get("attention_mask")
@@ -136,9 +137,8 @@ class CachedCollator:
         states = source.cache.read(numbers, source.layers, self.dtype, keep)
         return {**batch, "layer_states": {"states": states, "positions": positions}}
 
-    def _packed(self, rows: Sequence[CachedRow]) -> dict[str, Any]:
-        source = rows[0].source
-        kept = [source.labelled(row.index) for row in rows]
+    def _packed(self, source: CachedDataset, rows: Sequence[CachedRow]) -> dict[str, Any]:
+        kept = [row.source.labelled(row.index) for row in rows]
         states = source.cache.read([row.number for row in rows], source.layers, self.dtype, [keep for keep, _ in kept])
         tokens = states.shape[1]
         height = max(1, -(-tokens // PACKED_LENGTH))
@@ -148,3 +148,20 @@ class CachedCollator:
             packed[:tokens] = torch.cat([inputs[name] for _, inputs in kept])
             batch[name] = packed.view(height, PACKED_LENGTH)
         return {**batch, "layer_states": {"states": states, "positions": torch.arange(tokens)}}
+
+
+def _common_source(rows: Sequence[CachedRow]) -> CachedDataset:
+    """A dataset that says for all rows how their states are read; rows of several may be joined (ConcatDataset).
+
+    Raises:
+        ValueError: If the datasets differ in cache, layers or positions.
+    """
+    sources = {id(row.source): row.source for row in rows}
+    if len(sources) > 1:
+        kinds = {f"cache {str(s.cache.folder)!r}, layers {s.layers}, positions {s.positions!r}" for s in sources.values()}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"A batch has rows of {len(kinds)} cached datasets that do not go together ({'; '.join(sorted(kinds))}). Extract "
+                "the rows of all of them into one folder, and take every dataset from that cache with the same positions."
+            )
+    return rows[0].source

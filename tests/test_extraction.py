@@ -200,7 +200,7 @@ def test_folders_and_rows_that_do_not_fit(tmp_path):
         cache_layer_states(attached(), some_rows(), tmp_path / "states", progress=False)
     cache = cached(attached(), some_rows(), tmp_path / "good")
     dataset = cache.dataset(some_rows())
-    with pytest.raises(ValueError, match="must not cut or lengthen rows"):
+    with pytest.raises(ValueError, match="does not cut or lengthen rows"):
         cache.collator(lambda rows: {k: v[:, :4] for k, v in pad(rows).items()})([dataset[0], dataset[1]])
 
 

@@ -66,6 +66,37 @@ def test_a_batch_may_have_rows_of_several_datasets_of_one_cache(tmp_path):
             cache.collator(pad)([joined[0], joined[7]])
 
 
+def test_a_batch_whose_positions_are_not_those_of_the_cache_is_refused(tmp_path):
+    equal = [{name: [value[0]] * 8 for name, value in row.items()} for row in some_rows(4)]
+    different = some_rows(2)  # of 3 and 10 tokens
+    model = disturb(attached())
+    cache = cached(model, [*equal, *different], tmp_path / "states")
+
+    def collated(rows, change):
+        dataset = cache.dataset(rows)
+        return cache.collator(lambda chosen: change(pad(chosen)))([dataset[i] for i in range(len(rows))])
+
+    def unmasked(batch):
+        return {name: value for name, value in batch.items() if name != "attention_mask"}
+
+    def cut(batch):
+        return {name: value[:, :5] for name, value in batch.items()}
+
+    assert_equal_training(model, unmasked(pad(equal)), collated(equal, unmasked))  # no padding, no mask needed
+    with pytest.raises(
+        ValueError, match=r"20 positions, none of them masked, and its rows have 13 cached states \(3 to 10 a"
+    ):
+        collated(different, unmasked)
+    with pytest.raises(
+        ValueError, match=r"20 positions with a mask of 1 and its rows have 32 cached states \(8 to 8 a row\)"
+    ):
+        collated(equal, cut)
+    with pytest.raises(
+        ValueError, match=r"20 positions, none of them masked, and its rows have 32 .* makes an attention_mask"
+    ):
+        collated(equal, lambda batch: unmasked(cut(batch)))
+
+
 def test_positions_without_label_may_be_left_out(tmp_path):
     model = disturb(attached())
     rows = [{**row, "labels": [y if i % 2 else -100 for i, y in enumerate(row["labels"])]} for row in some_rows()]

@@ -120,15 +120,7 @@ class CachedCollator:
             return self._packed(source, rows)
         batch = self.collator([dict(row.data) for row in rows])
         lengths = [source.cache.length(n) for n in numbers]
-        mask = batch.get("attention_mask")
-        positions = torch.arange(sum(lengths)) if mask is None else mask.flatten().nonzero().squeeze(1)
-        if len(positions) != sum(lengths):
-            if len(set(lengths)) > 1:
-                raise ValueError(
-                    f"The collated batch has {len(positions)} positions with a mask of 1, its cached states {sum(lengths)}. The "
-                    "collator must not cut or lengthen rows: tokenise to the final length before extracting."
-                )
-            positions = torch.arange(sum(lengths))  # images and sound: the mask, if any, counts something else
+        positions = _places(batch, lengths)
         keep = None
         if source.positions == "labelled":
             labelled = batch["labels"].flatten()[positions] != IGNORED
@@ -148,6 +140,31 @@ class CachedCollator:
             packed[:tokens] = torch.cat([inputs[name] for _, inputs in kept])
             batch[name] = packed.view(height, PACKED_LENGTH)
         return {**batch, "layer_states": {"states": states, "positions": torch.arange(tokens)}}
+
+
+def _places(batch: Mapping[str, Any], lengths: Sequence[int]) -> Tensor:
+    """The places of cached states in a padded batch, counted along rows, `(tokens,)`.
+
+    Raises:
+        ValueError: If the batch has more or fewer positions than the rows have states.
+    """
+    mask, count = batch.get("attention_mask"), sum(lengths)
+    text = "input_ids" in batch
+    if text and mask is None:
+        mask = torch.ones_like(batch["input_ids"])
+    if mask is not None:
+        places = mask.flatten().nonzero().squeeze(1)
+        if len(places) == count:
+            return places
+    if not text and len(set(lengths)) == 1:  # images and sound: the mask, if any, counts something else
+        return torch.arange(count)
+    found = "an unknown number of positions" if mask is None else f"{len(places)} positions"
+    marked = " with a mask of 1" if "attention_mask" in batch else ", none of them masked,"
+    raise ValueError(
+        f"The collated batch has {found}{marked} and its rows have {count} cached states ({min(lengths)} to {max(lengths)} a "
+        "row). Give a collator that makes an attention_mask where it pads, and does not cut or lengthen rows: tokenise to "
+        "the final length before extracting."
+    )
 
 
 def _common_source(rows: Sequence[CachedRow]) -> CachedDataset:

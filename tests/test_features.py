@@ -2,9 +2,11 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from families import FAMILIES, GRID, attach, inputs
 from peft import PeftModel, get_peft_model
 from support import METHODS, attached, batch, disturb, tiny, without_dropout
@@ -124,6 +126,30 @@ def test_the_model_is_the_same_after_a_call_with_states_and_after_one_that_faile
         model(**broken)
     torch.testing.assert_close(model(**pad(rows)).logits, before)
     assert all("forward" not in block.__dict__ for block in model.base_model.model.bert.encoder.layer)
+
+
+def test_states_of_other_layers_or_too_few_positions_are_refused(tmp_path):
+    rows = some_rows(4)
+    model = attached(fusion="concat", fusion_layers=[1, 4])
+    cache = cached(model, rows, tmp_path / "states", layers=[0, 1, 2, 3, 4])
+    for layers in ([2, 4], [4, 1]):  # as many layers as the fusion reads
+        with pytest.raises(ValueError, match=re.escape(f"holds the layers {layers}, but the active fusion wants [1, 4]")):
+            model(**from_cache(cache, rows, layers=layers))
+    states = from_cache(cache, rows)
+    model(**send_to_device(states, "cpu"))
+    unnamed = {name: states["layer_states"][name] for name in ("states", "positions")}
+    with pytest.raises(ValueError, match="holds the layers that it does not name"):
+        model(**{**states, "layer_states": unnamed})
+    for positions in ("labelled", "packed"):
+        model(**from_cache(cache, rows, positions=positions))
+        mixing = attached(fusion="deeper", fusion_layers=[1, 4])
+        with pytest.raises(
+            ValueError, match=rf"positions '{positions}' alone, but the model has a fusion \(Deeper\) that mixes"
+        ):
+            mixing(**from_cache(LayerStateCache(tmp_path / "states", mixing), rows, positions=positions))
+        writer = attached("llama", "lm")
+        with pytest.raises(ValueError, match=rf"positions '{positions}' alone, but the model is a causal language model"):
+            writer(**from_cache(cached(writer, rows, tmp_path / "lm"), rows, positions=positions))
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])

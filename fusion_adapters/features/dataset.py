@@ -96,8 +96,9 @@ class CachedCollator:
     """The collator of a task, which pads inputs and labels as ever, with the states of the rows added to the batch.
 
     The batch gains `layer_states`: `states` `(N, tokens, d)` without padding, the layers ascending, and `positions`
-    `(tokens,)`, the place of each token in the padded batch, counted along rows. A model with an attached fusion takes
-    them instead of running its blocks.
+    `(tokens,)`, the place of each token in the padded batch, counted along rows; further what they are, so that a model
+    can refuse them: `layers`, their numbers, and `kept`, the `positions` of the dataset. A model with an attached fusion
+    takes them instead of running its blocks.
 
     Args:
         collator: What would collate the rows without a cache.
@@ -127,7 +128,7 @@ class CachedCollator:
             keep = labelled.split(lengths)
             positions = positions[labelled]
         states = source.cache.read(numbers, source.layers, self.dtype, keep)
-        return {**batch, "layer_states": {"states": states, "positions": positions}}
+        return {**batch, "layer_states": _described(source, states, positions)}
 
     def _packed(self, source: CachedDataset, rows: Sequence[CachedRow]) -> dict[str, Any]:
         kept = [row.source.labelled(row.index) for row in rows]
@@ -139,7 +140,12 @@ class CachedCollator:
             packed = torch.full((height * PACKED_LENGTH,), IGNORED if name == "labels" else 0)
             packed[:tokens] = torch.cat([inputs[name] for _, inputs in kept])
             batch[name] = packed.view(height, PACKED_LENGTH)
-        return {**batch, "layer_states": {"states": states, "positions": torch.arange(tokens)}}
+        return {**batch, "layer_states": _described(source, states, torch.arange(tokens))}
+
+
+def _described(source: CachedDataset, states: Tensor, positions: Tensor) -> dict[str, Any]:
+    # no tensors: comparing those would wait for the device at every step
+    return {"states": states, "positions": positions, "layers": tuple(source.layers), "kept": source.positions}
 
 
 def _places(batch: Mapping[str, Any], lengths: Sequence[int]) -> Tensor:

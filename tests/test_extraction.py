@@ -111,6 +111,31 @@ def test_a_damaged_shard_is_found_and_only_it_is_made_again(tmp_path):
         LayerStateCache(folder, model)
 
 
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "another's"])
+def test_a_damaged_index_is_found_and_made_again(damage, tmp_path):
+    model, rows = attached(), some_rows(40)
+    folder, options = tmp_path / "states", {"batch_size": 4, "shard_bytes": 20_000}
+    cached(model, rows, folder, **options)
+    before = digests(folder)
+    times = {p.name: p.stat().st_mtime_ns for p in folder.glob("shard-*")}
+    index = folder / "index.safetensors"
+    data = bytearray(index.read_bytes())
+    data[-100] ^= 1
+    cached(model, rows[:20], tmp_path / "other", **options)
+    other = (tmp_path / "other" / "index.safetensors").read_bytes()
+    index.write_bytes({"flipped": data, "cut": data[:-50], "gone": b"", "another's": other}[damage])
+    if damage == "gone":
+        index.unlink()
+    for verify in (True, False):
+        with pytest.raises(ValueError, match=r"The index .* is missing or damaged: .* writes the index anew"):
+            LayerStateCache(folder, model, verify=verify)
+    with pytest.raises(StaleCacheError, match="rows or shards: others, of which the cache's damaged index"):
+        cached(model, rows[:20], folder, **options)
+    cached(model, rows[::-1], folder, **options)
+    assert digests(folder) == before
+    assert all((folder / name).stat().st_mtime_ns == time for name, time in times.items())
+
+
 def test_a_cache_of_something_else_is_refused_and_the_part_is_named(tmp_path):
     model, rows = attached(), some_rows()
     folder = tmp_path / "states"
@@ -144,7 +169,7 @@ def test_a_cache_of_something_else_is_refused_and_the_part_is_named(tmp_path):
     with pytest.raises(StaleCacheError, match="dtype: float32 in the cache, float16 now"):
         cached(model, rows, folder, dtype="float16")
     (folder / "manifest.json").write_text(json.dumps({**cache.manifest, "format": 99}))
-    with pytest.raises(ValueError, match="has format 99, this version reads format 1"):
+    with pytest.raises(ValueError, match="has format 99, this version reads format 2"):
         LayerStateCache(folder)
     versions = {**cache.manifest, "key": {**cache.manifest["key"], "transformers": "4.0.0"}}
     (folder / "manifest.json").write_text(json.dumps(versions))

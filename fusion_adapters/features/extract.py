@@ -30,6 +30,7 @@ from .storage import (
     read_index,
     read_manifest,
     shard_is_whole,
+    write_index,
     write_plan,
     write_shard,
 )
@@ -126,8 +127,9 @@ def cache_layer_states(
 
 def _prepare(folder: Path, plan: Plan, tell: bool) -> None:
     """Checks folder and disk, tells the size, and writes the plan."""
+    index_is_whole = False
     if (folder / MANIFEST).is_file():
-        _check_same(folder, plan)
+        index_is_whole = _check_same(folder, plan)
     elif folder.exists() and any(folder.iterdir()):
         raise FileExistsError(
             f"The folder {str(folder)!r} is not empty and holds no cache of layer states. Give a new or empty folder."
@@ -149,27 +151,35 @@ def _prepare(folder: Path, plan: Plan, tell: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / MANIFEST).is_file():
         write_plan(folder, plan.manifest, plan.signatures, plan.places)
+    elif not index_is_whole:  # it follows from the rows
+        write_index(folder, plan.signatures, plan.places)
 
 
-def _check_same(folder: Path, plan: Plan) -> None:
-    """Raises StaleCacheError if a folder was begun with another plan."""
+def _check_same(folder: Path, plan: Plan) -> bool:
+    """Whether the index of a folder is whole; raises StaleCacheError if the folder was begun with another plan."""
     stored = read_manifest(folder)
     wrong = key_differences(stored["key"], plan.manifest["key"])
     names = ("dtype", "layers", "batch_size")
     wrong += [f"{n}: {stored[n]} in the cache, {plan.manifest[n]} now" for n in names if stored[n] != plan.manifest[n]]
-    if not wrong:
-        known = {s.tobytes() for s in read_index(folder)[0].numpy()}
-        wanted = {s.tobytes() for s in plan.signatures.numpy()}
-        new, gone = len(wanted - known), len(known - wanted)
-        if new or gone:
-            wrong = [f"text: {new} of {len(wanted)} rows are not in the cache, {gone} of its rows are not among these"]
-        elif stored["shards"] != plan.manifest["shards"]:
-            wrong = [f"shards: {len(stored['shards'])} in the cache, {len(plan.manifest['shards'])} now"]
+    try:
+        stored_signatures: Tensor | None = read_index(folder, stored)[0]
+    except ValueError:
+        stored_signatures = None
+    if not wrong and stored["index"] != plan.manifest["index"]:
+        wrong = [f"shards: {len(stored['shards'])} in the cache, {len(plan.manifest['shards'])} now"]
+        if stored_signatures is None:
+            wrong = ["rows or shards: others, of which the cache's damaged index does not tell more"]
+        else:
+            known, wanted = ({s.tobytes() for s in each.numpy()} for each in (stored_signatures, plan.signatures))
+            new, gone = len(wanted - known), len(known - wanted)
+            if new or gone:
+                wrong = [f"text: {new} of {len(wanted)} rows are not in the cache, {gone} of its rows are not among these"]
     if wrong:
         raise StaleCacheError(
             f"The folder {str(folder)!r} holds a cache of something else; {'; '.join(wrong)}. Give another folder, or delete "
             "this one."
         )
+    return stored_signatures is not None
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from ..backbone import Backbone
 from ..tuner import layers_read
 from .key import backbone_of, cache_key, input_names, row_signature
 from .recording import recorded
-from .storage import DTYPES
+from .storage import DTYPES, index_checksum
 
 BATCH_SIZE = 32
 # Small shards are cheap to make again; large caches should not fall into thousands of files.
@@ -26,7 +26,7 @@ class Plan:
     """What an extraction will write; made before a byte is written, the same for the same rows.
 
     Attributes:
-        manifest: Key, layers, dtype, width and shards.
+        manifest: Key, layers, dtype, width, checksum of the index, and shards.
         batches: For each shard its batches, as numbers of rows of the data.
         signatures: `(rows, 16)` uint8, the signature of each row that is stored, in the order of the shards.
         places: `(rows, 3)` int64, shard, first token and number of tokens of each of these.
@@ -100,6 +100,8 @@ def plan_cache(
         shards[-1]["rows"] += len(batch)
         shards[-1]["bytes"] = shards[-1]["tokens"] * token_bytes
         batches[-1].append(batch)
+    ordered = torch.frombuffer(bytearray(b"".join(signatures[i] for i in order)), dtype=torch.uint8).view(-1, 16)
+    located = torch.tensor(places)
     manifest = {
         "key": cache_key(model, tokenizer, max_length),
         "layers": chosen,
@@ -107,10 +109,10 @@ def plan_cache(
         "hidden_size": backbone.hidden_size,
         "inputs": names,
         "batch_size": batch_size,
+        "index": index_checksum(ordered, located),
         "shards": shards,
     }
-    ordered = torch.frombuffer(bytearray(b"".join(signatures[i] for i in order)), dtype=torch.uint8).view(-1, 16)
-    return Plan(manifest, batches, ordered, torch.tensor(places))
+    return Plan(manifest, batches, ordered, located)
 
 
 def _shape(row: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import send_to_device
 from families import FAMILIES, GRID, attach, inputs
 from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from support import METHODS, attached, batch, disturb, tiny, without_dropout
 from support_cache import assert_equal_training, cached, from_cache, pad, rows_of, some_rows
 from support_text import save_model, write_recipe
@@ -202,6 +203,48 @@ def test_a_fusion_may_train_over_a_lora_that_stays_as_it_is(tmp_path):
     assert_equal_training(model, pad(rows), from_cache(cache, rows))
     with pytest.raises(StaleCacheError, match="weights: "):
         LayerStateCache(tmp_path / "states", attached())
+
+
+def test_only_the_active_lora_belongs_to_a_cache(tmp_path):
+    lora = {"r": 4, "target_modules": ["query", "value"], "init_lora_weights": False}
+    model, rows = attached(**lora), some_rows()
+    model.add_adapter("second", FusionConfig(task_type="TOKEN_CLS", **lora))
+    model.add_adapter("plain", FusionConfig(task_type="TOKEN_CLS"))
+
+    def activate(name):  # its fusion trains, its LoRA stays as it is
+        model.set_adapter(name)
+        for parameter_name, parameter in model.named_parameters():
+            if ".lora_" in parameter_name:
+                parameter.requires_grad_(False)
+
+    folder = {name: tmp_path / name for name in ("default", "second", "plain", "bare")}
+    bare = cached(tiny(), rows, folder["bare"], layers=[1, 2, 3, 4])
+    batches = {}
+    for name in ("default", "second", "plain"):
+        activate(name)
+        cache = cached(model, rows, folder[name])
+        batches[name] = from_cache(cache, rows)
+        assert_equal_training(disturb(model), pad(rows), batches[name])
+    assert cache.manifest["key"] == bare.manifest["key"]  # neither LoRA has a part in it
+    for active, names in (("default", "second, and default now"), ("second", "plain"), ("plain", "default, and none now")):
+        activate(active)
+        LayerStateCache(folder[active], model)
+        model(**batches[active])
+        other = names.split(",")[0]
+        with pytest.raises(StaleCacheError, match="adapters: "):
+            LayerStateCache(folder[other], model)
+        with pytest.raises(ValueError, match=f"other adapters inside the backbone .*: {names.replace('plain', 'none')}"):
+            model(**batches[other])
+    activate("default")
+    model.base_model.merge_adapter()
+    with pytest.raises(StaleCacheError, match=r"adapters: none in the cache, default \(merged\) now"):
+        LayerStateCache(folder["plain"], model)
+    model.base_model.unmerge_adapter()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.set_scale("default", 2.0)
+    with pytest.raises(StaleCacheError, match="weights: "):
+        LayerStateCache(folder["default"], model)
 
 
 def test_states_of_a_model_that_transformers_attached_to(tmp_path):

@@ -97,8 +97,8 @@ class CachedCollator:
 
     The batch gains `layer_states`: `states` `(N, tokens, d)` without padding, the layers ascending, and `positions`
     `(tokens,)`, the place of each token in the padded batch, counted along rows; further what they are, so that a model
-    can refuse them: `layers`, their numbers, and `kept`, the `positions` of the dataset. A model with an attached fusion
-    takes them instead of running its blocks.
+    can refuse them: `layers`, their numbers; `kept`, the `positions` of the dataset; and `adapters`, those inside the
+    backbone at the extraction. A model with an attached fusion takes them instead of running its blocks.
 
     Args:
         collator: What would collate the rows without a cache.
@@ -145,7 +145,13 @@ class CachedCollator:
 
 def _described(source: CachedDataset, states: Tensor, positions: Tensor) -> dict[str, Any]:
     # no tensors: comparing those would wait for the device at every step
-    return {"states": states, "positions": positions, "layers": tuple(source.layers), "kept": source.positions}
+    return {
+        "states": states,
+        "positions": positions,
+        "layers": tuple(source.layers),
+        "kept": source.positions,
+        "adapters": source.cache.manifest["key"]["adapters"],
+    }
 
 
 def _places(batch: Mapping[str, Any], lengths: Sequence[int]) -> Tensor:

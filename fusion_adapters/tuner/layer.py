@@ -17,6 +17,7 @@ from ..fingerprint import fingerprint
 from ..fusions import FUSIONS, Context, Fusion
 from ..quantization import keep_unpacked
 from ..taps import GivenStates, Taps
+from .inside import adapters_in_use
 
 CAUSAL_LM_HEADS = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
@@ -238,6 +239,12 @@ def replaying(model: nn.Module, layer_states: dict[str, Any]) -> AbstractContext
 
 def _check_held(model: nn.Module, layer: FusionLayer, layer_states: dict[str, Any]) -> None:
     held, kept, wanted = layer_states.get("layers"), layer_states.get("kept"), layers_read(layer)
+    then, now = layer_states.get("adapters"), adapters_in_use(layer.backbone)
+    if then not in (None, now):
+        raise ValueError(
+            f"layer_states were computed with other adapters inside the backbone (LoRA, or modules_to_save before the blocks): "
+            f"{then}, and {now} now. Activate what was active at the extraction, or extract again into another folder."
+        )
     if held is None or tuple(held) != wanted:
         raise ValueError(
             f"layer_states holds the layers {'that it does not name' if held is None else list(held)}, but the active fusion "

@@ -112,8 +112,8 @@ class FusionModel(LoraModel):
         Args:
             *args: What the model is called with.
             layer_states: `states` `(N, tokens, d)` of the layers that the fusion reads, and `z_L` last; `positions`
-                `(tokens,)` of each token in the padded batch; `layers`, their numbers; and `kept`, `"all"` or which
-                positions are there (see `CachedDataset`).
+                `(tokens,)` of each token in the padded batch; `layers`, their numbers; `kept`, `"all"` or which
+                positions are there (see `CachedDataset`); and maybe `adapters`, see `adapters_in_use`.
             **kwargs: As `args`.
 
         Raises:

@@ -7,7 +7,7 @@ from collections import namedtuple
 
 import pytest
 import torch
-from families import attach, first_head
+from families import FAMILIES, attach, first_head
 from support import attached, disturb, tiny
 from support_cache import cached, from_cache, pad, some_rows
 from support_text import tokenizer
@@ -227,6 +227,27 @@ def test_folders_and_rows_that_do_not_fit(tmp_path):
     dataset = cache.dataset(some_rows())
     with pytest.raises(ValueError, match="does not cut or lengthen rows"):
         cache.collator(lambda rows: {k: v[:, :4] for k, v in pad(rows).items()})([dataset[0], dataset[1]])
+
+
+def test_a_mask_that_the_collator_makes_reaches_the_backbone(tmp_path):
+    model, rows = disturb(attached()), some_rows()
+    bare = [{"input_ids": row["input_ids"]} for row in rows]
+
+    def masking(chosen):
+        return pad([{**row, "attention_mask": [1] * len(row["input_ids"])} for row in chosen])
+
+    expected = cached(model, rows, tmp_path / "expected")
+    cache = cache_layer_states(model, bare, tmp_path / "states", masking, dtype="float32", progress=False)
+    torch.testing.assert_close(cache.read(cache.find(bare)), expected.read(expected.find(rows)))
+
+
+def test_sizes_of_sound_are_planned_in_evaluation_mode():
+    model = FAMILIES["wav2vec2"].build("audio").train()
+    model.config.layerdrop = 1.0  # in training mode no block would run
+    rows = [{"input_values": torch.randn(400)}]
+    random = torch.get_rng_state()
+    assert len(plan_cache(model, rows).places) == 1
+    assert model.training and torch.equal(torch.get_rng_state(), random)
 
 
 def test_extraction_leaves_the_model_as_it_was(tmp_path):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..backbone import Backbone
-from ..tuner import fusion_layers
 from .cache import LayerStateCache
 from .key import backbone_of, key_differences
 from .plan import BATCH_SIZE, Plan, plan_cache
-from .recording import recorded
+from .recording import only_backbone, recorded
 from .storage import (
     DTYPES,
     MANIFEST,
@@ -110,7 +108,7 @@ def cache_layer_states(
     backbone, _ = backbone_of(model)
     # beside a GPU a shard is hashed and written while the next is computed; a CPU's own threads would wait for that
     beside = backbone.device.type != "cpu"
-    with bar, ThreadPoolExecutor(1) as writer, _only_backbone(model, backbone):
+    with bar, ThreadPoolExecutor(1) as writer, only_backbone(model, backbone):
         writing: Future[None] | None = None
         for number in mine:
             tensors = _extract(backbone, rows, plan, number, collator, bar)
@@ -182,24 +180,6 @@ def _check_same(folder: Path, plan: Plan) -> bool:
     return stored_signatures is not None
 
 
-@contextlib.contextmanager
-def _only_backbone(model: nn.Module, backbone: Backbone) -> Iterator[None]:
-    """For the time of an extraction: evaluation mode, no graph, no fusion."""
-    modes = [(module, module.training) for module in backbone.base.modules()]
-    switched = [layer for layer in fusion_layers(model) if not layer.disable_adapters]
-    for layer in switched:
-        layer.enable_adapters(False)
-    backbone.base.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for layer in switched:
-            layer.enable_adapters(True)
-        for module, mode in modes:
-            module.training = mode
-
-
 def _extract(
     backbone: Backbone,
     rows: Sequence[Mapping[str, Any]],
@@ -243,8 +223,10 @@ def _inputs(
         batch = {n: torch.stack([torch.as_tensor(row[n]) for row in plain]) for n in plain[0]}
     else:
         raise ValueError("The rows differ in length, and there is no collator to pad them. Give the task's collator.")
-    inputs: dict[str, Any] = {n: v.to(backbone.device) for n, v in batch.items() if n in names}
-    if "use_cache" in inspect.signature(backbone.base.forward).parameters:
+    known = inspect.signature(backbone.base.forward).parameters
+    wanted = {*names, "attention_mask"} & known.keys()  # a collator that pads may make the mask
+    inputs: dict[str, Any] = {n: v.to(backbone.device) for n, v in batch.items() if n in wanted}
+    if "use_cache" in known:
         inputs["use_cache"] = False
     return inputs
 

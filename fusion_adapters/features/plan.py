@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..backbone import Backbone
 from ..tuner import layers_read
 from .key import backbone_of, cache_key, input_names, row_signature
-from .recording import recorded
+from .recording import only_backbone, recorded
 from .storage import DTYPES, index_checksum
 
 BATCH_SIZE = 32
@@ -81,7 +81,8 @@ def plan_cache(
     # each row once, in an order that does not depend on that of the rows: a cache can be mended from shuffled data
     first = {signature: i for i, signature in reversed(list(enumerate(signatures)))}
     shapes = {i: _shape(rows[i], names) for i in first.values()}
-    lengths = _lengths(backbone, rows, shapes, names)
+    with only_backbone(model, backbone):
+        lengths = _lengths(backbone, rows, shapes, names)
     order = sorted(first.values(), key=lambda i: (-lengths[i], shapes[i], signatures[i]))
     token_bytes = len(chosen) * (backbone.hidden_size * DTYPES[dtype].itemsize + (4 if dtype == "int8" else 0))
     if shard_bytes is None:
@@ -136,7 +137,7 @@ def _lengths(
         if shape not in known:
             inputs = {n: torch.as_tensor(row[n])[None].to(backbone.device) for n in names if row.get(n) is not None}
             seen: list[int] = []
-            with torch.no_grad(), recorded(backbone, [backbone.num_layers], lambda _, z, seen=seen: seen.append(z.shape[1])):  # type: ignore[misc]
+            with recorded(backbone, [backbone.num_layers], lambda _, z, seen=seen: seen.append(z.shape[1])):  # type: ignore[misc]
                 backbone.base(**inputs)
             (known[shape],) = seen
         lengths[i] = known[shape]

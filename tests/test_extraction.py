@@ -2,8 +2,12 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,6 +115,55 @@ def test_a_damaged_shard_is_found_and_only_it_is_made_again(tmp_path):
         LayerStateCache(folder, model)
 
 
+def test_an_extraction_that_ended_before_its_manifest_goes_on(tmp_path, monkeypatch):
+    model, rows, folder = attached(), some_rows(), tmp_path / "states"
+    cached(model, rows, tmp_path / "whole")
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(Path, "write_text", full)
+        cached(model, rows, folder)
+    assert [path.name for path in folder.iterdir()] == ["index.safetensors"]
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for name in ("manifest.json", "index.safetensors"):  # killed at once
+        (folder / f".{name}.{dead.pid}").write_text("{")
+    cached(model, rows, folder)
+    assert digests(folder) == digests(tmp_path / "whole")
+    (folder / "manifest.json").unlink()  # whose shards are these?
+    with pytest.raises(FileExistsError, match="not empty and holds no cache"):
+        cached(model, rows, folder)
+
+
+def test_files_that_dead_runs_were_writing_are_removed(tmp_path):
+    model, rows, folder = attached(), some_rows(), tmp_path / "states"
+    cached(model, rows, folder)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as alive:
+        for number in (dead.pid, os.getpid(), alive.pid):  # ours is free: this run has not begun to write
+            (folder / f".shard-00000.safetensors.{number}").write_text("half")
+        (folder / ".notes.1").write_text("mine")
+        cached(model, rows, folder)
+        left = {path.name for path in folder.iterdir() if path.name.startswith(".")}
+        assert left == {f".shard-00000.safetensors.{alive.pid}", ".notes.1"}
+        alive.communicate(b"\n")
+
+
+def test_an_extraction_goes_on_with_the_shards_that_it_began_with(tmp_path):
+    model, rows, folder = attached(), some_rows(40), tmp_path / "states"
+    cached(model, rows, folder, batch_size=4, shard_bytes=20_000)
+    before = digests(folder)
+    assert len(before) > 4
+    next(folder.glob("shard-*")).unlink()
+    cached(model, rows, folder, batch_size=4)
+    assert digests(folder) == before
+    with pytest.raises(StaleCacheError, match="shard_bytes: 20000 in the cache, 40000 now"):
+        cached(model, rows, folder, batch_size=4, shard_bytes=40_000)
+
+
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "another's"])
 def test_a_damaged_index_is_found_and_made_again(damage, tmp_path):
     model, rows = attached(), some_rows(40)
@@ -129,7 +182,7 @@ def test_a_damaged_index_is_found_and_made_again(damage, tmp_path):
     for verify in (True, False):
         with pytest.raises(ValueError, match=r"The index .* is missing or damaged: .* writes the index anew"):
             LayerStateCache(folder, model, verify=verify)
-    with pytest.raises(StaleCacheError, match="rows or shards: others, of which the cache's damaged index"):
+    with pytest.raises(StaleCacheError, match="rows or shard_bytes: others, of which the cache's damaged index"):
         cached(model, rows[:20], folder, **options)
     cached(model, rows[::-1], folder, **options)
     assert digests(folder) == before

@@ -25,8 +25,10 @@ from .storage import (
     DTYPES,
     MANIFEST,
     StaleCacheError,
+    is_only_begun,
     read_index,
     read_manifest,
+    remove_leftovers,
     shard_is_whole,
     write_index,
     write_plan,
@@ -66,8 +68,8 @@ def cache_layer_states(
         layers: Layer states to keep; None means those that the attached fusion reads, without one `1 .. L`. `z_L` is always
             among them.
         batch_size: Rows per batch.
-        shard_bytes: Size of a shard at most, unless one batch is larger; None means a 64th of the cache, between 8 MiB and
-            1 GiB.
+        shard_bytes: Size of a shard at most, unless one batch is larger; None means that of the cache begun in the folder,
+            without one a 64th of the cache, between 8 MiB and 1 GiB.
         tokenizer: Goes into the key, so that another one is noticed as such.
         max_length: Likewise.
         progress: Print the size before writing, and show a bar.
@@ -81,6 +83,8 @@ def cache_layer_states(
         ValueError: If something trains inside the backbone, or a state does not fit float16.
     """
     folder = Path(folder)
+    if shard_bytes is None and (folder / MANIFEST).is_file():
+        shard_bytes = read_manifest(folder)["shard_bytes"]
     plan = plan_cache(
         model,
         rows,
@@ -128,10 +132,12 @@ def _prepare(folder: Path, plan: Plan, tell: bool) -> None:
     index_is_whole = False
     if (folder / MANIFEST).is_file():
         index_is_whole = _check_same(folder, plan)
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and not is_only_begun(folder):
         raise FileExistsError(
             f"The folder {str(folder)!r} is not empty and holds no cache of layer states. Give a new or empty folder."
         )
+    if folder.exists():
+        remove_leftovers(folder)
     there = folder
     while not there.exists():
         there = there.parent
@@ -164,9 +170,10 @@ def _check_same(folder: Path, plan: Plan) -> bool:
     except ValueError:
         stored_signatures = None
     if not wrong and stored["index"] != plan.manifest["index"]:
-        wrong = [f"shards: {len(stored['shards'])} in the cache, {len(plan.manifest['shards'])} now"]
+        sizes = stored["shard_bytes"], plan.manifest["shard_bytes"]
+        wrong = [f"shard_bytes: {sizes[0]} in the cache, {sizes[1]} now (None takes that of the cache)"]
         if stored_signatures is None:
-            wrong = ["rows or shards: others, of which the cache's damaged index does not tell more"]
+            wrong = ["rows or shard_bytes: others, of which the cache's damaged index does not tell more"]
         else:
             known, wanted = ({s.tobytes() for s in each.numpy()} for each in (stored_signatures, plan.signatures))
             new, gone = len(wanted - known), len(known - wanted)

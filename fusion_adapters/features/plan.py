@@ -110,6 +110,7 @@ def plan_cache(
         "hidden_size": backbone.hidden_size,
         "inputs": names,
         "batch_size": batch_size,
+        "shard_bytes": shard_bytes,
         "index": index_checksum(ordered, located),
         "shards": shards,
     }

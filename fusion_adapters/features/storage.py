@@ -9,12 +9,15 @@ scales   (tokens, layers)     float32, for int8 only: a state is states * scales
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
@@ -26,6 +29,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 MANIFEST = "manifest.json"
 INDEX = "index.safetensors"
 CHECKSUM = "xxh3_128"
+ASIDE = re.compile(r"\.(?:manifest\.json|index\.safetensors|shard-\d+\.safetensors)\.(\d+)")  # see _aside
 
 
 class StaleCacheError(ValueError):
@@ -93,9 +97,8 @@ def write_index(folder: Path, signatures: Tensor, places: Tensor) -> None:
 def write_plan(folder: Path, manifest: dict[str, Any], signatures: Tensor, places: Tensor) -> None:
     """Writes index and manifest; the manifest last, so that a folder with one has the other."""
     write_index(folder, signatures, places)
-    aside = folder / f".{MANIFEST}"
-    aside.write_text(json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n", encoding="utf-8")
-    aside.replace(folder / MANIFEST)
+    with _aside(folder / MANIFEST) as aside:
+        aside.write_text(json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n", encoding="utf-8")
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -114,10 +117,30 @@ def shard_is_whole(path: Path, planned: Mapping[str, Any]) -> bool:
     return len(tensors.get("states", ())) == planned["tokens"] and stated == _checksum(tensors)
 
 
+def is_only_begun(folder: Path) -> bool:
+    """Whether a folder without a manifest holds nothing but what a run leaves that was killed before it wrote one."""
+    return all(path.name == INDEX or ASIDE.fullmatch(path.name) for path in folder.iterdir())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes the files that runs which are dead by now were writing; call it before this run writes any."""
+    for path in folder.iterdir():
+        aside = ASIDE.fullmatch(path.name)
+        if aside and (int(aside[1]) == os.getpid() or not psutil.pid_exists(int(aside[1]))):
+            path.unlink(missing_ok=True)
+
+
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    with _aside(path) as aside:
+        save_file(tensors, aside, metadata)
+
+
+@contextlib.contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """Yields a name to write under; a file there gets its own name when the body ends well, and is gone if not."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, aside, metadata)
+        yield aside
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
-from families import attach, first_head
+from families import FAMILIES, attach, first_head
 from support import attached, disturb, tiny
 from support_cache import cached, from_cache, pad, some_rows
 from support_text import tokenizer
@@ -111,6 +115,80 @@ def test_a_damaged_shard_is_found_and_only_it_is_made_again(tmp_path):
         LayerStateCache(folder, model)
 
 
+def test_an_extraction_that_ended_before_its_manifest_goes_on(tmp_path, monkeypatch):
+    model, rows, folder = attached(), some_rows(), tmp_path / "states"
+    cached(model, rows, tmp_path / "whole")
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(Path, "write_text", full)
+        cached(model, rows, folder)
+    assert [path.name for path in folder.iterdir()] == ["index.safetensors"]
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for name in ("manifest.json", "index.safetensors"):  # killed at once
+        (folder / f".{name}.{dead.pid}").write_text("{")
+    cached(model, rows, folder)
+    assert digests(folder) == digests(tmp_path / "whole")
+    (folder / "manifest.json").unlink()  # whose shards are these?
+    with pytest.raises(FileExistsError, match="not empty and holds no cache"):
+        cached(model, rows, folder)
+
+
+def test_files_that_dead_runs_were_writing_are_removed(tmp_path):
+    model, rows, folder = attached(), some_rows(), tmp_path / "states"
+    cached(model, rows, folder)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as alive:
+        for number in (dead.pid, os.getpid(), alive.pid):  # ours is free: this run has not begun to write
+            (folder / f".shard-00000.safetensors.{number}").write_text("half")
+        (folder / ".notes.1").write_text("mine")
+        cached(model, rows, folder)
+        left = {path.name for path in folder.iterdir() if path.name.startswith(".")}
+        assert left == {f".shard-00000.safetensors.{alive.pid}", ".notes.1"}
+        alive.communicate(b"\n")
+
+
+def test_an_extraction_goes_on_with_the_shards_that_it_began_with(tmp_path):
+    model, rows, folder = attached(), some_rows(40), tmp_path / "states"
+    cached(model, rows, folder, batch_size=4, shard_bytes=20_000)
+    before = digests(folder)
+    assert len(before) > 4
+    next(folder.glob("shard-*")).unlink()
+    cached(model, rows, folder, batch_size=4)
+    assert digests(folder) == before
+    with pytest.raises(StaleCacheError, match="shard_bytes: 20000 in the cache, 40000 now"):
+        cached(model, rows, folder, batch_size=4, shard_bytes=40_000)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "another's"])
+def test_a_damaged_index_is_found_and_made_again(damage, tmp_path):
+    model, rows = attached(), some_rows(40)
+    folder, options = tmp_path / "states", {"batch_size": 4, "shard_bytes": 20_000}
+    cached(model, rows, folder, **options)
+    before = digests(folder)
+    times = {p.name: p.stat().st_mtime_ns for p in folder.glob("shard-*")}
+    index = folder / "index.safetensors"
+    data = bytearray(index.read_bytes())
+    data[-100] ^= 1
+    cached(model, rows[:20], tmp_path / "other", **options)
+    other = (tmp_path / "other" / "index.safetensors").read_bytes()
+    index.write_bytes({"flipped": data, "cut": data[:-50], "gone": b"", "another's": other}[damage])
+    if damage == "gone":
+        index.unlink()
+    for verify in (True, False):
+        with pytest.raises(ValueError, match=r"The index .* is missing or damaged: .* writes the index anew"):
+            LayerStateCache(folder, model, verify=verify)
+    with pytest.raises(StaleCacheError, match="rows or shard_bytes: others, of which the cache's damaged index"):
+        cached(model, rows[:20], folder, **options)
+    cached(model, rows[::-1], folder, **options)
+    assert digests(folder) == before
+    assert all((folder / name).stat().st_mtime_ns == time for name, time in times.items())
+
+
 def test_a_cache_of_something_else_is_refused_and_the_part_is_named(tmp_path):
     model, rows = attached(), some_rows()
     folder = tmp_path / "states"
@@ -144,7 +222,7 @@ def test_a_cache_of_something_else_is_refused_and_the_part_is_named(tmp_path):
     with pytest.raises(StaleCacheError, match="dtype: float32 in the cache, float16 now"):
         cached(model, rows, folder, dtype="float16")
     (folder / "manifest.json").write_text(json.dumps({**cache.manifest, "format": 99}))
-    with pytest.raises(ValueError, match="has format 99, this version reads format 1"):
+    with pytest.raises(ValueError, match="has format 99, this version reads format 2"):
         LayerStateCache(folder)
     versions = {**cache.manifest, "key": {**cache.manifest["key"], "transformers": "4.0.0"}}
     (folder / "manifest.json").write_text(json.dumps(versions))
@@ -200,8 +278,29 @@ def test_folders_and_rows_that_do_not_fit(tmp_path):
         cache_layer_states(attached(), some_rows(), tmp_path / "states", progress=False)
     cache = cached(attached(), some_rows(), tmp_path / "good")
     dataset = cache.dataset(some_rows())
-    with pytest.raises(ValueError, match="must not cut or lengthen rows"):
+    with pytest.raises(ValueError, match="does not cut or lengthen rows"):
         cache.collator(lambda rows: {k: v[:, :4] for k, v in pad(rows).items()})([dataset[0], dataset[1]])
+
+
+def test_a_mask_that_the_collator_makes_reaches_the_backbone(tmp_path):
+    model, rows = disturb(attached()), some_rows()
+    bare = [{"input_ids": row["input_ids"]} for row in rows]
+
+    def masking(chosen):
+        return pad([{**row, "attention_mask": [1] * len(row["input_ids"])} for row in chosen])
+
+    expected = cached(model, rows, tmp_path / "expected")
+    cache = cache_layer_states(model, bare, tmp_path / "states", masking, dtype="float32", progress=False)
+    torch.testing.assert_close(cache.read(cache.find(bare)), expected.read(expected.find(rows)))
+
+
+def test_sizes_of_sound_are_planned_in_evaluation_mode():
+    model = FAMILIES["wav2vec2"].build("audio").train()
+    model.config.layerdrop = 1.0  # in training mode no block would run
+    rows = [{"input_values": torch.randn(400)}]
+    random = torch.get_rng_state()
+    assert len(plan_cache(model, rows).places) == 1
+    assert model.training and torch.equal(torch.get_rng_state(), random)
 
 
 def test_extraction_leaves_the_model_as_it_was(tmp_path):

@@ -2,14 +2,18 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from families import FAMILIES, GRID, attach, inputs
 from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from support import METHODS, attached, batch, disturb, tiny, without_dropout
 from support_cache import assert_equal_training, cached, from_cache, pad, rows_of, some_rows
 from support_text import save_model, write_recipe
+from torch.utils.data import ConcatDataset
 from transformers import BertForTokenClassification, Trainer, TrainingArguments
 
 from fusion_adapters import FusionConfig, quantization_config
@@ -48,6 +52,54 @@ def test_rows_may_come_in_any_order_with_other_labels_and_in_part(tmp_path):
     assert_equal_training(model, pad(chosen), from_cache(cache, chosen))
 
 
+def test_a_batch_may_have_rows_of_several_datasets_of_one_cache(tmp_path):
+    model = without_dropout(disturb(attached()))
+    rows = some_rows()
+    cache = cached(model, rows, tmp_path / "states")
+    first = rows[:6]
+    second = [{**row, "labels": [i % 3, *[-100] * (len(row["labels"]) - 1)]} for i, row in enumerate(rows[6:])]
+    for positions in ("all", "labelled", "packed"):
+        joined = ConcatDataset([cache.dataset(part, positions=positions) for part in (first, second)])
+        chosen = cache.collator(pad)([joined[i] for i in (7, 0, 11, 3)])
+        assert_equal_training(model, pad([second[1], first[0], second[5], first[3]]), chosen)
+    other = cached(model, rows, tmp_path / "other")
+    for part in (other.dataset(second), cache.dataset(second, positions="labelled"), cache.dataset(second, layers=[4])):
+        joined = ConcatDataset([cache.dataset(first), part])
+        with pytest.raises(ValueError, match="rows of 2 cached datasets that do not go together"):
+            cache.collator(pad)([joined[0], joined[7]])
+
+
+def test_a_batch_whose_positions_are_not_those_of_the_cache_is_refused(tmp_path):
+    equal = [{name: [value[0]] * 8 for name, value in row.items()} for row in some_rows(4)]
+    different = some_rows(2)  # of 3 and 10 tokens
+    model = disturb(attached())
+    cache = cached(model, [*equal, *different], tmp_path / "states")
+
+    def collated(rows, change):
+        dataset = cache.dataset(rows)
+        return cache.collator(lambda chosen: change(pad(chosen)))([dataset[i] for i in range(len(rows))])
+
+    def unmasked(batch):
+        return {name: value for name, value in batch.items() if name != "attention_mask"}
+
+    def cut(batch):
+        return {name: value[:, :5] for name, value in batch.items()}
+
+    assert_equal_training(model, unmasked(pad(equal)), collated(equal, unmasked))  # no padding, no mask needed
+    with pytest.raises(
+        ValueError, match=r"20 positions, none of them masked, and its rows have 13 cached states \(3 to 10 a"
+    ):
+        collated(different, unmasked)
+    with pytest.raises(
+        ValueError, match=r"20 positions with a mask of 1 and its rows have 32 cached states \(8 to 8 a row\)"
+    ):
+        collated(equal, cut)
+    with pytest.raises(
+        ValueError, match=r"20 positions, none of them masked, and its rows have 32 .* makes an attention_mask"
+    ):
+        collated(equal, lambda batch: unmasked(cut(batch)))
+
+
 def test_positions_without_label_may_be_left_out(tmp_path):
     model = disturb(attached())
     rows = [{**row, "labels": [y if i % 2 else -100 for i, y in enumerate(row["labels"])]} for row in some_rows()]
@@ -75,6 +127,30 @@ def test_the_model_is_the_same_after_a_call_with_states_and_after_one_that_faile
         model(**broken)
     torch.testing.assert_close(model(**pad(rows)).logits, before)
     assert all("forward" not in block.__dict__ for block in model.base_model.model.bert.encoder.layer)
+
+
+def test_states_of_other_layers_or_too_few_positions_are_refused(tmp_path):
+    rows = some_rows(4)
+    model = attached(fusion="concat", fusion_layers=[1, 4])
+    cache = cached(model, rows, tmp_path / "states", layers=[0, 1, 2, 3, 4])
+    for layers in ([2, 4], [4, 1]):  # as many layers as the fusion reads
+        with pytest.raises(ValueError, match=re.escape(f"holds the layers {layers}, but the active fusion wants [1, 4]")):
+            model(**from_cache(cache, rows, layers=layers))
+    states = from_cache(cache, rows)
+    model(**send_to_device(states, "cpu"))
+    unnamed = {name: states["layer_states"][name] for name in ("states", "positions")}
+    with pytest.raises(ValueError, match="holds the layers that it does not name"):
+        model(**{**states, "layer_states": unnamed})
+    for positions in ("labelled", "packed"):
+        model(**from_cache(cache, rows, positions=positions))
+        mixing = attached(fusion="deeper", fusion_layers=[1, 4])
+        with pytest.raises(
+            ValueError, match=rf"positions '{positions}' alone, but the model has a fusion \(Deeper\) that mixes"
+        ):
+            mixing(**from_cache(LayerStateCache(tmp_path / "states", mixing), rows, positions=positions))
+        writer = attached("llama", "lm")
+        with pytest.raises(ValueError, match=rf"positions '{positions}' alone, but the model is a causal language model"):
+            writer(**from_cache(cached(writer, rows, tmp_path / "lm"), rows, positions=positions))
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -127,6 +203,48 @@ def test_a_fusion_may_train_over_a_lora_that_stays_as_it_is(tmp_path):
     assert_equal_training(model, pad(rows), from_cache(cache, rows))
     with pytest.raises(StaleCacheError, match="weights: "):
         LayerStateCache(tmp_path / "states", attached())
+
+
+def test_only_the_active_lora_belongs_to_a_cache(tmp_path):
+    lora = {"r": 4, "target_modules": ["query", "value"], "init_lora_weights": False}
+    model, rows = attached(**lora), some_rows()
+    model.add_adapter("second", FusionConfig(task_type="TOKEN_CLS", **lora))
+    model.add_adapter("plain", FusionConfig(task_type="TOKEN_CLS"))
+
+    def activate(name):  # its fusion trains, its LoRA stays as it is
+        model.set_adapter(name)
+        for parameter_name, parameter in model.named_parameters():
+            if ".lora_" in parameter_name:
+                parameter.requires_grad_(False)
+
+    folder = {name: tmp_path / name for name in ("default", "second", "plain", "bare")}
+    bare = cached(tiny(), rows, folder["bare"], layers=[1, 2, 3, 4])
+    batches = {}
+    for name in ("default", "second", "plain"):
+        activate(name)
+        cache = cached(model, rows, folder[name])
+        batches[name] = from_cache(cache, rows)
+        assert_equal_training(disturb(model), pad(rows), batches[name])
+    assert cache.manifest["key"] == bare.manifest["key"]  # neither LoRA has a part in it
+    for active, names in (("default", "second, and default now"), ("second", "plain"), ("plain", "default, and none now")):
+        activate(active)
+        LayerStateCache(folder[active], model)
+        model(**batches[active])
+        other = names.split(",")[0]
+        with pytest.raises(StaleCacheError, match="adapters: "):
+            LayerStateCache(folder[other], model)
+        with pytest.raises(ValueError, match=f"other adapters inside the backbone .*: {names.replace('plain', 'none')}"):
+            model(**batches[other])
+    activate("default")
+    model.base_model.merge_adapter()
+    with pytest.raises(StaleCacheError, match=r"adapters: none in the cache, default \(merged\) now"):
+        LayerStateCache(folder["plain"], model)
+    model.base_model.unmerge_adapter()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.set_scale("default", 2.0)
+    with pytest.raises(StaleCacheError, match="weights: "):
+        LayerStateCache(folder["default"], model)
 
 
 def test_states_of_a_model_that_transformers_attached_to(tmp_path):

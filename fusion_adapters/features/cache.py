@@ -32,7 +32,7 @@ class LayerStateCache:
     Raises:
         FileNotFoundError: If the folder holds no cache, or shards are missing.
         StaleCacheError: If the cache belongs to another backbone, or lacks layers.
-        ValueError: If a shard is damaged.
+        ValueError: If the index or a shard is damaged.
     """
 
     def __init__(self, folder: str | Path, model: nn.Module | None = None, verify: bool = True) -> None:
@@ -48,7 +48,7 @@ class LayerStateCache:
                 f"The cache {str(self.folder)!r} is not complete: {len(missing)} of {len(self.manifest['shards'])} shards are "
                 "missing. Run the extraction again with the same settings; it goes on where it stopped."
             )
-        signatures, places = read_index(self.folder)
+        signatures, places = read_index(self.folder, self.manifest)
         self._signatures = [s.tobytes() for s in signatures.numpy()]
         self._places: list[tuple[int, int, int]] = places.tolist()  # shard, first token, tokens
         self.wanted = self.layers  # what a dataset reads

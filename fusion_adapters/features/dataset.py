@@ -96,8 +96,9 @@ class CachedCollator:
     """The collator of a task, which pads inputs and labels as ever, with the states of the rows added to the batch.
 
     The batch gains `layer_states`: `states` `(N, tokens, d)` without padding, the layers ascending, and `positions`
-    `(tokens,)`, the place of each token in the padded batch, counted along rows. A model with an attached fusion takes
-    them instead of running its blocks.
+    `(tokens,)`, the place of each token in the padded batch, counted along rows; further what they are, so that a model
+    can refuse them: `layers`, their numbers; `kept`, the `positions` of the dataset; and `adapters`, those inside the
+    backbone at the extraction. A model with an attached fusion takes them instead of running its blocks.
 
     Args:
         collator: What would collate the rows without a cache.
@@ -112,33 +113,25 @@ class CachedCollator:
         """Collates rows of a `CachedDataset`.
 
         Raises:
-            ValueError: If the task's collator makes rows shorter or longer.
+            ValueError: If the task's collator makes rows shorter or longer, or the rows come from datasets that do not go
+                together.
         """
-        source, numbers = rows[0].source, [row.number for row in rows]
+        source, numbers = _common_source(rows), [row.number for row in rows]
         if source.positions == "packed":
-            return self._packed(rows)
+            return self._packed(source, rows)
         batch = self.collator([dict(row.data) for row in rows])
         lengths = [source.cache.length(n) for n in numbers]
-        mask = batch.get("attention_mask")
-        positions = torch.arange(sum(lengths)) if mask is None else mask.flatten().nonzero().squeeze(1)
-        if len(positions) != sum(lengths):
-            if len(set(lengths)) > 1:
-                raise ValueError(
-                    f"The collated batch has {len(positions)} positions with a mask of 1, its cached states {sum(lengths)}. The "
-                    "collator must not cut or lengthen rows: tokenise to the final length before extracting."
-                )
-            positions = torch.arange(sum(lengths))  # images and sound: the mask, if any, counts something else
+        positions = _places(batch, lengths)
         keep = None
         if source.positions == "labelled":
             labelled = batch["labels"].flatten()[positions] != IGNORED
             keep = labelled.split(lengths)
             positions = positions[labelled]
         states = source.cache.read(numbers, source.layers, self.dtype, keep)
-        return {**batch, "layer_states": {"states": states, "positions": positions}}
+        return {**batch, "layer_states": _described(source, states, positions)}
 
-    def _packed(self, rows: Sequence[CachedRow]) -> dict[str, Any]:
-        source = rows[0].source
-        kept = [source.labelled(row.index) for row in rows]
+    def _packed(self, source: CachedDataset, rows: Sequence[CachedRow]) -> dict[str, Any]:
+        kept = [row.source.labelled(row.index) for row in rows]
         states = source.cache.read([row.number for row in rows], source.layers, self.dtype, [keep for keep, _ in kept])
         tokens = states.shape[1]
         height = max(1, -(-tokens // PACKED_LENGTH))
@@ -147,4 +140,57 @@ class CachedCollator:
             packed = torch.full((height * PACKED_LENGTH,), IGNORED if name == "labels" else 0)
             packed[:tokens] = torch.cat([inputs[name] for _, inputs in kept])
             batch[name] = packed.view(height, PACKED_LENGTH)
-        return {**batch, "layer_states": {"states": states, "positions": torch.arange(tokens)}}
+        return {**batch, "layer_states": _described(source, states, torch.arange(tokens))}
+
+
+def _described(source: CachedDataset, states: Tensor, positions: Tensor) -> dict[str, Any]:
+    # no tensors: comparing those would wait for the device at every step
+    return {
+        "states": states,
+        "positions": positions,
+        "layers": tuple(source.layers),
+        "kept": source.positions,
+        "adapters": source.cache.manifest["key"]["adapters"],
+    }
+
+
+def _places(batch: Mapping[str, Any], lengths: Sequence[int]) -> Tensor:
+    """The places of cached states in a padded batch, counted along rows, `(tokens,)`.
+
+    Raises:
+        ValueError: If the batch has more or fewer positions than the rows have states.
+    """
+    mask, count = batch.get("attention_mask"), sum(lengths)
+    text = "input_ids" in batch
+    if text and mask is None:
+        mask = torch.ones_like(batch["input_ids"])
+    if mask is not None:
+        places = mask.flatten().nonzero().squeeze(1)
+        if len(places) == count:
+            return places
+    if not text and len(set(lengths)) == 1:  # images and sound: the mask, if any, counts something else
+        return torch.arange(count)
+    found = "an unknown number of positions" if mask is None else f"{len(places)} positions"
+    marked = " with a mask of 1" if "attention_mask" in batch else ", none of them masked,"
+    raise ValueError(
+        f"The collated batch has {found}{marked} and its rows have {count} cached states ({min(lengths)} to {max(lengths)} a "
+        "row). Give a collator that makes an attention_mask where it pads, and does not cut or lengthen rows: tokenise to "
+        "the final length before extracting."
+    )
+
+
+def _common_source(rows: Sequence[CachedRow]) -> CachedDataset:
+    """A dataset that says for all rows how their states are read; rows of several may be joined (ConcatDataset).
+
+    Raises:
+        ValueError: If the datasets differ in cache, layers or positions.
+    """
+    sources = {id(row.source): row.source for row in rows}
+    if len(sources) > 1:
+        kinds = {f"cache {str(s.cache.folder)!r}, layers {s.layers}, positions {s.positions!r}" for s in sources.values()}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"A batch has rows of {len(kinds)} cached datasets that do not go together ({'; '.join(sorted(kinds))}). Extract "
+                "the rows of all of them into one folder, and take every dataset from that cache with the same positions."
+            )
+    return rows[0].source

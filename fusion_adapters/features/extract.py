@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,20 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..backbone import Backbone
-from ..tuner import fusion_layers
 from .cache import LayerStateCache
 from .key import backbone_of, key_differences
 from .plan import BATCH_SIZE, Plan, plan_cache
-from .recording import recorded
+from .recording import only_backbone, recorded
 from .storage import (
     DTYPES,
     MANIFEST,
     StaleCacheError,
+    is_only_begun,
     read_index,
     read_manifest,
+    remove_leftovers,
     shard_is_whole,
+    write_index,
     write_plan,
     write_shard,
 )
@@ -67,8 +68,8 @@ def cache_layer_states(
         layers: Layer states to keep; None means those that the attached fusion reads, without one `1 .. L`. `z_L` is always
             among them.
         batch_size: Rows per batch.
-        shard_bytes: Size of a shard at most, unless one batch is larger; None means a 64th of the cache, between 8 MiB and
-            1 GiB.
+        shard_bytes: Size of a shard at most, unless one batch is larger; None means that of the cache begun in the folder,
+            without one a 64th of the cache, between 8 MiB and 1 GiB.
         tokenizer: Goes into the key, so that another one is noticed as such.
         max_length: Likewise.
         progress: Print the size before writing, and show a bar.
@@ -82,6 +83,8 @@ def cache_layer_states(
         ValueError: If something trains inside the backbone, or a state does not fit float16.
     """
     folder = Path(folder)
+    if shard_bytes is None and (folder / MANIFEST).is_file():
+        shard_bytes = read_manifest(folder)["shard_bytes"]
     plan = plan_cache(
         model,
         rows,
@@ -109,7 +112,7 @@ def cache_layer_states(
     backbone, _ = backbone_of(model)
     # beside a GPU a shard is hashed and written while the next is computed; a CPU's own threads would wait for that
     beside = backbone.device.type != "cpu"
-    with bar, ThreadPoolExecutor(1) as writer, _only_backbone(model, backbone):
+    with bar, ThreadPoolExecutor(1) as writer, only_backbone(model, backbone):
         writing: Future[None] | None = None
         for number in mine:
             tensors = _extract(backbone, rows, plan, number, collator, bar)
@@ -126,12 +129,15 @@ def cache_layer_states(
 
 def _prepare(folder: Path, plan: Plan, tell: bool) -> None:
     """Checks folder and disk, tells the size, and writes the plan."""
+    index_is_whole = False
     if (folder / MANIFEST).is_file():
-        _check_same(folder, plan)
-    elif folder.exists() and any(folder.iterdir()):
+        index_is_whole = _check_same(folder, plan)
+    elif folder.exists() and not is_only_begun(folder):
         raise FileExistsError(
             f"The folder {str(folder)!r} is not empty and holds no cache of layer states. Give a new or empty folder."
         )
+    if folder.exists():
+        remove_leftovers(folder)
     there = folder
     while not there.exists():
         there = there.parent
@@ -149,45 +155,36 @@ def _prepare(folder: Path, plan: Plan, tell: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / MANIFEST).is_file():
         write_plan(folder, plan.manifest, plan.signatures, plan.places)
+    elif not index_is_whole:  # it follows from the rows
+        write_index(folder, plan.signatures, plan.places)
 
 
-def _check_same(folder: Path, plan: Plan) -> None:
-    """Raises StaleCacheError if a folder was begun with another plan."""
+def _check_same(folder: Path, plan: Plan) -> bool:
+    """Whether the index of a folder is whole; raises StaleCacheError if the folder was begun with another plan."""
     stored = read_manifest(folder)
     wrong = key_differences(stored["key"], plan.manifest["key"])
     names = ("dtype", "layers", "batch_size")
     wrong += [f"{n}: {stored[n]} in the cache, {plan.manifest[n]} now" for n in names if stored[n] != plan.manifest[n]]
-    if not wrong:
-        known = {s.tobytes() for s in read_index(folder)[0].numpy()}
-        wanted = {s.tobytes() for s in plan.signatures.numpy()}
-        new, gone = len(wanted - known), len(known - wanted)
-        if new or gone:
-            wrong = [f"text: {new} of {len(wanted)} rows are not in the cache, {gone} of its rows are not among these"]
-        elif stored["shards"] != plan.manifest["shards"]:
-            wrong = [f"shards: {len(stored['shards'])} in the cache, {len(plan.manifest['shards'])} now"]
+    try:
+        stored_signatures: Tensor | None = read_index(folder, stored)[0]
+    except ValueError:
+        stored_signatures = None
+    if not wrong and stored["index"] != plan.manifest["index"]:
+        sizes = stored["shard_bytes"], plan.manifest["shard_bytes"]
+        wrong = [f"shard_bytes: {sizes[0]} in the cache, {sizes[1]} now (None takes that of the cache)"]
+        if stored_signatures is None:
+            wrong = ["rows or shard_bytes: others, of which the cache's damaged index does not tell more"]
+        else:
+            known, wanted = ({s.tobytes() for s in each.numpy()} for each in (stored_signatures, plan.signatures))
+            new, gone = len(wanted - known), len(known - wanted)
+            if new or gone:
+                wrong = [f"text: {new} of {len(wanted)} rows are not in the cache, {gone} of its rows are not among these"]
     if wrong:
         raise StaleCacheError(
             f"The folder {str(folder)!r} holds a cache of something else; {'; '.join(wrong)}. Give another folder, or delete "
             "this one."
         )
-
-
-@contextlib.contextmanager
-def _only_backbone(model: nn.Module, backbone: Backbone) -> Iterator[None]:
-    """For the time of an extraction: evaluation mode, no graph, no fusion."""
-    modes = [(module, module.training) for module in backbone.base.modules()]
-    switched = [layer for layer in fusion_layers(model) if not layer.disable_adapters]
-    for layer in switched:
-        layer.enable_adapters(False)
-    backbone.base.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for layer in switched:
-            layer.enable_adapters(True)
-        for module, mode in modes:
-            module.training = mode
+    return stored_signatures is not None
 
 
 def _extract(
@@ -233,8 +230,10 @@ def _inputs(
         batch = {n: torch.stack([torch.as_tensor(row[n]) for row in plain]) for n in plain[0]}
     else:
         raise ValueError("The rows differ in length, and there is no collator to pad them. Give the task's collator.")
-    inputs: dict[str, Any] = {n: v.to(backbone.device) for n, v in batch.items() if n in names}
-    if "use_cache" in inspect.signature(backbone.base.forward).parameters:
+    known = inspect.signature(backbone.base.forward).parameters
+    wanted = {*names, "attention_mask"} & known.keys()  # a collator that pads may make the mask
+    inputs: dict[str, Any] = {n: v.to(backbone.device) for n, v in batch.items() if n in wanted}
+    if "use_cache" in known:
         inputs["use_cache"] = False
     return inputs
 

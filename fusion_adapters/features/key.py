@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import struct
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..backbone import Backbone, find_backbones
-from ..tuner import FusionLayer, fusion_layers
+from ..tuner import FusionLayer, adapters_in_use, fusion_layers, idle_tensors, scalings_in_use
 
 VALUES_PER_TENSOR = 64  # sampled from every weight of the backbone
 LABELS = ("labels", "label", "label_ids")  # of a row: the states do not depend on them
@@ -62,6 +63,7 @@ def cache_key(
     key: dict[str, Any] = {
         "backbone": f"{backbone.model_type}, {backbone.num_layers} blocks of width {backbone.hidden_size}",
         "weights": _weights_signature(backbone),
+        "adapters": adapters_in_use(backbone),
         "quantization": _quantization_name(quantised),
         "dtype": str(_dtype_of(backbone)).removeprefix("torch."),
         "tokenizer": None if tokenizer is None else _tokenizer_signature(tokenizer),
@@ -112,12 +114,15 @@ def _weights_signature(backbone: Backbone) -> str:
     """A hash of values sampled from every tensor that runs before or in the blocks.
 
     Quantised weights are left out, because libraries move and pack them between calls; the tensors around them (norms,
-    embeddings, biases) stand for the checkpoint.
+    embeddings, biases) stand for the checkpoint. So are adapters that take no part in the states.
     """
     digest = hashlib.sha256()
+    idle = idle_tensors(backbone)
+    for scaling in scalings_in_use(backbone):
+        digest.update(struct.pack("<d", scaling))
     for module in backbone.upstream:
         for tensor in (*module.parameters(), *module.buffers()):
-            if not tensor.is_floating_point() or tensor.is_meta:
+            if not tensor.is_floating_point() or tensor.is_meta or id(tensor) in idle:
                 continue
             flat = tensor.detach().flatten()
             sample: Tensor = flat[:: max(1, flat.numel() // VALUES_PER_TENSOR)][:VALUES_PER_TENSOR]

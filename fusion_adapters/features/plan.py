@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from ..backbone import Backbone
 from ..tuner import layers_read
 from .key import backbone_of, cache_key, input_names, row_signature
-from .recording import recorded
-from .storage import DTYPES
+from .recording import only_backbone, recorded
+from .storage import DTYPES, index_checksum
 
 BATCH_SIZE = 32
 # Small shards are cheap to make again; large caches should not fall into thousands of files.
@@ -26,7 +26,7 @@ class Plan:
     """What an extraction will write; made before a byte is written, the same for the same rows.
 
     Attributes:
-        manifest: Key, layers, dtype, width and shards.
+        manifest: Key, layers, dtype, width, checksum of the index, and shards.
         batches: For each shard its batches, as numbers of rows of the data.
         signatures: `(rows, 16)` uint8, the signature of each row that is stored, in the order of the shards.
         places: `(rows, 3)` int64, shard, first token and number of tokens of each of these.
@@ -81,7 +81,8 @@ def plan_cache(
     # each row once, in an order that does not depend on that of the rows: a cache can be mended from shuffled data
     first = {signature: i for i, signature in reversed(list(enumerate(signatures)))}
     shapes = {i: _shape(rows[i], names) for i in first.values()}
-    lengths = _lengths(backbone, rows, shapes, names)
+    with only_backbone(model, backbone):
+        lengths = _lengths(backbone, rows, shapes, names)
     order = sorted(first.values(), key=lambda i: (-lengths[i], shapes[i], signatures[i]))
     token_bytes = len(chosen) * (backbone.hidden_size * DTYPES[dtype].itemsize + (4 if dtype == "int8" else 0))
     if shard_bytes is None:
@@ -100,6 +101,8 @@ def plan_cache(
         shards[-1]["rows"] += len(batch)
         shards[-1]["bytes"] = shards[-1]["tokens"] * token_bytes
         batches[-1].append(batch)
+    ordered = torch.frombuffer(bytearray(b"".join(signatures[i] for i in order)), dtype=torch.uint8).view(-1, 16)
+    located = torch.tensor(places)
     manifest = {
         "key": cache_key(model, tokenizer, max_length),
         "layers": chosen,
@@ -107,10 +110,11 @@ def plan_cache(
         "hidden_size": backbone.hidden_size,
         "inputs": names,
         "batch_size": batch_size,
+        "shard_bytes": shard_bytes,
+        "index": index_checksum(ordered, located),
         "shards": shards,
     }
-    ordered = torch.frombuffer(bytearray(b"".join(signatures[i] for i in order)), dtype=torch.uint8).view(-1, 16)
-    return Plan(manifest, batches, ordered, torch.tensor(places))
+    return Plan(manifest, batches, ordered, located)
 
 
 def _shape(row: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, ...]:
@@ -134,7 +138,7 @@ def _lengths(
         if shape not in known:
             inputs = {n: torch.as_tensor(row[n])[None].to(backbone.device) for n in names if row.get(n) is not None}
             seen: list[int] = []
-            with torch.no_grad(), recorded(backbone, [backbone.num_layers], lambda _, z, seen=seen: seen.append(z.shape[1])):  # type: ignore[misc]
+            with recorded(backbone, [backbone.num_layers], lambda _, z, seen=seen: seen.append(z.shape[1])):  # type: ignore[misc]
                 backbone.base(**inputs)
             (known[shape],) = seen
         lengths[i] = known[shape]

@@ -1,6 +1,6 @@
 """The folder of a cache: a manifest, an index of rows, and shards that carry their own checksum.
 
-manifest.json         key, layers, dtype, width, shards with their rows and tokens
+manifest.json         key, layers, dtype, width, checksum of the index, shards with their rows and tokens
 index.safetensors     for each row: signature, shard, first token, number of tokens
 shard-00000.safetensors ...
 states   (tokens, layers, d)  float16, bfloat16, float32 or int8; no padding
@@ -9,23 +9,27 @@ scales   (tokens, layers)     float32, for int8 only: a state is states * scales
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 MANIFEST = "manifest.json"
 INDEX = "index.safetensors"
 CHECKSUM = "xxh3_128"
+ASIDE = re.compile(r"\.(?:manifest\.json|index\.safetensors|shard-\d+\.safetensors)\.(\d+)")  # see _aside
 
 
 class StaleCacheError(ValueError):
@@ -60,18 +64,41 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_index(folder: Path) -> tuple[Tensor, Tensor]:
-    """Signatures `(rows, 16)` uint8 and places `(rows, 3)` int64 (shard, first token, tokens) of the rows of a cache."""
-    index = load_file(folder / INDEX)
+def read_index(folder: Path, manifest: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Signatures `(rows, 16)` uint8 and places `(rows, 3)` int64 (shard, first token, tokens) of the rows of a cache.
+
+    Raises:
+        ValueError: If the index is missing, cannot be read, or is not the one that the manifest was written with.
+    """
+    try:
+        index = load_file(folder / INDEX)
+        found = _checksum(index)
+    except (OSError, SafetensorError, ValueError) as error:
+        index, found = {}, f"none, {error}"
+    if found != manifest["index"]:
+        raise ValueError(
+            f"The index {str(folder / INDEX)!r} is missing or damaged: its checksum is {found}, the manifest has "
+            f"{manifest['index']}. Run the extraction again with the same settings; it writes the index anew and keeps the "
+            "shards."
+        )
     return index["signatures"], index["places"]
+
+
+def index_checksum(signatures: Tensor, places: Tensor) -> str:
+    """What the manifest says of its index."""
+    return _checksum({"signatures": signatures, "places": places})
+
+
+def write_index(folder: Path, signatures: Tensor, places: Tensor) -> None:
+    """Writes the index; it appears when it is whole."""
+    _save(folder / INDEX, {"signatures": signatures, "places": places}, {})
 
 
 def write_plan(folder: Path, manifest: dict[str, Any], signatures: Tensor, places: Tensor) -> None:
     """Writes index and manifest; the manifest last, so that a folder with one has the other."""
-    _save(folder / INDEX, {"signatures": signatures, "places": places}, {})
-    aside = folder / f".{MANIFEST}"
-    aside.write_text(json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n", encoding="utf-8")
-    aside.replace(folder / MANIFEST)
+    write_index(folder, signatures, places)
+    with _aside(folder / MANIFEST) as aside:
+        aside.write_text(json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n", encoding="utf-8")
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -90,10 +117,30 @@ def shard_is_whole(path: Path, planned: Mapping[str, Any]) -> bool:
     return len(tensors.get("states", ())) == planned["tokens"] and stated == _checksum(tensors)
 
 
+def is_only_begun(folder: Path) -> bool:
+    """Whether a folder without a manifest holds nothing but what a run leaves that was killed before it wrote one."""
+    return all(path.name == INDEX or ASIDE.fullmatch(path.name) for path in folder.iterdir())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes the files that runs which are dead by now were writing; call it before this run writes any."""
+    for path in folder.iterdir():
+        aside = ASIDE.fullmatch(path.name)
+        if aside and (int(aside[1]) == os.getpid() or not psutil.pid_exists(int(aside[1]))):
+            path.unlink(missing_ok=True)
+
+
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    with _aside(path) as aside:
+        save_file(tensors, aside, metadata)
+
+
+@contextlib.contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """Yields a name to write under; a file there gets its own name when the body ends well, and is gone if not."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, aside, metadata)
+        yield aside
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

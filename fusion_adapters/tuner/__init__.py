@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraModel
 
 from ..config import FusionConfig, FusionPeftType
 from .heads import TASK_HEADS
+from .inside import adapters_in_use, idle_tensors, scalings_in_use
 from .layer import FusionLayer, depth_weights, fusion_layers, layers_read
 from .model import FusionModel
 
@@ -18,10 +19,13 @@ __all__ = [
     "TASK_HEADS",
     "FusionLayer",
     "FusionModel",
+    "adapters_in_use",
     "depth_weights",
     "fusion_layers",
+    "idle_tensors",
     "layers_read",
     "register",
+    "scalings_in_use",
 ]
 
 

@@ -10,12 +10,16 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..backbone import Backbone
 from ..fingerprint import fingerprint
 from ..fusions import FUSIONS, Context, Fusion
 from ..quantization import keep_unpacked
 from ..taps import GivenStates, Taps
+from .inside import adapters_in_use
+
+CAUSAL_LM_HEADS = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
 class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
@@ -211,11 +215,12 @@ def fusion_layers(model: nn.Module) -> list[FusionLayer]:
     return [m for m in model.modules() if isinstance(m, FusionLayer)]
 
 
-def replaying(model: nn.Module, layer_states: dict[str, Tensor]) -> AbstractContextManager[None]:
+def replaying(model: nn.Module, layer_states: dict[str, Any]) -> AbstractContextManager[None]:
     """For calls in the body, takes layer states that were computed earlier instead of running the blocks.
 
     Raises:
-        ValueError: If the model has no single active fusion, or something trains inside its backbone.
+        ValueError: If the model has no single active fusion, something trains inside its backbone, or the states are those
+            of other layers or positions than it needs.
     """
     layers = fusion_layers(model)
     if len(layers) != 1 or layers[0].backbone.stack is not None or layers[0].active_fusion is None:
@@ -228,7 +233,35 @@ def replaying(model: nn.Module, layer_states: dict[str, Tensor]) -> AbstractCont
             "layer_states were computed before training, but parameters inside the backbone train now (LoRA, or "
             "modules_to_save before the blocks), so the states would change with every step. Train live, without a cache."
         )
+    _check_held(model, layers[0], layer_states)
     return layers[0].taps.replaying(GivenStates(layer_states["states"], layer_states["positions"]))
+
+
+def _check_held(model: nn.Module, layer: FusionLayer, layer_states: dict[str, Any]) -> None:
+    held, kept, wanted = layer_states.get("layers"), layer_states.get("kept"), layers_read(layer)
+    then, now = layer_states.get("adapters"), adapters_in_use(layer.backbone)
+    if then not in (None, now):
+        raise ValueError(
+            f"layer_states were computed with other adapters inside the backbone (LoRA, or modules_to_save before the blocks): "
+            f"{then}, and {now} now. Activate what was active at the extraction, or extract again into another folder."
+        )
+    if held is None or tuple(held) != wanted:
+        raise ValueError(
+            f"layer_states holds the layers {'that it does not name' if held is None else list(held)}, but the active fusion "
+            f"wants {list(wanted)}. Take the dataset from a cache opened with this model as it is now, "
+            "LayerStateCache(folder, model).dataset(rows)."
+        )
+    if kept == "all":
+        return
+    causal = any(c.__name__ in CAUSAL_LM_HEADS for c in type(model).__mro__)
+    if causal or layer.mixes_positions:
+        why = "is a causal language model, whose loss compares each position with the next label"
+        if layer.mixes_positions:
+            why = f"has a fusion ({type(layer.active_fusion).__name__}) that mixes positions"
+        raise ValueError(
+            f"layer_states holds the positions {kept!r} alone, but the model {why}: it needs all of them. Take "
+            "cache.dataset(rows, positions='all')."
+        )
 
 
 def layers_read(layer: FusionLayer) -> tuple[int, ...]:

@@ -106,13 +106,14 @@ class FusionModel(LoraModel):
         for layer in fusion_layers(model):
             layer.train(layer.backbone.root.training)
 
-    def forward(self, *args: Any, layer_states: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, layer_states: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         """Calls the model; with `layer_states` (see `fusion_adapters.features`) the blocks do not run.
 
         Args:
             *args: What the model is called with.
-            layer_states: `states` `(N, tokens, d)` of the layers that the fusion reads, and `z_L` last; and `positions`
-                `(tokens,)` of each token in the padded batch.
+            layer_states: `states` `(N, tokens, d)` of the layers that the fusion reads, and `z_L` last; `positions`
+                `(tokens,)` of each token in the padded batch; `layers`, their numbers; `kept`, `"all"` or which
+                positions are there (see `CachedDataset`); and maybe `adapters`, see `adapters_in_use`.
             **kwargs: As `args`.
 
         Raises:

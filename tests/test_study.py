@@ -170,6 +170,13 @@ def test_rates_may_be_added(tmp_path):
     assert "0.03*" in told  # the highest of the grid
 
 
+def test_a_grid_of_one_rate_needs_no_choice(tmp_path):
+    methods = {n: METHODS[n] for n in ("deeper", "concat")}
+    path = write_study(tmp_path, methods=methods, sizes=[4], seeds=[1], rates=[1e-3])
+    main(["compare", str(path), "--output", str(tmp_path / "out"), "--workers", "1"])
+    assert [r["stage"] for r in scores(tmp_path / "out")] == ["report", "report"]
+
+
 def test_one_method_of_an_alias_can_be_set(tmp_path):
     path = write_study(tmp_path)
     text = path.read_text()
@@ -296,7 +303,7 @@ def test_a_method_starts_from_the_weights_of_another(tmp_path, capsys):
         "from lora": {"adapter": {**METHODS["dwatt"]["adapter"], **lora}, "start_from": "lora"},
     }
     # rates at which nothing moves: what it began with is then what it scores with
-    still = {name: {**method, "rates": [1e-12]} for name, method in warm.items()}
+    still = {name: {**method, "rates": [1e-12, 1e-13]} for name, method in warm.items()}
     learns = {"adapter": {"fusion": "last", **lora}, "rates": [3e-2]}
     methods = {**{n: METHODS[n] for n in ("deeper", "concat", "dwatt")}, "lora": learns, **still}
     path = write_study(tmp_path, methods=methods, sizes=["all"], rates=[1e-2], epochs=6)
@@ -306,7 +313,8 @@ def test_a_method_starts_from_the_weights_of_another(tmp_path, capsys):
         for seed in "12":
             assert found[name, seed, "report"] == found[source, seed, "report"]
             assert float(found[source, seed, "report"][0]) > 0, "the source has learnt nothing to hand on"
-        assert found[name, "0", "rate"] == found[source, "0", "rate"]
+        (first,) = (tmp_path / "out" / "runs" / "toy" / source).glob("*-seed0-*.json")
+        assert float(found[name, "0", "rate"][0]) == json.loads(first.read_text())["dev"]
 
     # where only its scores are left, a source trains again for those who start from it, and its scores stay
     kept_scores = {

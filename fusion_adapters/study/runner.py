@@ -103,14 +103,13 @@ def run_cell(study: StudyRecipe, cell: Cell, output: Path) -> list[dict[str, Any
 
 
 def rate_of(study: StudyRecipe, cell: Cell, output: Path) -> tuple[float, list[dict[str, Any]]]:
-    """The learning rate with the best mean development score, and the runs that chose it."""
-    size = rate_size(study, cell)
-    by_rate = {
-        rate: [_run(study, Run(cell.data, cell.method, size, seed, rate, "rate"), output) for seed in study.rate_seeds]
-        for rate in study.methods[cell.method].rates or study.rates
-    }
-    best = max(by_rate, key=lambda rate: statistics.mean(run["dev"] for run in by_rate[rate]))
-    return best, [run for runs in by_rate.values() for run in runs]
+    """The learning rate with the best mean development score, and the runs that chose it; a grid of one needs none."""
+    rates = study.methods[cell.method].rates or study.rates
+    tried = [_run(study, run, output) for run in _tries(study, cell)]
+    if not tried:
+        return rates[0], []
+    best = max(rates, key=lambda rate: statistics.mean(run["dev"] for run in tried if run["rate"] == rate))
+    return best, tried
 
 
 def rate_size(study: StudyRecipe, cell: Cell) -> int:
@@ -119,6 +118,13 @@ def rate_size(study: StudyRecipe, cell: Cell) -> int:
         return cell.size
     sizes = sorted(count_examples(study, cell.data, s) for s in study.rate_sizes)
     return max((s for s in sizes if s <= cell.size), default=sizes[0])
+
+
+def _tries(study: StudyRecipe, cell: Cell) -> list[Run]:
+    """The runs that choose a cell's learning rate; none where there is one rate."""
+    size, rates = rate_size(study, cell), study.methods[cell.method].rates or study.rates
+    tries = [Run(cell.data, cell.method, size, seed, rate, "rate") for rate in rates for seed in study.rate_seeds]
+    return tries if len(rates) > 1 else []
 
 
 def _run(study: StudyRecipe, run: Run, output: Path) -> dict[str, Any]:
@@ -175,16 +181,13 @@ def _begin_worker() -> None:
 
 
 def _is_done(study: StudyRecipe, cell: Cell, output: Path) -> bool:
-    folder = output / "runs" / cell.data / cell.method
-    rates = study.methods[cell.method].rates or study.rates
-    tried = [folder / f"{rate_size(study, cell)}-seed{s}-{r:g}.json" for s in study.rate_seeds for r in rates]
-    if not all(path.is_file() for path in tried):
+    if not all(_path(run, output).is_file() for run in _tries(study, cell)):
         return False
     rate, _ = rate_of(study, cell, output)  # nothing is run: its runs are all there
-    return all((folder / f"{cell.size}-seed{seed}-{rate:g}.json").is_file() for seed in study.seeds)
+    runs = [Run(cell.data, cell.method, cell.size, seed, rate, "report") for seed in study.seeds]
+    return all(_path(run, output).is_file() for run in runs)
 
 
 def _steps(study: StudyRecipe, cell: Cell) -> int:
-    rates = study.methods[cell.method].rates or study.rates
-    tried = len(rates) * len(study.rate_seeds) if rate_size(study, cell) == cell.size else 0
+    tried = len(_tries(study, cell)) if rate_size(study, cell) == cell.size else 0
     return Run(cell.data, cell.method, cell.size, 0, 0.0, "rate").steps(study) * (tried + len(study.seeds))

@@ -276,13 +276,12 @@ def test_inference_keeps_what_the_fusion_needs_of_a_state_and_not_the_state(fami
     assert len(calls) == 1 and torch.equal(expected, logits(model))
 
 
-def test_an_exception_in_a_forward_pass_leaves_the_next_one_right(family):
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_in_a_forward_pass_leaves_the_next_one_right(family, error):
     model = disturb(attached(family))
     expected = logits(model)
-    handle = (
-        layer_of(model).backbone.blocks[2].register_forward_pre_hook(lambda *a: (_ for _ in ()).throw(RuntimeError("stop")))
-    )
-    with pytest.raises(RuntimeError, match="stop"):
+    handle = layer_of(model).backbone.blocks[2].register_forward_pre_hook(lambda *a: (_ for _ in ()).throw(error("stop")))
+    with pytest.raises(error, match="stop"):
         logits(model)
     handle.remove()
     assert torch.equal(logits(model), expected)

@@ -67,21 +67,51 @@ def test_a_call_within_a_call_does_not_mix_states(family):
 
 
 @FEW
-def test_a_failure_within_a_call_leaves_nothing_behind(family):
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_within_a_call_leaves_nothing_behind(family, error):
     model = make(family)
     batch = inputs(family, next(iter(FAMILIES[family].classes)))
     expected = answer(model, batch)
 
     def fail(block, args):
-        raise RuntimeError("out of something")
+        raise error("out of something")
 
     handle = fusion_layers(model)[-1].backbone.blocks[-1].register_forward_pre_hook(fail)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="out of something"):
+        with pytest.raises(error, match="out of something"):
             answer(model, batch)
-        assert held(model) == 0
+        if error is RuntimeError:  # torch tells nobody of an interrupt: what it left goes with the next call
+            assert held(model) == 0
+        assert all(len(layer.taps._frames.stack) <= 1 for layer in fusion_layers(model))
     handle.remove()
     torch.testing.assert_close(answer(model, batch), expected, rtol=0, atol=0)
+    assert held(model) == 0 and not any(layer.taps._frames.stack for layer in fusion_layers(model))
+
+
+@FEW
+def test_an_interrupted_call_within_a_call_leaves_the_outer_one_right(family):
+    model = make(family)
+    head = next(iter(FAMILIES[family].classes))
+    outer, inner = inputs(family, head, seed=0), inputs(family, head, seed=1)
+    expected = answer(model, outer), answer(model, inner)
+    found = []
+
+    def interrupt(block, args):
+        raise KeyboardInterrupt
+
+    def call_again(block, args, output):
+        handle.remove()
+        handles = [block.register_forward_pre_hook(interrupt)]
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                answer(model, inner)
+        handles[0].remove()
+        found.append(answer(model, inner))
+
+    handle = fusion_layers(model)[-1].backbone.blocks[1].register_forward_hook(call_again)
+    torch.testing.assert_close(answer(model, outer), expected[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found[0], expected[1], rtol=0, atol=1e-6)
+    assert held(model) == 0
 
 
 def test_replicas_of_data_parallel_are_refused():

@@ -1,4 +1,4 @@
-"""Calls of an attached model that cross each other: threads, calls within calls, failures, replicas, compiled models."""
+"""Calls of an attached model that cross each other: threads, calls within calls, failures, replicas, dropout, compiled models."""
 
 import threading
 import warnings
@@ -163,3 +163,31 @@ def test_attaching_after_compiling_warns():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*compiled.*")
         attach("bert")
+
+
+@pytest.mark.parametrize(("family", "head"), [("bert", "masked"), ("llama", "causal")])
+def test_dropout_of_a_fusion_does_not_ask_whether_there_is_a_graph(family, head):
+    model = disturb(attach(family, head, fusion_dropout=0.5)).train()
+    batch = {k: v for k, v in inputs(family, head).items() if k != "labels"}
+
+    def run(seed, call=lambda: model(**batch).logits):
+        torch.manual_seed(seed)
+        return call()
+
+    def gradients(logits):
+        model.zero_grad()
+        logits.square().sum().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    with torch.no_grad():
+        first, again, other = run(0), run(0), run(1)
+    assert torch.equal(first, again) and not torch.allclose(first, other)
+    expected = run(0)
+    assert torch.equal(first, expected)
+    needs = torch.zeros(1, requires_grad=True)  # without an input that has a gradient, nothing would be computed again
+    twice = run(0, lambda: checkpoint(lambda _: model(**batch).logits, needs, use_reentrant=True))
+    assert torch.equal(twice, expected)
+    found, plain = gradients(twice), gradients(expected)
+    assert found.keys() == plain.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(found[name], gradient)

@@ -301,6 +301,14 @@ def test_16_bit_backbones_train_float32_adapters_and_heads(family, dtype, method
     assert {p.dtype for b in backbone.blocks for n, p in b.named_parameters() if "lora_" not in n} == {dtype}
 
 
+def test_a_16_bit_output_head_that_trains_answers_in_float32():
+    model = attached("llama", "lm", tiny("llama", "lm", dtype=torch.bfloat16), modules_to_save=["lm_head"])
+    model.add_adapter("second", FusionConfig(task_type="CAUSAL_LM", modules_to_save=["lm_head"]))
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        assert logits(model, "lm").dtype == torch.float32
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_autocast_works_on_float32_and_bfloat16_backbones(family, method):
     for dtype in (torch.float32, torch.bfloat16):

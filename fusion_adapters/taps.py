@@ -45,6 +45,7 @@ class Frame:
         absorbs: Whether the fusion takes each state in as it comes, so that `kept` stands for the states so far.
         kept: See `Fusion.absorb`.
         given: States that stand for the blocks in this call.
+        cuts: Whether the states are kept without the graph behind them.
     """
 
     wanted: frozenset[int] | None
@@ -54,6 +55,7 @@ class Frame:
     absorbs: bool = False
     kept: Any = None
     given: GivenStates | None = None
+    cuts: bool = False
 
 
 class _Frames(threading.local):
@@ -206,13 +208,18 @@ class Taps:
         # no zip: torch 2.8 cannot trace one over unequal lengths
         named = {self._parameters[i]: value for i, value in enumerate(args)}
         named.update(kwargs)
+        cuts = self.cut_graph is not None and self.cut_graph()
         # where the backbone runs, computing a small part of the fusion twice is cheap, and its memory is what counts
-        frame.context = Context(named.get("attention_mask"), self.causal, recompute=self._cuts())
+        frame.context = Context(named.get("attention_mask"), self.causal, recompute=cuts)
         if self.fuse.mixes_positions:
             frame.context.cached_positions = max(_cached_positions(named.get(name)) for name in CACHE_NAMES)
         frame.absorbs = not torch.is_grad_enabled() and frame.given is None and self.fuse.absorbs()
+        if not cuts:
+            return None
         encoded = kwargs.get("encoder_hidden_states")
-        if isinstance(encoded, Tensor) and encoded.requires_grad and self._cuts():
+        # not what the caller wants a gradient of, such as a soft prompt's embeddings
+        frame.cuts = not any(isinstance(v, Tensor) and v.requires_grad and v is not encoded for v in named.values())
+        if frame.cuts and isinstance(encoded, Tensor) and encoded.requires_grad:
             return args, {**kwargs, "encoder_hidden_states": encoded.detach()}
         return None
 
@@ -226,16 +233,13 @@ class Taps:
                 "its configuration skips blocks in training (layerdrop), load it with layerdrop=0.0."
             )
 
-    def _cuts(self) -> bool:
-        return self.cut_graph is not None and self.cut_graph()
-
     def _keep_input(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         frame = self._frame
         if frame is None or frame.wanted is None or frame.reached:
             return None
         state = args[0] if args else kwargs["hidden_states"]
         changed = None
-        if state.requires_grad and self._cuts():
+        if frame.cuts and state.requires_grad:
             state = state.detach()
             changed = ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
         self._keep(frame, 0, state)

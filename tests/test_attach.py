@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from support import DEPTH, LORA, METHODS, WIDTH, attached, batch, disturb, layer_of, logits, tiny
+from support import DEPTH, LORA, METHODS, WIDTH, attached, batch, disturb, layer_of, logits, tiny, without_dropout
 
 from fusion_adapters import FUSIONS, FusionConfig, depth_weights
 from fusion_adapters.budget import count_trainable
@@ -195,12 +195,17 @@ def test_taps_read_what_transformers_reports_as_hidden_states(family):
 
 
 def test_embeddings_given_by_the_caller(family):
-    model = disturb(attached(family)).eval()
-    given = model.get_input_embeddings()(batch()["input_ids"]).detach().requires_grad_()
-    answer = model(inputs_embeds=given, attention_mask=batch()["attention_mask"]).logits
-    assert torch.equal(answer, logits(model))
-    answer.sum().backward()
-    assert given.grad.abs().sum() > 0, "a gradient that the caller asked for was cut off"
+    model = without_dropout(disturb(attached(family)))
+    expected, gradients = logits(model), []
+    for mode in (False, True):
+        model.train(mode)
+        given = model.get_input_embeddings()(batch()["input_ids"]).detach().requires_grad_()
+        answer = model(inputs_embeds=given, attention_mask=batch()["attention_mask"]).logits
+        assert torch.equal(answer, expected)
+        answer.square().sum().backward()
+        assert given.grad.abs().sum() > 0, "a gradient that the caller asked for was cut off"
+        gradients.append(given.grad)
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["alone", "lora"])

@@ -59,11 +59,12 @@ class Frame:
 
 
 class _Frames(threading.local):
-    """The frames of the calls that are under way in this thread, the innermost last, and states for the next call."""
+    """The frames of the calls that are under way in this thread, the innermost last, and what the next one must know."""
 
     def __init__(self) -> None:
         self.stack: list[Frame] = []
         self.given: GivenStates | None = None
+        self.differentiates = False  # whether the caller of the whole model wants a gradient of an input
         self.replays: list[contextlib.AbstractContextManager[None] | None] = []
 
 
@@ -118,9 +119,11 @@ class Taps:
         ]
 
     def _begin_replay(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        replays = self._frames.replays
+        frames, replays = self._frames, self._frames.replays
         for _ in range(_left_over(model, replays)):
             self._end_replay(model, (), None)
+        if frames.differentiates != (wanted := _wants_gradient(*args, *kwargs.values())):
+            frames.differentiates = wanted
         replays.append(None)
         if kwargs.get("layer_states") is None:
             return None
@@ -204,7 +207,8 @@ class Taps:
         frames.stack.append(frame)
         if frame.wanted is None:
             return None
-        frame.given, frames.given = frames.given, None
+        if frames.given is not None:
+            frame.given, frames.given = frames.given, None
         # no zip: torch 2.8 cannot trace one over unequal lengths
         named = {self._parameters[i]: value for i, value in enumerate(args)}
         named.update(kwargs)
@@ -216,10 +220,10 @@ class Taps:
         frame.absorbs = not torch.is_grad_enabled() and frame.given is None and self.fuse.absorbs()
         if not cuts:
             return None
-        encoded = kwargs.get("encoder_hidden_states")
+        encoded = named.pop("encoder_hidden_states", None)
         # not what the caller wants a gradient of, such as a soft prompt's embeddings
-        frame.cuts = not any(isinstance(v, Tensor) and v.requires_grad and v is not encoded for v in named.values())
-        if frame.cuts and isinstance(encoded, Tensor) and encoded.requires_grad:
+        frame.cuts = not (frames.differentiates or _wants_gradient(*named.values()))
+        if frame.cuts and "encoder_hidden_states" in kwargs and _wants_gradient(encoded):
             return args, {**kwargs, "encoder_hidden_states": encoded.detach()}
         return None
 
@@ -357,6 +361,10 @@ def _left_over(module: nn.Module, noted: list[Any]) -> int:
         running += python.f_code is nn.Module._call_impl.__code__ and python.f_locals.get("self") is module
         python = python.f_back  # type: ignore[assignment]
     return max(0, len(noted) + 1 - running) if running else 0  # the last of those that run is not noted yet
+
+
+def _wants_gradient(*inputs: Any) -> bool:
+    return any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
 
 
 def _with_block_inputs(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from .fusions import Context
 
 CACHE_NAMES = ("past_key_values", "cache_params")
+_STAND_INS = threading.Lock()  # held while blocks get a stand-in or lose it
 
 
 @dataclass
@@ -42,6 +44,8 @@ class Frame:
         reached: The number of the block that ran last.
         absorbs: Whether the fusion takes each state in as it comes, so that `kept` stands for the states so far.
         kept: See `Fusion.absorb`.
+        given: States that stand for the blocks in this call.
+        cuts: Whether the states are kept without the graph behind them.
     """
 
     wanted: frozenset[int] | None
@@ -50,14 +54,17 @@ class Frame:
     reached: int = 0
     absorbs: bool = False
     kept: Any = None
+    given: GivenStates | None = None
+    cuts: bool = False
 
 
 class _Frames(threading.local):
-    """The frames of the calls that are under way in this thread, the innermost last."""
+    """The frames of the calls that are under way in this thread, the innermost last, and what the next one must know."""
 
     def __init__(self) -> None:
         self.stack: list[Frame] = []
         self.given: GivenStates | None = None
+        self.differentiates = False  # whether the caller of the whole model wants a gradient of an input
         self.replays: list[contextlib.AbstractContextManager[None] | None] = []
 
 
@@ -84,6 +91,8 @@ class Taps:
         self.depth = len(blocks)
         self.cut_graph: Callable[[], bool] | None = None
         self._blocks = list(dict.fromkeys(blocks))
+        self._replaced: list[Any] = []  # the blocks' own `forward`, while stand-ins are in place
+        self._replays = 0  # how many contexts, of all threads, want them there
         self._answers: dict[type, int | None] = {}  # how each class of block answers: items of a tuple, None for a tensor
         self._parameters = tuple(inspect.signature(root.forward).parameters)
         self._frames = _Frames()
@@ -110,7 +119,11 @@ class Taps:
         ]
 
     def _begin_replay(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        replays = self._frames.replays
+        frames, replays = self._frames, self._frames.replays
+        for _ in range(_left_over(model, replays)):
+            self._end_replay(model, (), None)
+        if frames.differentiates != (wanted := _wants_gradient(*args, *kwargs.values())):
+            frames.differentiates = wanted
         replays.append(None)
         if kwargs.get("layer_states") is None:
             return None
@@ -132,24 +145,38 @@ class Taps:
 
     @contextlib.contextmanager
     def replaying(self, given: GivenStates) -> Iterator[None]:
-        """In the body, calls of the backbone take these layer states; its blocks do not run.
+        """In the body, the next call of the backbone in this thread takes these layer states; its blocks do not run.
 
         Everything else runs as always: embeddings and masks before the blocks, fusion, final norm, pooler and head after
-        them.
+        them. Other calls, in this thread and in others, run the blocks.
         """
-        before = [block.__dict__.get("forward") for block in self._blocks]
-        for block in self._blocks:
-            block.forward = _StandIn(type(block), block.forward, self._answers)  # type: ignore[method-assign]
-        self._frames.given = given
+        self._put_stand_ins()
         try:
+            self._frames.given = given
             yield
         finally:
             self._frames.given = None
-            for block, forward in zip(self._blocks, before, strict=True):
+            self._remove_stand_ins()
+
+    def _put_stand_ins(self) -> None:
+        with _STAND_INS:
+            self._replays += 1
+            if self._replays == 1:
+                self._replaced = [block.__dict__.get("forward") for block in self._blocks]
+                for block in self._blocks:
+                    block.forward = _StandIn(self, type(block), block.forward)  # type: ignore[method-assign]
+
+    def _remove_stand_ins(self) -> None:
+        with _STAND_INS:
+            self._replays -= 1
+            if self._replays:
+                return
+            for block, forward in zip(self._blocks, self._replaced, strict=True):
                 if forward is None:
                     del block.forward
                 else:  # accelerate's, for a backbone spread over devices
                     block.forward = forward
+            self._replaced = []
 
     @property
     def held(self) -> int:
@@ -174,20 +201,29 @@ class Taps:
                 "torch.nn.DataParallel copies the backbone to other devices, but not the fusion. Hide all GPUs but one "
                 "(CUDA_VISIBLE_DEVICES=0), or start one process per GPU with 'accelerate launch' or 'torchrun'."
             )
-        frame = Frame(self.fuse.wanted_layers(), [None] * (self.depth + 1), Context())
-        self._frames.stack.append(frame)
+        frame, frames = Frame(self.fuse.wanted_layers(), [None] * (self.depth + 1), Context()), self._frames
+        if left_over := _left_over(root, frames.stack):
+            del frames.stack[-left_over:]
+        frames.stack.append(frame)
         if frame.wanted is None:
             return None
+        if frames.given is not None:
+            frame.given, frames.given = frames.given, None
         # no zip: torch 2.8 cannot trace one over unequal lengths
         named = {self._parameters[i]: value for i, value in enumerate(args)}
         named.update(kwargs)
+        cuts = self.cut_graph is not None and self.cut_graph()
         # where the backbone runs, computing a small part of the fusion twice is cheap, and its memory is what counts
-        frame.context = Context(named.get("attention_mask"), self.causal, recompute=self._cuts())
+        frame.context = Context(named.get("attention_mask"), self.causal, recompute=cuts)
         if self.fuse.mixes_positions:
             frame.context.cached_positions = max(_cached_positions(named.get(name)) for name in CACHE_NAMES)
-        frame.absorbs = not torch.is_grad_enabled() and self._frames.given is None and self.fuse.absorbs()
-        encoded = kwargs.get("encoder_hidden_states")
-        if isinstance(encoded, Tensor) and encoded.requires_grad and self._cuts():
+        frame.absorbs = not torch.is_grad_enabled() and frame.given is None and self.fuse.absorbs()
+        if not cuts:
+            return None
+        encoded = named.pop("encoder_hidden_states", None)
+        # not what the caller wants a gradient of, such as a soft prompt's embeddings
+        frame.cuts = not (frames.differentiates or _wants_gradient(*named.values()))
+        if frame.cuts and "encoder_hidden_states" in kwargs and _wants_gradient(encoded):
             return args, {**kwargs, "encoder_hidden_states": encoded.detach()}
         return None
 
@@ -201,16 +237,13 @@ class Taps:
                 "its configuration skips blocks in training (layerdrop), load it with layerdrop=0.0."
             )
 
-    def _cuts(self) -> bool:
-        return self.cut_graph is not None and self.cut_graph()
-
     def _keep_input(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         frame = self._frame
         if frame is None or frame.wanted is None or frame.reached:
             return None
         state = args[0] if args else kwargs["hidden_states"]
         changed = None
-        if state.requires_grad and self._cuts():
+        if frame.cuts and state.requires_grad:
             state = state.detach()
             changed = ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
         self._keep(frame, 0, state)
@@ -224,9 +257,10 @@ class Taps:
             return None
         frame.reached += 1
         state = output[0] if isinstance(output, tuple) else output
-        given = self._frames.given
-        if given is not None:
-            return self._finish_given(frame, given, state, args, kwargs, output) if frame.reached == self.depth else None
+        if frame.given is not None:
+            return (
+                self._finish_given(frame, frame.given, state, args, kwargs, output) if frame.reached == self.depth else None
+            )
         self._keep(frame, frame.reached, state)
         return self._finish(frame, state, args, kwargs, output) if frame.reached == self.depth else None
 
@@ -294,21 +328,43 @@ class Taps:
 
 
 class _StandIn:
-    """Takes the place of a block's `forward`: hands its input on, in the form in which the block answers."""
+    """Takes the place of a block's `forward`, see `Taps.replaying`."""
 
-    def __init__(self, kind: type, forward: Callable[..., Any], answers: dict[type, int | None]) -> None:
+    def __init__(self, taps: Taps, kind: type, forward: Callable[..., Any]) -> None:
+        self.taps = taps
         self.kind = kind
         self.forward = forward
-        self.answers = answers
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.kind not in self.answers:  # once, to see
+        frame, answers = self.taps._frame, self.taps._answers
+        if frame is None or frame.given is None:
+            return self.forward(*args, **kwargs)  # another thread's call, or a call within this one
+        if self.kind not in answers:  # once, to see
             with torch.no_grad():
                 answer = self.forward(*args, **kwargs)
-            self.answers[self.kind] = len(answer) if isinstance(answer, tuple) else None
+            answers[self.kind] = len(answer) if isinstance(answer, tuple) else None
         state = args[0] if args else kwargs["hidden_states"]
-        length = self.answers[self.kind]
+        length = answers[self.kind]
         return state if length is None else (state, *([None] * (length - 1)))
+
+
+def _left_over(module: nn.Module, noted: list[Any]) -> int:
+    """How many of the calls noted for a module, in one of its own, are over without a word.
+
+    After a KeyboardInterrupt torch runs no hooks, also not those that run always. What is under way still stands in
+    Python's stack, looked at only where something is noted: in a call within a call, and after an interrupt.
+    """
+    if not noted or torch.compiler.is_compiling():
+        return 0
+    running, python = 0, sys._getframe()
+    while python is not None:
+        running += python.f_code is nn.Module._call_impl.__code__ and python.f_locals.get("self") is module
+        python = python.f_back  # type: ignore[assignment]
+    return max(0, len(noted) + 1 - running) if running else 0  # the last of those that run is not noted yet
+
+
+def _wants_gradient(*inputs: Any) -> bool:
+    return any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
 
 
 def _with_block_inputs(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context:

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from support import DEPTH, LORA, METHODS, WIDTH, attached, batch, disturb, layer_of, logits, tiny
+from support import DEPTH, LORA, METHODS, WIDTH, attached, batch, disturb, layer_of, logits, tiny, without_dropout
 
 from fusion_adapters import FUSIONS, FusionConfig, depth_weights
 from fusion_adapters.budget import count_trainable
@@ -195,12 +195,17 @@ def test_taps_read_what_transformers_reports_as_hidden_states(family):
 
 
 def test_embeddings_given_by_the_caller(family):
-    model = disturb(attached(family)).eval()
-    given = model.get_input_embeddings()(batch()["input_ids"]).detach().requires_grad_()
-    answer = model(inputs_embeds=given, attention_mask=batch()["attention_mask"]).logits
-    assert torch.equal(answer, logits(model))
-    answer.sum().backward()
-    assert given.grad.abs().sum() > 0, "a gradient that the caller asked for was cut off"
+    model = without_dropout(disturb(attached(family)))
+    expected, gradients = logits(model), []
+    for mode in (False, True):
+        model.train(mode)
+        given = model.get_input_embeddings()(batch()["input_ids"]).detach().requires_grad_()
+        answer = model(inputs_embeds=given, attention_mask=batch()["attention_mask"]).logits
+        assert torch.equal(answer, expected)
+        answer.square().sum().backward()
+        assert given.grad.abs().sum() > 0, "a gradient that the caller asked for was cut off"
+        gradients.append(given.grad)
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["alone", "lora"])
@@ -276,13 +281,12 @@ def test_inference_keeps_what_the_fusion_needs_of_a_state_and_not_the_state(fami
     assert len(calls) == 1 and torch.equal(expected, logits(model))
 
 
-def test_an_exception_in_a_forward_pass_leaves_the_next_one_right(family):
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_in_a_forward_pass_leaves_the_next_one_right(family, error):
     model = disturb(attached(family))
     expected = logits(model)
-    handle = (
-        layer_of(model).backbone.blocks[2].register_forward_pre_hook(lambda *a: (_ for _ in ()).throw(RuntimeError("stop")))
-    )
-    with pytest.raises(RuntimeError, match="stop"):
+    handle = layer_of(model).backbone.blocks[2].register_forward_pre_hook(lambda *a: (_ for _ in ()).throw(error("stop")))
+    with pytest.raises(error, match="stop"):
         logits(model)
     handle.remove()
     assert torch.equal(logits(model), expected)
@@ -300,6 +304,14 @@ def test_16_bit_backbones_train_float32_adapters_and_heads(family, dtype, method
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     backbone = layer_of(model).backbone
     assert {p.dtype for b in backbone.blocks for n, p in b.named_parameters() if "lora_" not in n} == {dtype}
+
+
+def test_a_16_bit_output_head_that_trains_answers_in_float32():
+    model = attached("llama", "lm", tiny("llama", "lm", dtype=torch.bfloat16), modules_to_save=["lm_head"])
+    model.add_adapter("second", FusionConfig(task_type="CAUSAL_LM", modules_to_save=["lm_head"]))
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        assert logits(model, "lm").dtype == torch.float32
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,12 +1,15 @@
 """The benchmark: every case runs, cases take turns in processes, bars say what was measured."""
 
 import json
+import time
+from types import SimpleNamespace
 
+import dying_run
 import pytest
 import torch
 from support_text import SENTENCES, conll, save_model
 
-from fusion_adapters.bench import load_bench
+from fusion_adapters.bench import load_bench, workers
 from fusion_adapters.bench.cases import EPOCHS, ROUNDS, Setting, epoch_cases
 from fusion_adapters.bench.large import measure_large
 from fusion_adapters.bench.runner import compare_with_bars, measure_checkpoints, ratio
@@ -84,6 +87,19 @@ def test_cases_take_turns_in_processes_of_their_own(recipe, tmp_path):
     wrong = recipe.model_copy(update={"lora": {"r": 2, "target_modules": ["nowhere"]}})
     with pytest.raises(RuntimeError, match=r"'LoRA' failed: \w+Error: .*nowhere"):
         alternate(wrong, ["LoRA"], tmp_path, told.append)
+
+
+@pytest.mark.parametrize(
+    "dies", [dying_run.at_once, dying_run.when_asked, dying_run.between_turns], ids=lambda f: f.__name__
+)
+def test_a_process_that_dies_is_reported(dies, tmp_path, monkeypatch):
+    told = r"The process of 'some case' ended without an answer \(killed, or out of memory\?\)"
+    monkeypatch.setattr(workers, "_work", dies)
+    with pytest.raises(RuntimeError, match=told):
+        alternate(SimpleNamespace(repeats=1), ["some case"], tmp_path, lambda what: time.sleep(0.5))
+    if dies is dying_run.at_once:
+        with pytest.raises(RuntimeError, match=told):
+            workers._in_a_process(dies, "some case")
 
 
 @pytest.mark.slow

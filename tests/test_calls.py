@@ -1,4 +1,4 @@
-"""Calls of an attached model that cross each other: threads, calls within calls, failures, replicas, compiled models."""
+"""Calls of an attached model that cross each other: threads, calls within calls, failures, replicas, dropout, compiled models."""
 
 import threading
 import warnings
@@ -67,21 +67,51 @@ def test_a_call_within_a_call_does_not_mix_states(family):
 
 
 @FEW
-def test_a_failure_within_a_call_leaves_nothing_behind(family):
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_within_a_call_leaves_nothing_behind(family, error):
     model = make(family)
     batch = inputs(family, next(iter(FAMILIES[family].classes)))
     expected = answer(model, batch)
 
     def fail(block, args):
-        raise RuntimeError("out of something")
+        raise error("out of something")
 
     handle = fusion_layers(model)[-1].backbone.blocks[-1].register_forward_pre_hook(fail)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="out of something"):
+        with pytest.raises(error, match="out of something"):
             answer(model, batch)
-        assert held(model) == 0
+        if error is RuntimeError:  # torch tells nobody of an interrupt: what it left goes with the next call
+            assert held(model) == 0
+        assert all(len(layer.taps._frames.stack) <= 1 for layer in fusion_layers(model))
     handle.remove()
     torch.testing.assert_close(answer(model, batch), expected, rtol=0, atol=0)
+    assert held(model) == 0 and not any(layer.taps._frames.stack for layer in fusion_layers(model))
+
+
+@FEW
+def test_an_interrupted_call_within_a_call_leaves_the_outer_one_right(family):
+    model = make(family)
+    head = next(iter(FAMILIES[family].classes))
+    outer, inner = inputs(family, head, seed=0), inputs(family, head, seed=1)
+    expected = answer(model, outer), answer(model, inner)
+    found = []
+
+    def interrupt(block, args):
+        raise KeyboardInterrupt
+
+    def call_again(block, args, output):
+        handle.remove()
+        handles = [block.register_forward_pre_hook(interrupt)]
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                answer(model, inner)
+        handles[0].remove()
+        found.append(answer(model, inner))
+
+    handle = fusion_layers(model)[-1].backbone.blocks[1].register_forward_hook(call_again)
+    torch.testing.assert_close(answer(model, outer), expected[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found[0], expected[1], rtol=0, atol=1e-6)
+    assert held(model) == 0
 
 
 def test_replicas_of_data_parallel_are_refused():
@@ -133,3 +163,31 @@ def test_attaching_after_compiling_warns():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*compiled.*")
         attach("bert")
+
+
+@pytest.mark.parametrize(("family", "head"), [("bert", "masked"), ("llama", "causal")])
+def test_dropout_of_a_fusion_does_not_ask_whether_there_is_a_graph(family, head):
+    model = disturb(attach(family, head, fusion_dropout=0.5)).train()
+    batch = {k: v for k, v in inputs(family, head).items() if k != "labels"}
+
+    def run(seed, call=lambda: model(**batch).logits):
+        torch.manual_seed(seed)
+        return call()
+
+    def gradients(logits):
+        model.zero_grad()
+        logits.square().sum().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    with torch.no_grad():
+        first, again, other = run(0), run(0), run(1)
+    assert torch.equal(first, again) and not torch.allclose(first, other)
+    expected = run(0)
+    assert torch.equal(first, expected)
+    needs = torch.zeros(1, requires_grad=True)  # without an input that has a gradient, nothing would be computed again
+    twice = run(0, lambda: checkpoint(lambda _: model(**batch).logits, needs, use_reentrant=True))
+    assert torch.equal(twice, expected)
+    found, plain = gradients(twice), gradients(expected)
+    assert found.keys() == plain.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(found[name], gradient)

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import threading
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from accelerate.utils import send_to_device
 from families import FAMILIES, GRID, attach, inputs
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from support import METHODS, attached, batch, disturb, tiny, without_dropout
+from support import METHODS, attached, batch, disturb, layer_of, tiny, without_dropout
 from support_cache import assert_equal_training, cached, from_cache, pad, rows_of, some_rows
 from support_text import save_model, write_recipe
 from torch.utils.data import ConcatDataset
@@ -151,6 +152,82 @@ def test_states_of_other_layers_or_too_few_positions_are_refused(tmp_path):
         writer = attached("llama", "lm")
         with pytest.raises(ValueError, match=rf"positions '{positions}' alone, but the model is a causal language model"):
             writer(**from_cache(cached(writer, rows, tmp_path / "lm"), rows, positions=positions))
+
+
+@pytest.mark.parametrize("task", ["TOKEN_CLS", None], ids=["task", "no-task"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_call_with_states_that_was_interrupted_leaves_the_next_ones_right(task, error, times, tmp_path):
+    model = disturb(get_peft_model(tiny(), FusionConfig(task_type=task, modules_to_save=["classifier"])))
+    rows = some_rows(4)
+    before = model(**pad(rows)).logits
+    states = from_cache(cached(model, rows, tmp_path / "states"), rows)
+    with_states = model(**states).logits
+
+    def stop(*_):
+        raise error("stop")
+
+    handle = layer_of(model).register_forward_pre_hook(stop)
+    for _ in range(times):
+        with pytest.raises(error, match="stop"):
+            model(**states)
+    handle.remove()
+    for _ in range(2):
+        torch.testing.assert_close(model(**pad(rows)).logits, before)
+        assert all("forward" not in block.__dict__ for block in layer_of(model).backbone.blocks)
+        torch.testing.assert_close(model(**states).logits, with_states)
+    assert not layer_of(model).taps._frames.replays
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("task", ["TOKEN_CLS", None], ids=["task", "no-task"])
+@pytest.mark.parametrize("other_cached", [False, True], ids=["plain", "cached"])
+def test_calls_with_states_and_other_calls_in_threads(family, task, other_cached, tmp_path):
+    head = "classifier" if family == "bert" else "score"
+    model = disturb(get_peft_model(tiny(family), FusionConfig(task_type=task, modules_to_save=[head]))).eval()
+    groups = [some_rows(4), some_rows(4, seed=1)]
+    batches = [
+        from_cache(cached(model, rows, tmp_path / str(i)), rows) if i == 0 or other_cached else pad(rows)
+        for i, rows in enumerate(groups)
+    ]
+    alone, plain = [model(**batch).logits for batch in batches], model(**pad(groups[1])).logits
+    barrier, answers = threading.Barrier(2), {}
+
+    def meet(*_):
+        barrier.wait(timeout=20)  # both within the backbone
+
+    def call(i):
+        answers[i] = model(**batches[i]).logits
+
+    root = layer_of(model).backbone.root
+    handles = [root.register_forward_pre_hook(meet), root.register_forward_hook(meet)]
+    for _ in range(3):
+        threads = [threading.Thread(target=call, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for i in range(2):
+            torch.testing.assert_close(answers.pop(i), alone[i])
+    for handle in handles:
+        handle.remove()
+    assert all("forward" not in block.__dict__ for block in layer_of(model).backbone.blocks)
+    torch.testing.assert_close(model(**pad(groups[1])).logits, plain)
+
+
+def test_a_plain_call_within_one_with_states_runs_the_blocks(tmp_path):
+    model = disturb(attached()).eval()
+    rows = some_rows(4)
+    states = from_cache(cached(model, rows, tmp_path / "states"), rows)
+    expected, found = (model(**states).logits, model(**batch()).logits), []
+
+    def call_again(*_):
+        handle.remove()
+        found.append(model(**batch()).logits)
+
+    handle = layer_of(model).backbone.blocks[1].register_forward_hook(call_again)
+    torch.testing.assert_close(model(**states).logits, expected[0])
+    torch.testing.assert_close(found[0], expected[1])
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])

@@ -232,6 +232,32 @@ def test_16_bit_states_give_16_bit_results_near_those_of_float32(name, dtype):
     assert (rounded.float() - exact).abs().max() <= 24 * epsilon * exact.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in FUSIONS),
+        ("concat", {"bottleneck": 5}),
+        *((n, {"weights": "uniform"}) for n in ("dwatt", "dwconcat")),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("device", "shape"), [("cpu", (B, 0, D)), ("cpu", (0, T, D)), ("meta", (B, T, D))])
+def test_batches_without_tokens_and_on_the_meta_device(name, options, dtype, device, shape):
+    fusion, _, _ = build(name, **options)
+    fusion.to(device)
+    states = [torch.zeros(shape, dtype=dtype, device=device) for _ in fusion.layers]
+    last = torch.zeros(shape, dtype=dtype, device=device)
+    answers = [fusion(states, last)]
+    if fusion.absorbs:
+        kept = None
+        with torch.no_grad():
+            for index, state in enumerate(states):
+                kept = fusion.absorb(kept, index, state)
+            answers.append(fusion.finish(kept, last))
+    for answer in answers:
+        assert (answer.shape, answer.dtype, answer.device.type) == (shape, dtype, device)
+
+
 @pytest.mark.parametrize("name", [n for n in FUSIONS if not FUSIONS[n].mixes_positions])
 def test_a_fusion_over_depth_does_not_mix_positions(name):
     fusion, states, last = build(name)

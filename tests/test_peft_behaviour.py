@@ -150,6 +150,26 @@ def test_disabling_restores_the_base_model_and_what_trained(family, lora):
     assert {n: p.requires_grad for n, p in model.named_parameters()} == trained
 
 
+@pytest.mark.parametrize("way", ["peft", "transformers"])
+def test_an_adapter_chosen_while_adapters_are_disabled_trains_afterwards(family, way):
+    model = tiny(family)
+    if way == "peft":
+        model = get_peft_model(model, FusionConfig(), adapter_name="a")
+        model.add_adapter("b", FusionConfig(fusion="concat"))
+        with model.disable_adapter():
+            model.set_adapter("b")
+    else:
+        model.add_adapter(FusionConfig(), adapter_name="a")
+        model.add_adapter(FusionConfig(fusion="concat"), adapter_name="b")
+        model.set_adapter("a")
+        model.disable_adapters()
+        model.set_adapter("b")
+        model.enable_adapters()
+    fusions = layer_of(model).fusions
+    assert all(p.requires_grad for p in fusions["b"].parameters())
+    assert not any(p.requires_grad for p in fusions["a"].parameters())
+
+
 def test_deleting_adapters(family):
     base = logits(tiny(family))
     model = disturb(attached(family))

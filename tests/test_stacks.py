@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import FAMILIES, answer, attach, inputs
 from peft import PeftModel
-from support import disturb
+from support import disturb, without_dropout
 
 from fusion_adapters import FusionConfig, depth_weights
 from fusion_adapters.tuner import fusion_layers
@@ -104,3 +104,18 @@ def test_an_adapter_for_both_stacks_does_not_load_into_another_depth(tmp_path):
     other = FAMILIES["t5"].build("seq2seq", num_decoder_layers=2)
     with pytest.raises(ValueError, match=r"hidden size \[32, 32\] with \[4, 3\] blocks; this one .* with \[4, 2\] blocks"):
         PeftModel.from_pretrained(other, tmp_path)
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder", "both"])
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_gradient_of_the_callers_embeddings_is_not_cut(family, stack):
+    model = without_dropout(disturb(make(family, stack)))
+    batch, gradients = inputs(family, "seq2seq"), []
+    ids = batch.pop("input_ids")
+    for mode in (False, True):
+        model.train(mode)
+        given = model.get_input_embeddings()(ids).detach().requires_grad_()
+        model(inputs_embeds=given, **batch).loss.backward()
+        assert given.grad.abs().sum() > 0
+        gradients.append(given.grad)
+    torch.testing.assert_close(*gradients)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
@@ -46,12 +47,14 @@ def alternate(
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, recipe, case, folder), daemon=True)
             process.start()
+            theirs.close()  # else the pipe never ends for us when the process does
             workers.append((case, process, ours))
             _answer(ours, case)  # one at a time also while they set themselves up
         for turn in range(recipe.repeats + 1):
             for case, _, connection in workers:
                 advance(case)
-                connection.send("go")
+                with contextlib.suppress(BrokenPipeError):  # it is gone: what follows says so
+                    connection.send("go")
                 taken = _answer(connection, case)
                 if turn:
                     seconds[case].append(taken)
@@ -86,6 +89,7 @@ def _in_a_process(target: Callable[..., None], case: str, *arguments: Any) -> fl
     ours, theirs = context.Pipe()
     process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
     process.start()
+    theirs.close()
     try:
         return _answer(ours, case)
     finally:
@@ -96,7 +100,7 @@ def _in_a_process(target: Callable[..., None], case: str, *arguments: Any) -> fl
 def _answer(connection: Any, case: str) -> float:
     try:
         answer = connection.recv()
-    except EOFError:
+    except (EOFError, ConnectionResetError):
         raise RuntimeError(f"The process of {case!r} ended without an answer (killed, or out of memory?).") from None
     if isinstance(answer, str):
         raise RuntimeError(f"{case!r} failed: {answer}")

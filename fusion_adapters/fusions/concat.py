@@ -67,12 +67,13 @@ class Concat(Fusion):
     def _added(self, kept: Tensor | None, state: Tensor, weight: Tensor) -> Tensor:
         """Adds a layer's product to the sum `(B T, r or d)`, float32: in 16 bits rounding would grow with depth."""
         flat = state.flatten(0, -2)
-        if flat.dtype == weight.dtype and not torch.is_autocast_enabled(flat.device.type):
+        # torch knows no autocast on the meta device
+        if flat.dtype == weight.dtype and (flat.is_meta or not torch.is_autocast_enabled(flat.device.type)):
             return torch.addmm(self.bias, flat, weight.T) if kept is None else kept.addmm_(flat, weight.T)
         return (self.bias if kept is None else kept) + linear(flat, weight).float()
 
     def finish(self, kept: Any, last: Tensor) -> Tensor:
-        mixed = kept.to(last.dtype).view(*last.shape[:-1], -1)
+        mixed = kept.to(last.dtype).view(*last.shape[:-1], kept.shape[-1])
         if self.up_weight is not None:
             mixed = linear(F.gelu(mixed), self.up_weight, self.up_bias)  # (B, T, d)
         elif not self.residual:

@@ -101,7 +101,7 @@ class DWAtt(Fusion):
         self, states: Sequence[Tensor], last: Tensor, context: Context | None = None, return_weights: bool = False
     ) -> Any:
         weights = each_layer(self.depth_weights, context, last)  # (B, T, H, N)
-        layers = self._layers(F.dropout(weights, self.dropout, self.training).to(last.dtype))
+        layers = self._layers(self._dropped(weights, last))
         fused = last.float()  # summed in float32: rounding would grow with depth
         for state, (share, gain, bias, *mlp) in zip(states, layers, strict=True):
             fused = fused + each_layer(self._weighed_value, context, state, share, gain, bias, *mlp)
@@ -116,10 +116,14 @@ class DWAtt(Fusion):
 
     def finish(self, kept: Any, last: Tensor) -> Tensor:
         fused = last.float()
-        for i, (share, gain, bias, *_, up, up_bias) in enumerate(self._layers(self.depth_weights(last).to(last.dtype))):
+        layers = self._layers(self._dropped(self.depth_weights(last), last))
+        for i, (share, gain, bias, *_, up, up_bias) in enumerate(layers):
             fused = fused + self._weighed(linear(kept[i], up, up_bias), share, gain, bias)
             kept[i] = None
         return fused.to(last.dtype)
+
+    def _dropped(self, weights: Tensor, last: Tensor) -> Tensor:
+        return F.dropout(weights, self.dropout, self.training).to(last.dtype)
 
     def _layers(self, weights: Tensor) -> list[tuple[Tensor, ...]]:
         """For each layer its weights `(B, T, H, 1)`, the gain and bias of its outer norm, and its MLP's parameters."""

@@ -93,7 +93,8 @@ def train_head_in_float32(model: nn.Module, backbones: list[Backbone], adapter_n
             head.float()
             remove_float32_hook(head)
             head.register_forward_pre_hook(_inputs_to_float32)
-            if outputs is not None and all(m is not outputs for m in head.modules()):
+            # the wrapper's modules: the output embeddings may be the wrapper itself, or lie in another adapter's copy
+            if outputs is not None and all(m is not outputs for m in wrapper.modules()):
                 head.register_forward_hook(_OutputTo(dtype))  # a masked LM's transform: frozen 16-bit embeddings follow
 
 

@@ -167,6 +167,7 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
         chosen = self.check_set_adapter(adapter_names)
         for name, fusion in self.fusions.items():
             fusion.requires_grad_(name == chosen and not inference_mode)
+        self._trainable.clear()  # enabling again must not undo this
         self._active_adapter = [] if chosen is None else [chosen]
 
     def enable_adapters(self, enabled: bool) -> None:

@@ -232,6 +232,15 @@ def test_lora_has_its_own_learning_rate(tmp_path):
     assert {rate for name, rate in rates.items() if ".lora_" not in name} == {1e-3}
 
 
+def test_weights_over_depth_of_a_run_in_bfloat16(tmp_path):
+    both = {**METHODS["dwatt"]["adapter"], "r": 2, "target_modules": ["query"]}
+    few = {"baseline": "dwatt", "reference": None, "sizes": [4], "seeds": [1], "rates": [1e-3]}
+    path = write_study(tmp_path, methods={"dwatt": {"adapter": both}}, **few, training={"bf16": True})
+    main(["compare", str(path), "--output", str(tmp_path / "out"), "--workers", "1"])
+    (run,) = (json.loads(p.read_text()) for p in (tmp_path / "out" / "runs").rglob("*.json"))
+    assert all(sum(weights) == pytest.approx(1, abs=0.02) for weights in run["depth"].values())
+
+
 def test_processes_give_the_table_of_one(tmp_path):
     methods = {name: METHODS[name] for name in ("deeper", "concat")}
     path = write_study(tmp_path, methods=methods)

@@ -260,7 +260,7 @@ def depth_by_label(
             gold = torch.where(batch["attention_mask"].flatten().cpu().bool(), gold, IGNORED)
         known = gold != IGNORED
         gold = gold.clamp(max=0) if pieces else gold
-        totals.index_add_(0, gold[known], weights.flatten(0, 1)[known])
+        totals.index_add_(0, gold[known], weights.flatten(0, 1)[known].float())
         counts.index_add_(0, gold[known], torch.ones(int(known.sum())))
     means = {label: (totals[i] / counts[i]).tolist() for i, label in enumerate(labels) if counts[i] > 0}
     return {label: [round(v, 5) for v in weights] for label, weights in means.items()}, list(fusion.layers)

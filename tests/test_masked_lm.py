@@ -256,7 +256,7 @@ def write_study(folder, **changes):
         "methods": {n: {"adapter": {"fusion": n, **fresh}} for n in ("deeper", "concat", "dwatt")},
         "sizes": [8],
         "seeds": [1, 2],
-        "rates": [1e-3],
+        "rates": [1e-3, 2e-3],
         "epochs": 2,
         "evaluations": 2,
         "training": {"per_device_train_batch_size": 4},

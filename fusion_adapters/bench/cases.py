@@ -36,6 +36,8 @@ EPOCHS: dict[str, dict[str, Any] | None] = {
     "DWAtt, cached": DWATT,
     "DWAtt 20 %, cached": {"fusion": "dwatt"},
     "DWAtt 20 %, cached, compiled": {"fusion": "dwatt"},
+    "dwconcat, cached": {"fusion": "dwconcat", "fusion_budget": "dwatt-paper"},
+    "dwconcat 20 %, cached": {"fusion": "dwconcat"},
     "DWAtt, loop in memory": DWATT,
     "DWAtt 20 %, loop in memory": {"fusion": "dwatt"},
 }

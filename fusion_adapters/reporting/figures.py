@@ -77,20 +77,26 @@ def draw_samples(summary: dict[str, Any], path: Path) -> None:
     _save(figure, axes[0], path)
 
 
+def _panels(rows: Sequence[dict[str, Any]]) -> tuple[Any, Any, dict[str, list[int]]]:
+    """A figure, its axes with a line for each data set and a column for each size, and the sizes of each data set."""
+    sizes = {name: sorted({r["size"] for r in rows if r["data"] == name}) for name in _names(rows, "data")}
+    columns = max(len(s) for s in sizes.values())
+    figure, axes = pyplot().subplots(
+        len(sizes), columns, figsize=(2.9 * columns + 0.6, 2.9 * len(sizes) + 0.9), layout="constrained", squeeze=False
+    )
+    for line, own in zip(axes, sizes.values(), strict=True):
+        for axis in line[len(own) :]:
+            axis.axis("off")
+    return figure, axes, sizes
+
+
 def draw_budget(summary: dict[str, Any], path: Path) -> None:
     """Score over the number of trained parameters without head; a panel for each data set and size."""
     rows = summary["rows"]
-    data, methods = _names(rows, "data"), _names(rows, "method")
-    sizes = {name: sorted({r["size"] for r in rows if r["data"] == name}) for name in data}
-    styles = _styles(methods)
-    columns = max(len(s) for s in sizes.values())
-    figure, axes = pyplot().subplots(
-        len(data), columns, figsize=(2.9 * columns + 0.6, 2.9 * len(data) + 0.9), layout="constrained", squeeze=False
-    )
-    for line, name in zip(axes, data, strict=True):
-        for axis in line[len(sizes[name]) :]:
-            axis.axis("off")
-        for axis, size in zip(line, sizes[name], strict=False):
+    styles = _styles(_names(rows, "method"))
+    figure, axes, panels = _panels(rows)
+    for line, name in zip(axes, panels, strict=True):
+        for axis, size in zip(line, panels[name], strict=False):
             for row in (r for r in rows if r["data"] == name and r["size"] == size):
                 count = max(1, row["parameters"]["fusion"] + row["parameters"]["lora"])
                 score = row[row["measure"]]
@@ -121,17 +127,11 @@ def draw_losses(runs: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _draw_curves(runs: Sequence[dict[str, Any]], path: Path, key: str, scale: float, measure: str) -> None:
     reported = [run for run in runs if run["stage"] == "report"]
-    data, methods = _names(reported, "data"), _names(reported, "method")
-    sizes = {name: sorted({r["size"] for r in reported if r["data"] == name}) for name in data}
+    methods = _names(reported, "method")
     styles = _styles(methods)
-    columns = max(len(s) for s in sizes.values())
-    figure, axes = pyplot().subplots(
-        len(data), columns, figsize=(2.9 * columns + 0.6, 2.9 * len(data) + 0.9), layout="constrained", squeeze=False
-    )
-    for line, name in zip(axes, data, strict=True):
-        for axis in line[len(sizes[name]) :]:
-            axis.axis("off")
-        for axis, size in zip(line, sizes[name], strict=False):
+    figure, axes, panels = _panels(reported)
+    for line, name in zip(axes, panels, strict=True):
+        for axis, size in zip(line, panels[name], strict=False):
             for method in methods:
                 own = [r for r in reported if (r["data"], r["size"], r["method"]) == (name, size, method)]
                 if own:

@@ -74,7 +74,7 @@ def test_a_round_trains_what_its_name_says(case, recipe, tmp_path):
     moved = {n for n, p in kept["model"].named_parameters() if not torch.equal(p, before[n])}
     assert any("classifier" in n for n in moved)
     assert any(".lora_" in n for n in moved) == case.startswith("LoRA")
-    assert any(".layer_fusion." in n for n in moved) == ("DWAtt" in case)
+    assert any(".layer_fusion." in n for n in moved) == ("DWAtt" in case or "dwconcat" in case)
     assert all(any(part in n for part in (".lora_", ".layer_fusion.", "classifier")) for n in moved)
 
 

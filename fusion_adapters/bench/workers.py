@@ -25,6 +25,10 @@ BOTTLENECK = 64  # a quarter of the width of the deep backbone
 MEMORY_CASES = ("LoRA", "LoRA + DWAtt", "last, live", "DWAtt, live")
 
 
+# glibc gives what a tensor leaves back to the system at once, so that resident memory is what is in use
+EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+
+
 def alternate(
     recipe: BenchRecipe, cases: Sequence[str], folder: Path, advance: Callable[[str], None]
 ) -> dict[str, list[float]]:
@@ -88,7 +92,13 @@ def _in_a_process(target: Callable[..., None], case: str, *arguments: Any) -> fl
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
-    process.start()
+    before = {name: os.environ.get(name) for name in EXACT_MEMORY}
+    os.environ.update(EXACT_MEMORY)  # the process inherits it
+    try:
+        process.start()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
     theirs.close()
     try:
         return _answer(ours, case)

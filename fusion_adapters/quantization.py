@@ -59,7 +59,7 @@ def keep_unpacked(modules: Iterable[nn.Module]) -> None:
     every evaluation. Layers given here are unpacked, and are not packed again.
     """
     for module in modules:
-        if not hasattr(module, "support_avx512bf16_for_cpu"):
+        if "support_avx512bf16_for_cpu" not in module.__dict__:
             continue
         module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         state: Any = getattr(module.weight, "quant_state", None)

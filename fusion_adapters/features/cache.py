@@ -136,7 +136,7 @@ class LayerStateCache:
             numbers: Numbers of rows, see `find`.
             layers: Which layers; None means all of the cache.
             dtype: Of the result; None keeps the stored one (float32 for int8).
-            keep: For each row which of its positions to read, bool; None means all.
+            keep: For each row which of its positions to read, int64, ascending; None means all.
 
         Returns:
             `(N, tokens, d)`, the layers first, so that each layer lies in one piece.
@@ -147,7 +147,7 @@ class LayerStateCache:
         starts, total = [], 0
         for i, number in enumerate(numbers):
             starts.append(total)
-            total += self._places[number][2] if keep is None else int(keep[i].sum())
+            total += self._places[number][2] if keep is None else len(keep[i])
         result = torch.empty(len(columns), total, self.manifest["hidden_size"], dtype=dtype)
         everything = columns == list(range(len(self.layers)))
         # in the order of the files, whatever the order of the batch
@@ -160,7 +160,7 @@ class LayerStateCache:
             if "scales" in reader:
                 states = states * reader["scales"][first : first + count][:, columns].unsqueeze(-1)
             if keep is not None:
-                states = states[keep[i]]
+                states = states.index_select(0, keep[i])
             result[:, starts[i] : starts[i] + len(states)].copy_(states.transpose(0, 1))
         return result
 

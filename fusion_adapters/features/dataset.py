@@ -78,7 +78,7 @@ class CachedDataset(Dataset[CachedRow]):
         return CachedRow(self, i)
 
     def labelled(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Which of a row's cached positions have a label, bool, and its inputs and labels there; kept for later epochs."""
+        """Which of a row's cached positions have a label, int64, and its inputs and labels there; kept for later epochs."""
         if i not in self._labelled:
             row = self.rows[i]
             labels = torch.as_tensor(row["labels"])
@@ -86,7 +86,7 @@ class CachedDataset(Dataset[CachedRow]):
             real = (
                 torch.as_tensor(row["attention_mask"]).bool() if "attention_mask" in row else torch.ones_like(labels).bool()
             )
-            keep = labels[real] != IGNORED
+            keep = (labels[real] != IGNORED).nonzero().squeeze(1)
             names = [n for n in ("labels", *self.cache.manifest["inputs"]) if n in row]
             self._labelled[i] = keep, {n: torch.as_tensor(row[n])[real][keep] for n in names}
         return self._labelled[i]
@@ -125,7 +125,7 @@ class CachedCollator:
         keep = None
         if source.positions == "labelled":
             labelled = batch["labels"].flatten()[positions] != IGNORED
-            keep = labelled.split(lengths)
+            keep = [row.nonzero().squeeze(1) for row in labelled.split(lengths)]
             positions = positions[labelled]
         states = source.cache.read(numbers, source.layers, self.dtype, keep)
         return {**batch, "layer_states": _described(source, states, positions)}

@@ -17,7 +17,7 @@ from ..fingerprint import fingerprint
 from ..fusions import FUSIONS, Context, Fusion
 from ..quantization import keep_unpacked
 from ..taps import GivenStates, Taps
-from .inside import adapters_in_use
+from .inside import adapters_in_use, modules_in, trains
 
 CAUSAL_LM_HEADS = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
@@ -109,7 +109,7 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
 
     def trains_states(self) -> bool:
         """Whether something trains inside the backbone, so that its layer states change."""
-        return any(p.requires_grad for module in self.backbone.upstream for p in module.parameters())
+        return trains(self.backbone.upstream)
 
     def train(self, mode: bool = True) -> FusionLayer:
         """Sets the mode of the fusions, and keeps a backbone in which nothing trains in evaluation mode.
@@ -121,11 +121,14 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
             return self
         frozen: set[nn.Module] = set()
         if not self.trains_states():
-            self.backbone.root.training = False
-            for module in (*self.backbone.upstream, *self.backbone.root.children()):
-                if module is not self and not any(p.requires_grad for p in module.parameters()):
-                    frozen.update(module.eval().modules())
-        keep_unpacked(m for m in self.backbone.base.modules() if m not in frozen)
+            root = self.backbone.root
+            root.training = False
+            for module in (*root.children(), *self.backbone.upstream):
+                if module is self or trains([module]):
+                    continue
+                # most blocks have gone with the child of the root that holds them
+                frozen.add(module.eval() if module.training else module)
+        keep_unpacked(modules_in([self.backbone.base], without=frozen))
         return self
 
     def _cuts_graph(self) -> bool:

@@ -53,6 +53,7 @@ def run_bench(recipe: BenchRecipe, output: str | Path, overwrite: bool = False) 
         bar.update()
 
     with written_aside(output) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch, bar:
+        transformers.utils.logging.disable_progress_bar()  # "Loading weights", within ours
         setting = Setting(recipe, Path(scratch))
         model = setting.bare()
         setting.cache(model)

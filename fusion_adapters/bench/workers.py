@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import get_peft_model
 from torch import nn
 from transformers import BertConfig, BertModel
@@ -23,7 +24,7 @@ from .settings import BenchRecipe
 DEEP_CASES = ("bare model", "DWAtt, all states kept", "DWAtt")
 BOTTLENECK = 64  # a quarter of the width of the deep backbone
 MEMORY_CASES = ("LoRA", "LoRA + DWAtt", "last, live", "DWAtt, live")
-
+SECONDS_TO_END = 10
 
 # glibc gives what a tensor leaves back to the system at once, so that resident memory is what is in use
 EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -63,9 +64,8 @@ def alternate(
                 if turn:
                     seconds[case].append(taken)
     finally:
-        for _, process, _ in workers:
-            process.terminate()
-            process.join()
+        for _, process, connection in workers:
+            _end(process, connection)
     return seconds
 
 
@@ -103,8 +103,14 @@ def _in_a_process(target: Callable[..., None], case: str, *arguments: Any) -> fl
     try:
         return _answer(ours, case)
     finally:
-        process.terminate()
-        process.join()
+        _end(process, ours)
+
+
+def _end(process: Any, connection: Any) -> None:
+    connection.close()  # a process that waits for the next round ends by itself, and cleans up behind itself
+    process.join(SECONDS_TO_END)
+    process.terminate()
+    process.join()
 
 
 def _answer(connection: Any, case: str) -> float:
@@ -119,11 +125,12 @@ def _answer(connection: Any, case: str) -> float:
 
 def _work(connection: Any, recipe: BenchRecipe, case: str, folder: Path) -> None:
     try:
+        transformers.utils.logging.disable_progress_bar()
         run = ROUNDS[case](Setting(recipe, folder), case)
         connection.send(0.0)
         while connection.recv() == "go":
             connection.send(run())
-    except EOFError:
+    except (EOFError, BrokenPipeError):
         return
     except Exception as error:
         connection.send(f"{type(error).__name__}: {error}")
@@ -131,6 +138,7 @@ def _work(connection: Any, recipe: BenchRecipe, case: str, folder: Path) -> None
 
 def _measure_memory(connection: Any, recipe: BenchRecipe, case: str, kind: str, folder: Path) -> None:
     try:
+        transformers.utils.logging.disable_progress_bar()
         setting = Setting(recipe, folder)
         model = setting.attached(case)
         rows = sorted(setting.rows, key=lambda row: -len(row["input_ids"]))[: recipe.batch_size]

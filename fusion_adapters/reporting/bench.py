@@ -10,6 +10,8 @@ from typing import Any
 
 from .figures import COLOURS, MARKERS, pyplot
 
+ENOUGH = 3  # rounds, for a median that one slow round does not move
+
 
 def write_bench_report(summary: dict[str, Any], folder: Path) -> None:
     """Writes tables and figures of a benchmark into a folder; ratios first."""
@@ -55,6 +57,11 @@ def bench_text(summary: dict[str, Any]) -> str:
         f"{machine['peft']}. {recipe['backbone']['model']}, {recipe['examples']} examples ({tokens:,} tokens), batch "
         f"{recipe['batch_size']}, {recipe['repeats']} rounds.",
         "",
+        *(
+            ["A quick look: so few sentences and rounds say little about the ratios of times.", ""]
+            if recipe["repeats"] < ENOUGH
+            else []
+        ),
         "| ratio | measured | asked | holds |",
         "| --- | --- | --- | --- |",
         *(f"| {b['bar']} | {b['value']:,.3g} | {b['asked']} | {'yes' if b['holds'] else 'no'} |" for b in summary["bars"]),

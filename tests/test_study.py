@@ -154,6 +154,31 @@ def test_a_comparison_grows_its_rate_sizes(tmp_path):
     assert [r for r in after if r["size"] == "13"] == [r for r in before if r["size"] == "13"]
 
 
+def test_a_comparison_grows_its_rate_seeds(tmp_path):
+    methods = {name: METHODS[name] for name in ("deeper", "concat")}
+    growing = [([0], [1]), ([0, 3], [1]), ([0], [1, 3])]  # a seed that chose rates is reported later: with its test score
+    for rate_seeds, seeds in growing:
+        path = write_study(tmp_path, methods=methods, sizes=["all"], rate_seeds=rate_seeds, seeds=seeds)
+        main(["compare", str(path), "--output", str(tmp_path / "out"), "--workers", "1"])
+        rows = scores(tmp_path / "out")
+        assert {r["seed"] for r in rows if r["stage"] == "rate"} == {str(s) for s in rate_seeds}
+        assert {(r["seed"], r["test"] != "") for r in rows if r["stage"] == "report"} == {(str(s), True) for s in seeds}
+    main(["compare", str(path), "--output", str(tmp_path / "fresh"), "--workers", "1"])
+    assert scores(tmp_path / "fresh") == scores(tmp_path / "out")
+
+
+def test_a_warm_start_follows_the_rate_of_its_source(tmp_path):
+    # a method that stands still scores what it began with
+    methods = {"deeper": METHODS["deeper"], "concat": METHODS["concat"]}
+    methods["again"] = {**METHODS["concat"], "start_from": "concat", "rates": [1e-12]}
+    for rates in ([1e-12], [1e-12, 3e-2]):
+        path = write_study(tmp_path, methods=methods, sizes=["all"], seeds=[1], rates=rates, epochs=6)
+        main(["compare", str(path), "--output", str(tmp_path / "out"), "--workers", "1"])
+        report = {r["method"]: r for r in scores(tmp_path / "out") if r["stage"] == "report"}
+        assert float(report["concat"]["rate"]) == rates[-1]
+        assert report["again"]["dev"] == report["concat"]["dev"] and report["again"]["test"] == report["concat"]["test"]
+
+
 def test_statistics():
     assert interval([1.0]) is None
     low, high = interval([1.0, 2.0, 3.0, 4.0, 5.0])

@@ -18,7 +18,7 @@ from .recipe import StudyRecipe
 STUDY_FILE = "study.yaml"
 DATA_FILE = "data.json"
 # What may differ between two calls on one folder: a run belongs to its method, size, seed and rate, and stays as it is.
-GROWING = ("methods", "sizes", "seeds", "rate_sizes", "rates", "baseline", "reference")
+GROWING = ("methods", "sizes", "seeds", "rate_seeds", "rate_sizes", "rates", "baseline", "reference")
 
 
 def claim(study: StudyRecipe, output: Path) -> None:

@@ -128,19 +128,40 @@ def _tries(study: StudyRecipe, cell: Cell) -> list[Run]:
 
 
 def _run(study: StudyRecipe, run: Run, output: Path) -> dict[str, Any]:
-    path = _path(run, output)
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    source, start = study.methods[run.method].start_from, None
-    if source is not None:
-        rate, _ = rate_of(study, Cell(run.data, source, run.size), output)
-        start = _weights(study, replace(run, method=source, rate=rate), output)
+    result = _found(study, run, output)
+    if result is not None:
+        return result
+    path, source, start = _path(run, output), study.methods[run.method].start_from, None
+    start_rate = _start_rate(study, run, output)
+    if source is not None and start_rate is not None:
+        start = _weights(study, replace(run, method=source, rate=start_rate), output)
     begun = time.perf_counter()
     keep = path.with_suffix(".safetensors") if _is_source(study, run.method) else None
     result = run_single(study, run, output / "states", start, keep)
+    result["start_rate"] = start_rate
     result["seconds_total"] = round(time.perf_counter() - begun, 2)
     write_text_whole(path, json.dumps(result) + "\n")
     return result
+
+
+def _found(study: StudyRecipe, run: Run, output: Path) -> dict[str, Any] | None:
+    """The result of a run that is done, and is what it would be today.
+
+    Its seed may have chosen a rate before it was to be reported, and its weights may have come from a method that has
+    another rate now.
+    """
+    path = _path(run, output)
+    if not path.is_file():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    same = result["stage"] == run.stage and result.get("start_rate") == _start_rate(study, run, output)
+    return result if same else None
+
+
+def _start_rate(study: StudyRecipe, run: Run, output: Path) -> float | None:
+    """The learning rate of the method whose weights a run starts from; None where it starts from none."""
+    source = study.methods[run.method].start_from
+    return None if source is None else rate_of(study, Cell(run.data, source, run.size), output)[0]
 
 
 def _weights(study: StudyRecipe, run: Run, output: Path) -> Path:
@@ -181,11 +202,19 @@ def _begin_worker() -> None:
 
 
 def _is_done(study: StudyRecipe, cell: Cell, output: Path) -> bool:
-    if not all(_path(run, output).is_file() for run in _tries(study, cell)):
+    if not _has_rate(study, cell, output):
         return False
     rate, _ = rate_of(study, cell, output)  # nothing is run: its runs are all there
     runs = [Run(cell.data, cell.method, cell.size, seed, rate, "report") for seed in study.seeds]
-    return all(_path(run, output).is_file() for run in runs)
+    return all(_found(study, run, output) for run in runs)
+
+
+def _has_rate(study: StudyRecipe, cell: Cell, output: Path) -> bool:
+    """Whether the learning rate of a cell is chosen, and that of the method it starts from."""
+    source = study.methods[cell.method].start_from
+    if source is not None and not _has_rate(study, replace(cell, method=source), output):
+        return False
+    return all(_found(study, run, output) for run in _tries(study, cell))
 
 
 def _steps(study: StudyRecipe, cell: Cell) -> int:

@@ -99,7 +99,7 @@ def laya_token(p, states, last, residual, temperature):
 
 
 def dwconcat_token(p, states, last, heads):
-    """z_L + (100 / r) U gelu(LN(sum_n a_n * W_n x_n + b)) + c with a_n = N softmax_n(q . k_n / sqrt(r / H) + s_n), or 1."""
+    """z_L + U gelu(LN(sum_n a_n * W_n x_n + b)) + c with a_n = N softmax_n(q . k_n / sqrt(r / H) + s_n), or 1."""
     plain = torch.ones_like(last)
     normed = [_norm(state, plain, 0 * plain) for state in states]
     width = len(p["down_bias"])
@@ -121,7 +121,7 @@ def dwconcat_token(p, states, last, heads):
             part = slice(h * size, (h + 1) * size)
             total[part] += len(states) * shares[h][n] * narrow[part]
     hidden = _gelu(_norm(total, p["norm_weight"], p["norm_bias"]))
-    return last + 100 / width * (p["up_weight"] @ hidden) + p["up_bias"], torch.tensor(shares, dtype=torch.float64)
+    return last + p["up_weight"] @ hidden + p["up_bias"], torch.tensor(shares, dtype=torch.float64)
 
 
 def dwatt_uniform_token(p, states, last, gain_scale):

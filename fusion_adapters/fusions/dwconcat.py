@@ -11,18 +11,15 @@ from torch import Tensor, nn
 
 from .base import Context, Fusion, bottleneck_width, check_init, each_layer, layer_norm, linear, linear_weight
 
-UNSCALED = 100  # the bottleneck whose output is taken as it is
-
 
 class DWConcat(Fusion):
-    """`h = z_L + (100 / r) U gelu(LN(sum_n a_n * W_n x_n + b)) + c` with `x_n` the layer states, normalised without parameters.
+    """`h = z_L + U gelu(LN(sum_n a_n * W_n x_n + b)) + c` with `x_n` the layer states, normalised without parameters.
 
     With all weights `a_n = 1` the sum is a Concat through a bottleneck. The weights are attention over depth:
     `a_n = N softmax_n(q . k_n / sqrt(r / H) + s_n)` in each of `H` groups of the bottleneck's coordinates, with the query
     `q = W_q x_L` from the last layer and learned keys `k_n` and offsets `s_n` per layer. Keys and offsets start at zero,
-    hence at Concat; `U` and `c` start at zero, hence at the identity. A step of Adam moves each entry of `U` alike, and so the
-    sum over `r` of them by `r` times as much: `100 / r` makes one learning rate right for bottlenecks of all widths.
-    Parameters at `N` layers and bottleneck `r`: `N d r + 3 r + d r + d`, and for the attention `d r + N r + H N`.
+    hence at Concat; `U` and `c` start at zero, hence at the identity. Parameters at `N` layers and bottleneck `r`:
+    `N d r + 3 r + d r + d`, and for the attention `d r + N r + H N`.
 
     Args:
         hidden_size: Hidden size `d`.
@@ -55,7 +52,6 @@ class DWConcat(Fusion):
             raise ValueError(f"fusion_heads={heads} must be at least 1.")
         self.heads = min(heads, width)
         width -= width % self.heads
-        self.scale = UNSCALED / width
         self.down_weight = nn.Parameter(linear_weight(depth, width, hidden_size).data * depth**-0.5)
         self.down_bias = nn.Parameter(torch.zeros(width))
         self.norm_weight = nn.Parameter(torch.ones(width))
@@ -111,10 +107,10 @@ class DWConcat(Fusion):
         return share * narrow.unflatten(-1, (self.heads, -1)) if self.attends else narrow.float()
 
     def _widened(self, mixed: Tensor, last: Tensor) -> Tensor:
-        """`z_L + (100 / r) U gelu(LN(m + b)) + c`, `(B, T, d)`, from the weighed sum `m`."""
+        """`z_L + U gelu(LN(m + b)) + c`, `(B, T, d)`, from the weighed sum `m`."""
         mixed = (mixed.flatten(-2) if self.attends else mixed) + self.down_bias
-        hidden = self.scale * F.gelu(layer_norm(mixed, self.norm_weight, self.norm_bias))
-        return last + linear(hidden.to(last.dtype), self.up_weight, self.up_bias)
+        hidden = F.gelu(layer_norm(mixed, self.norm_weight, self.norm_bias)).to(last.dtype)
+        return last + linear(hidden, self.up_weight, self.up_bias)
 
 
 def _normalised(state: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p")
 DASHES = ("-", "--", "-.", ":")
+LEGEND_LINE = 0.17  # inches; a figure has room for three lines and grows for more
 
 
 def pyplot() -> Any:
@@ -45,9 +46,16 @@ def _save(figure: Any, axes: Any, path: Path) -> None:
     handles: dict[str, Any] = {}
     for axis in axes:
         handles.update(dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True)))
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)), frameon=False, fontsize=8
-    )
+    for columns in range(
+        min(5, len(handles)), 0, -1
+    ):  # as many as fit beside each other: a legend wider than the figure is cut
+        legend = figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+        )
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
+    figure.set_figheight(figure.get_figheight() + LEGEND_LINE * max(0, -(-len(handles) // columns) - 3))
     figure.savefig(path)
     pyplot().close(figure)
 

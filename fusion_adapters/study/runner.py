@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -199,6 +200,15 @@ def check_budgets(study: StudyRecipe) -> None:
 def _begin_worker() -> None:
     # two that share cores slow each other down many times over
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # a killed comparison takes its processes along: they would train on for minutes, beside those of the one that goes on
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _is_done(study: StudyRecipe, cell: Cell, output: Path) -> bool:

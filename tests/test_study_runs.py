@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -192,3 +194,21 @@ def test_a_killed_comparison_takes_its_processes_along(tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
     done = len(list((tmp_path / "out" / "runs").rglob("*.json")))
     assert 0 < done < 40
+
+
+def test_a_killed_process_of_a_comparison_is_told(tmp_path, capsys):
+    path = write_study(tmp_path, sizes=["all"], rates=[1e-3], epochs=1000)
+
+    def kill():
+        while not (workers := multiprocessing.active_children()):
+            time.sleep(0.1)
+        workers[0].kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", str(path), "--output", str(tmp_path / "out"), "--workers", "2"])
+    killer.join()
+    assert stop.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "One of the 2 processes of the comparison ended" in said and "--workers" in said

@@ -9,6 +9,7 @@ import statistics
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def run_study(study: StudyRecipe, output: str | Path, workers: int | None = None
 
     Raises:
         ValueError: If the folder holds another comparison, or a run cannot be done; finished runs stay.
-        OSError: If data, model or folder cannot be read or written.
+        OSError: If data, model or folder cannot be read or written, or one of the processes is killed.
     """
     output = Path(output)
     forget()
@@ -87,6 +88,11 @@ def run_study(study: StudyRecipe, output: str | Path, workers: int | None = None
                     for future in as_completed(futures):
                         future.result()
                         bar.update(steps[futures[future]])
+                except BrokenProcessPool:
+                    raise ChildProcessError(
+                        f"One of the {workers} processes of the comparison ended (killed, or out of memory?). The same command "
+                        "goes on after the runs that are done; with a smaller --workers it needs less memory."
+                    ) from None
                 except BaseException:
                     pool.shutdown(wait=True, cancel_futures=True)
                     raise

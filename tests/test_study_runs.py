@@ -1,15 +1,7 @@
 """One run of a comparison: its examples, length, evaluations, learning rates and start."""
 
-import contextlib
 import json
-import multiprocessing
-import os
 import re
-import signal
-import subprocess
-import sys
-import threading
-import time
 
 import pytest
 import yaml
@@ -171,44 +163,3 @@ def test_a_method_starts_from_the_weights_of_another(tmp_path, capsys):
     assert int(wrong) < int(shared), "biases fit at any width"
     with pytest.raises(ValueError, match="lets 'x' start from 'dwat', which is not a method of the recipe"):
         load_study(write_study(tmp_path, methods={**METHODS, "x": {**unlike, "start_from": "dwat"}}))
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="kills a process group")
-def test_a_killed_comparison_takes_its_processes_along(tmp_path):
-    path = write_study(tmp_path, sizes=["all"], seeds=list(range(1, 21)), epochs=200, rates=[1e-3])
-    command = ["compare", path, "--output", tmp_path / "out", "--workers", 2]
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from fusion_adapters.cli import main; main()", *map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        while not any((tmp_path / "out").rglob("*-seed1-*.json")):
-            assert process.poll() is None, process.stdout.read().decode()[-3000:]
-            time.sleep(0.1)
-        process.kill()
-        process.communicate(timeout=20)  # the output ends with the last process that holds it
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    done = len(list((tmp_path / "out" / "runs").rglob("*.json")))
-    assert 0 < done < 40
-
-
-def test_a_killed_process_of_a_comparison_is_told(tmp_path, capsys):
-    path = write_study(tmp_path, sizes=["all"], rates=[1e-3], epochs=1000)
-
-    def kill():
-        while not (workers := multiprocessing.active_children()):
-            time.sleep(0.1)
-        workers[0].kill()
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    with pytest.raises(SystemExit) as stop:
-        main(["compare", str(path), "--output", str(tmp_path / "out"), "--workers", "2"])
-    killer.join()
-    assert stop.value.code == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert "One of the 2 processes of the comparison ended" in said and "--workers" in said

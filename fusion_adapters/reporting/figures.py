@@ -46,9 +46,8 @@ def _save(figure: Any, axes: Any, path: Path) -> None:
     handles: dict[str, Any] = {}
     for axis in axes:
         handles.update(dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True)))
-    for columns in range(
-        min(5, len(handles)), 0, -1
-    ):  # as many as fit beside each other: a legend wider than the figure is cut
+    for columns in range(min(5, len(handles)), 0, -1):
+        # as many as fit beside each other: a legend wider than the figure is cut
         legend = figure.legend(
             handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
         )

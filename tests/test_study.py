@@ -1,8 +1,11 @@
 """Comparisons: the grid, resuming, growing, what is refused, the report."""
 
 import json
+import math
+import platform
 
 import pytest
+from safetensors.torch import load_file, save_file
 from support_study import METHODS, refused, scores, write_study
 
 from fusion_adapters.cli import main
@@ -104,6 +107,79 @@ def test_a_folder_is_never_gone_on_with_by_another_comparison(tmp_path, capsys):
     assert "the examples of 'toy' differ" in refused([path, "--output", out, *moved], capsys)
 
 
+def test_a_backbone_that_changed_under_its_name_is_refused(tmp_path, capsys):
+    live = {n: {"adapter": {"fusion": "last", "r": r, "target_modules": ["query"]}} for n, r in (("a", 1), ("b", 2))}
+    few = {"methods": live, "baseline": "a", "reference": None, "sizes": [4], "seeds": [1], "rates": [1e-3]}
+    path, out = write_study(tmp_path, **few), tmp_path / "out"
+    main(["compare", str(path), "--output", str(out), "--workers", "1"])
+    weights = tmp_path / "model" / "model.safetensors"
+    before, tensors = weights.read_bytes(), load_file(weights)
+    name = next(n for n in tensors if "query.weight" in n)
+    save_file({**tensors, name: tensors[name] + 1}, weights, {"format": "pt"})  # retrained in place
+    assert "the backbone's weights differ" in refused([path, "--output", out], capsys)
+    weights.write_bytes(before)
+    tokenizer = tmp_path / "model" / "tokenizer.json"
+    kept = tokenizer.read_text()
+    tokenizer.write_text(kept.replace('"lowercase": true', '"lowercase": false'))
+    assert tokenizer.read_text() != kept
+    assert "the backbone's tokenizer differ" in refused([path, "--output", out], capsys)
+    tokenizer.write_text(kept)
+    # a folder begun before backbones were noted takes today's
+    (out / "backbone.json").unlink()
+    main(["compare", str(path), "--output", str(out), "--workers", "1"])
+    assert set(json.loads((out / "backbone.json").read_text())) == {"tokenizer", "weights"}
+
+
+def test_what_a_killed_start_leaves_is_gone_on_with(tmp_path, capsys):
+    path, out = write_study(tmp_path, sizes=[4], seeds=[1], rates=[1e-3]), tmp_path / "out"
+    out.mkdir()
+    (out / ".study.yaml.123").write_text("task: tok")
+    main(["compare", str(path), "--output", str(out), "--workers", "1"])
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "thesis.txt").write_text("mine")
+    assert "holds no comparison" in refused([path, "--output", tmp_path / "else"], capsys)
+
+
+def test_versions_that_changed_between_runs_are_told(tmp_path):
+    path, out = write_study(tmp_path, sizes=[4], rates=[1e-3]), tmp_path / "out"
+    main(["compare", str(path), "--output", str(out), "--workers", "1"])
+    assert f"Made with python {platform.python_version()}, fusion_adapters" in (out / "summary.md").read_text()
+    older = next((out / "runs").rglob("*.json"))
+    run = json.loads(older.read_text())
+    older.write_text(json.dumps({**run, "versions": {**run["versions"], "torch": "1.0"}}))
+    main(["compare", str(path), "--output", str(out), "--workers", "1"])
+    said = (out / "summary.md").read_text()
+    assert "**Runs were made with 2 sets of versions:**" in said and "torch 1.0" in said
+
+
+def test_a_loss_that_diverged_leaves_a_table(tmp_path):
+    path, out = write_study(tmp_path, sizes=[4], rates=[1e-3]), tmp_path / "out"
+    main(["compare", str(path), "--output", str(out), "--workers", "1"])
+    for seed, loss in ((1, math.nan), (2, 3.5)):
+        file = next(out.rglob(f"deeper/*seed{seed}-*.json"))
+        run = json.loads(file.read_text())
+        run["loss_curve"] = [[step, loss] for step, _ in run["loss_curve"]]
+        file.write_text(json.dumps({**run, "dev_loss": loss, "test_loss": loss}))
+    main(["compare", str(path), "--output", str(out), "--workers", "1"])
+    assert "diverged (1 of 2)" in (out / "summary.md").read_text()
+
+    def no_number(name):
+        raise AssertionError(name)  # JSON knows no NaN
+
+    summary = json.loads((out / "summary.json").read_text(), parse_constant=no_number)
+    (row,) = [row for row in summary["rows"] if row["method"] == "deeper"]
+    assert row["test_loss"] == {"mean": None, "sd": None, "interval": [None, None], "values": [None, 3.5]}
+
+
+def test_figures_of_methods_that_were_left_out_go(tmp_path):
+    out = tmp_path / "out"
+    main(["compare", str(write_study(tmp_path, sizes=[4], rates=[1e-3])), "--output", str(out), "--workers", "1"])
+    assert (out / "depth.png").is_file()
+    few = write_study(tmp_path, sizes=[4], rates=[1e-3], methods={n: METHODS[n] for n in ("deeper", "concat")})
+    main(["compare", str(few), "--output", str(out), "--workers", "1"])
+    assert not (out / "depth.png").exists() and (out / "loss.png").is_file()
+
+
 def test_rates_may_be_added(tmp_path):
     methods = {n: METHODS[n] for n in ("deeper", "concat")}
     few = {"methods": methods, "sizes": [4], "seeds": [1]}
@@ -119,6 +195,12 @@ def test_rates_may_be_added(tmp_path):
         assert tried[chosen] == max(tried.values())
     told = (tmp_path / "out" / "summary.md").read_text()
     assert "0.03*" in told  # the highest of the grid
+    # and so may the rates of a single method
+    own = {**methods, "concat": {**METHODS["concat"], "rates": [1e-5, 3e-2, 1e-1]}}
+    grown = write_study(tmp_path, rates=[1e-5, 3e-2], **{**few, "methods": own})
+    main(["compare", str(grown), "--output", str(tmp_path / "out"), "--workers", "1"])
+    rows = [r for r in scores(tmp_path / "out") if r["stage"] == "rate"]
+    assert {float(r["rate"]) for r in rows if r["method"] == "concat"} == {1e-5, 3e-2, 1e-1}
 
 
 def test_a_grid_of_one_rate_needs_no_choice(tmp_path):
@@ -204,7 +286,10 @@ def test_statistics():
         ({"seeds": []}, "'seeds' is empty"),
         ({"sizes": [0, 4]}, r"'sizes' holds a number below 1 \(0, 4\)"),
         ({"rates": [1e-3, 1.0000001e-3]}, r"'rates' holds the same twice \(0.001, 0.001\)"),
-        ({"rates": [0.0]}, r"'rates' holds a rate that is not above 0"),
+        ({"rates": [0.0]}, r"'rates' holds a rate that is not a finite number above 0"),
+        ({"rates": [math.nan]}, r"'rates' holds a rate that is not a finite number above 0 \(nan\)"),
+        ({"quick": None}, "'quick' is None"),
+        ({"training": {"per_device_train_batch_size": 0}}, "sets training.per_device_train_batch_size to 0"),
         ({"training": {"learning_rate": 1e-3}}, "sets training.learning_rate, which a comparison sets itself"),
         (
             {"methods": {**METHODS, "x": {"training": {"max_steps": 3}}}},

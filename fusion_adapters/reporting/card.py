@@ -8,8 +8,8 @@ from ..recipe import Recipe
 from .tables import score_text
 
 
-def model_card(recipe: Recipe, metrics: dict[str, Any]) -> str:
-    """Markdown for the README.md beside an adapter, from the recipe and the content of `metrics.json`."""
+def model_card(recipe: Recipe, metrics: dict[str, Any], labels: list[str]) -> str:
+    """Markdown for the README.md beside an adapter, from the recipe, the content of `metrics.json` and the label set."""
     counts = metrics["parameters"]
     parts = ", ".join(f"{part} {counts[part]:,}" for part in ("fusion", "lora", "head", "other") if counts[part])
     fusion = recipe.adapter.get("fusion", "dwatt")
@@ -26,6 +26,11 @@ def model_card(recipe: Recipe, metrics: dict[str, Any]) -> str:
         "",
         f"Data: {recipe.data.path}, {metrics['examples']['train']} training examples, seed {metrics['seed']}.",
         "",
+        *(
+            [f"Labels, in the order of the model's outputs: {', '.join(f'`{label}`' for label in labels)}.", ""]
+            if labels
+            else []
+        ),
         "| split | score | value |",
         "| --- | --- | --- |",
     ]

@@ -59,6 +59,11 @@ def _save(figure: Any, axes: Any, path: Path) -> None:
     pyplot().close(figure)
 
 
+def trained_parameters(parameters: dict[str, int]) -> int:
+    """What a method trains besides the head: fusion, LoRA, and biases where LoRA trains them."""
+    return parameters["fusion"] + parameters["lora"] + parameters["other"]
+
+
 def draw_samples(summary: dict[str, Any], path: Path) -> None:
     """Score over the number of training examples, with the 95 % interval of the mean shaded."""
     rows = summary["rows"]
@@ -105,7 +110,7 @@ def draw_budget(summary: dict[str, Any], path: Path) -> None:
     for line, name in zip(axes, panels, strict=True):
         for axis, size in zip(line, panels[name], strict=False):
             for row in (r for r in rows if r["data"] == name and r["size"] == size):
-                count = max(1, row["parameters"]["fusion"] + row["parameters"]["lora"])
+                count = max(1, trained_parameters(row["parameters"]))
                 score = row[row["measure"]]
                 bounds = score["interval"] or [score["mean"]] * 2
                 style = styles[row["method"]]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files import write_text_whole
-from .figures import draw_budget, draw_depth, draw_losses, draw_samples, draw_steps
+from .figures import draw_budget, draw_depth, draw_losses, draw_samples, draw_steps, trained_parameters
 
 COLUMNS = (
     "data",
@@ -53,17 +54,28 @@ def write_report(study: Any, runs: Sequence[dict[str, Any]], summary: dict[str, 
         flat = {**run, **parts, "adapter": json.dumps(run["adapter"], sort_keys=True)}
         writer.writerow({name: flat.get(name, "") for name in COLUMNS})
     write_text_whole(output / "results.csv", table.getvalue())
-    write_text_whole(output / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_text_whole(output / "summary.json", json.dumps(_without_nan(summary), indent=1, allow_nan=False) + "\n")
     write_text_whole(output / "summary.md", summary_text(summary))
     draw_samples(summary, output / "samples.png")
     draw_budget(summary, output / "budget.png")
     draw_steps(runs, output / "steps.png")
     traced = [run for run in runs if run.get("loss_curve")]  # runs of earlier versions kept no loss
+    depths = [run for run in runs if run.get("depth") and not _constant(run["depth"])]
+    for name in ("loss.png", "depth.png"):  # not beside a table of other methods
+        (output / name).unlink(missing_ok=True)
     if any(run["stage"] == "report" for run in traced):
         draw_losses(traced, output / "loss.png")
-    depths = [run for run in runs if run.get("depth") and not _constant(run["depth"])]
     if depths:
         draw_depth(depths, output / "depth.png")
+
+
+def _without_nan(value: Any) -> Any:
+    """A copy with null for what JSON has no number for: the loss of a run that diverged."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _constant(depth: dict[str, list[float]]) -> bool:
@@ -75,6 +87,11 @@ def summary_text(summary: dict[str, Any]) -> str:
     """The tables of a comparison as Markdown."""
     rows = summary["rows"]
     lines = ["# Comparison", ""]
+    made = [", ".join(f"{name} {version}" for name, version in each.items()) for each in summary["versions"]]
+    if len(made) > 1:
+        lines += [f"**Runs were made with {len(made)} sets of versions:** {'; '.join(made)}.", ""]
+    elif made:
+        lines += [f"Made with {made[0]}.", ""]
     for data in dict.fromkeys(row["data"] for row in rows):
         here = [row for row in rows if row["data"] == data]
         sizes = sorted({row["size"] for row in here})
@@ -125,7 +142,7 @@ def _grid(rows: list[dict[str, Any]], sizes: list[int], cell: Any, with_counts: 
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for method in methods:
         own = next(row for row in rows if row["method"] == method)
-        count = own["parameters"]["fusion"] + own["parameters"]["lora"]
+        count = trained_parameters(own["parameters"])
         cells = [cell(found[method, size]) if (method, size) in found else "-" for size in sizes]
         lines.append(f"| {' | '.join([f'`{method}`', *([f'{count:,}'] if with_counts else []), *cells])} |")
     return [*lines, ""]
@@ -137,6 +154,9 @@ def _course(row: dict[str, Any]) -> str:
 
 
 def _spread(values: dict[str, Any], digits: int = 1) -> str:
+    diverged = sum(not math.isfinite(value) for value in values["values"])
+    if diverged:
+        return f"diverged ({diverged} of {len(values['values'])})"
     spread = f" ± {values['sd']:.{digits}f}" if values["sd"] is not None else ""
     return f"{values['mean']:.{digits}f}{spread}"
 

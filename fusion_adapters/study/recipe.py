@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,7 +66,9 @@ class StudyRecipe(BaseModel):
         description="Sizes at which rates are chosen, for themselves and the sizes up to the next. None means all sizes.",
     )
     rates: list[float] = Field(default=[3e-4, 1e-3, 3e-3, 1e-2], description="The grid, the same for all methods.")
-    epochs: int = Field(30, ge=1, description="Passes over the training examples, as far as max_steps allows.")
+    epochs: int = Field(
+        30, ge=1, description="Passes, counted in examples before long ones are split into rows, as far as max_steps allows."
+    )
     max_steps: int = Field(1500, ge=1, description="Optimizer steps at most.")
     evaluations: int = Field(
         6, ge=1, description="Times that the development data are scored in a run, evenly spread, the last at its end."
@@ -102,8 +105,8 @@ def load_study(path: str | Path, settings: list[str] | None = None, quick: bool 
         ValueError: If a key or a value does not fit.
     """
     values = read_yaml(path)
-    if quick:
-        values = {**values, **values.get("quick", {})}
+    if quick and isinstance(values.get("quick"), dict):  # anything else is refused below
+        values = {**values, **values["quick"]}
     apply_settings(values, settings)
     study = validated(StudyRecipe, values, str(path))
     if study.per_class and study.task != "sequence_classification":
@@ -125,6 +128,11 @@ def load_study(path: str | Path, settings: list[str] | None = None, quick: bool 
                 f"The recipe {str(path)!r} sets {where}.{taken[0]}, which a comparison sets itself: from rates, epochs, "
                 "max_steps and evaluations. Set those."
             )
+        for count in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if not isinstance(given.get(count, 1), int) or given.get(count, 1) < 1:
+                raise ValueError(
+                    f"The recipe {str(path)!r} sets {where}.{count} to {given[count]!r}. Give a whole number from 1."
+                )
     for name, own in study.methods.items():
         source = own.start_from
         if source is not None and (source not in study.methods or study.methods[source].start_from is not None):
@@ -165,8 +173,8 @@ def _check_lists(study: StudyRecipe, source: str) -> None:
             problem = f"holds the same twice ({', '.join(shown)})"
         elif least is not None and any(isinstance(v, int) and v < least for v in values):
             problem = f"holds a number below {least} ({', '.join(shown)})"
-        elif name.endswith("rates") and min(values) <= 0:
-            problem = f"holds a rate that is not above 0 ({', '.join(shown)})"
+        elif name.endswith("rates") and not all(0 < rate < math.inf for rate in values):
+            problem = f"holds a rate that is not a finite number above 0 ({', '.join(shown)})"
         else:
             continue
         raise ValueError(f"The recipe {source!r} does not fit. '{name}' {problem}. Correct that list.")

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..budget import settle_budget, skeleton
 from ..files import write_text_whole
-from ..loading import resolve_model
+from ..loading import MODEL_CLASSES, resolve_model
 from ..reporting.study import write_report
 from ..training import adapter_config
 from .claim import claim
@@ -82,9 +83,11 @@ def run_study(study: StudyRecipe, output: str | Path, workers: int | None = None
                 bar.update(steps[cell])
         else:
             context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as pool:
-                futures = {pool.submit(run_cell, study, cell, output): cell for cell in todo}
-                try:
+            # closed when the comparison is stopped, or killed: its processes then end at once, where they would train on
+            alive, end = context.Pipe(duplex=False)
+            with end, ProcessPoolExecutor(workers, context, _begin_worker, (alive,)) as pool:
+                try:  # a process may end before all cells are handed out
+                    futures = {pool.submit(run_cell, study, cell, output): cell for cell in todo}
                     for future in as_completed(futures):
                         future.result()
                         bar.update(steps[futures[future]])
@@ -94,6 +97,7 @@ def run_study(study: StudyRecipe, output: str | Path, workers: int | None = None
                         "goes on after the runs that are done; with a smaller --workers it needs less memory."
                     ) from None
                 except BaseException:
+                    end.close()
                     pool.shutdown(wait=True, cancel_futures=True)
                     raise
     runs = [run for cell in cells for run in run_cell(study, cell, output)]
@@ -198,23 +202,25 @@ def check_budgets(study: StudyRecipe) -> None:
     configs = [adapter_config(study.recipe_of(data, method)) for method in study.methods]
     budgeted = [replace(c, task_type=None, modules_to_save=None) for c in configs if c.fusion_budget is not None]
     if budgeted:
-        model = skeleton(resolve_model(study.backbone.model))
+        name = resolve_model(study.backbone.model)
+        try:  # with its task head: names in a config may begin with the name that the head's model gives the backbone
+            model = skeleton(name, MODEL_CLASSES[study.task])
+        except ValueError:  # there is none for the task, as loading it says better
+            model = skeleton(name)
         for config in budgeted:
             settle_budget(config, model)
 
 
-def _begin_worker() -> None:
+def _begin_worker(alive: Connection) -> None:
     # two that share cores slow each other down many times over
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    # a killed comparison takes its processes along: they would train on for minutes, beside those of the one that goes on
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+def _end_with_parent(alive: Connection) -> None:
+    # runs that are done are files; the one under way is lost
+    alive.poll(None)  # until the other end is closed
+    os._exit(1)
 
 
 def _is_done(study: StudyRecipe, cell: Cell, output: Path) -> bool:

@@ -19,9 +19,10 @@ from transformers import PrinterCallback, TrainerCallback
 from ..alignment import IGNORED, MAIN_SCORE, encode
 from ..budget import count_trainable
 from ..features import LayerStateCache
+from ..loading import check_lengths
 from ..memory import PeakMemory
 from ..trainers import labelled_logits
-from ..training import TRAINING_DEFAULTS, Evaluation, adapter_config, load_attached, make_trainer, positions_for
+from ..training import TRAINING_DEFAULTS, Evaluation, adapter_config, load_attached, make_trainer, positions_for, versions
 from ..tuner import fusion_layers
 from .examples import encoded_part, splits_of, subset
 from .recipe import StudyRecipe
@@ -93,10 +94,10 @@ def run_single(
         keep_weights: Where to write the weights of the best evaluation.
 
     Returns:
-        The run's settings, `dev` (the best score), `curve` (step, score), `loss_curve` (step, development loss as the
-        Trainer has it: over pieces for masked language modelling, else a mean over batches), parameters by part, seconds
-        of training, memory, and for a reported run `test` and the mean weights over depth by label. For masked language
-        modelling also `dev_loss` and `test_loss`, of the same weights as `dev` and `test`.
+        The run's settings and the versions it was made with, `dev` (the best score), `curve` (step, score), `loss_curve`
+        (step, development loss as the Trainer has it: over pieces for masked language modelling, else a mean over batches),
+        parameters by part, seconds of training, memory, and for a reported run `test` and the mean weights over depth by
+        label. For masked language modelling also `dev_loss` and `test_loss`, of the same weights as `dev` and `test`.
     """
     transformers.utils.logging.disable_progress_bar()  # "Loading weights", once a run
     recipe = study.recipe_of(run.data, run.method, run.seed)
@@ -128,6 +129,7 @@ def run_single(
                 encoded = encode(examples, tokenizer, splits.labels, recipe.task, recipe.data.max_length)
             else:
                 encoded = encoded_part(recipe.data.model_dump_json(), recipe.task, study.backbone.model_dump_json(), name)
+            check_lengths(model, encoded.rows)
             positions = positions_for(model, recipe.task, training=name == "train")
             sets[name] = Evaluation(recipe.task, splits.labels, examples, encoded, cache, positions)
     keep = KeepBest(MAIN_SCORE[recipe.task], steps, study.evaluations)
@@ -156,6 +158,7 @@ def run_single(
         "seconds": round(seconds, 2),
         "evaluation_seconds": round(sum(e["eval_runtime"] for e in trainer.state.log_history if "eval_runtime" in e), 2),
         "peak_memory_mib": memory.mib,
+        "versions": versions(),
     }
     if recipe.task == "masked_lm":
         result["dev_loss"] = dict(keep.losses)[keep.best[1]]

@@ -14,7 +14,7 @@ from ..backbone import find_backbones
 from ..features import cache_layer_states
 from ..features.storage import MANIFEST, read_manifest
 from ..fusions import resolve_layers
-from ..loading import load_model, load_tokenizer
+from ..loading import check_lengths, load_model, load_tokenizer
 from ..recipe import Recipe
 from ..training import adapter_config
 from .examples import splits_of
@@ -55,6 +55,7 @@ def prepare_states(study: StudyRecipe, root: Path) -> None:
                 for examples in (splits.train, splits.dev, splits.test)
                 for row in encode(examples, tokenizer, splits.labels, recipe.task, recipe.data.max_length).rows
             ]
+            check_lengths(model, rows)
             cache_layer_states(
                 model,
                 rows,

@@ -27,9 +27,9 @@ def interval(values: Sequence[float]) -> list[float] | None:
 
 
 def describe(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard deviation, interval and the values themselves."""
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.mean(values), "sd": spread, "interval": interval(values), "values": list(values)}
+    """Mean, standard deviation, interval and the values themselves; a loss that diverged makes the first three NaN."""
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "sd": spread, "interval": interval(values), "values": list(values)}
 
 
 def steps_to_share(curve: Sequence[Sequence[float]], share: float = SHARE_OF_FINAL) -> int:
@@ -45,7 +45,7 @@ def summarise(study: StudyRecipe, runs: Sequence[dict[str, Any]]) -> dict[str, A
         `rows`, each with `dev`, `test` (or null), for masked language modelling `dev_loss` and `test_loss`, `seconds`,
         the chosen `rate` and whether it is the lowest or highest of its grid (`rate_at_edge`), `parameters`, and
         `to_baseline` and `to_reference`: the paired differences of the test score (of the development score where there is
-        no test).
+        no test). And `versions`, the different ones that the runs were made with.
     """
     groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for run in runs:
@@ -83,4 +83,6 @@ def summarise(study: StudyRecipe, runs: Sequence[dict[str, Any]]) -> dict[str, A
             pairs = [100 * (run[measure] - against[run["seed"]][measure]) for run in group if run["seed"] in against]
             row[key] = describe(pairs) if pairs and method != other else None
         rows.append(row)
-    return {"baseline": study.baseline, "reference": study.reference, "rows": rows}
+    versions = [run["versions"] for run in runs if "versions" in run]  # runs of earlier versions did not say
+    different = [v for i, v in enumerate(versions) if v not in versions[:i]]
+    return {"baseline": study.baseline, "reference": study.reference, "versions": different, "rows": rows}

@@ -222,7 +222,7 @@ def _search_blocks(model: nn.Module, base: nn.Module, config: Any) -> tuple[str,
     found = "None was found" if not fitting else f"{len(fitting)} were found"
     expected = "unknown to its configuration" if depth is None else f"{depth} by its configuration"
     raise ValueError(
-        f"The blocks of {type(model).__name__} could not be told: one list of blocks is wanted, with as many members as "
+        f"The blocks of {type(model).__name__} could not be determined: one list of blocks is wanted, with as many members as "
         f"there are hidden layers ({expected}). {found}. {_describe(candidates)} Name the right one in the config, "
         "fusion_blocks='...'."
     )

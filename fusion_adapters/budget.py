@@ -13,6 +13,7 @@ from peft import get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from .backbone import LAYER_NAME, Backbone, find_backbones
 from .config import FusionConfig
@@ -20,6 +21,7 @@ from .counts import DWATT_PAPER, lora_rank, read_count
 from .fusions import build_fusion, fusion_options
 
 BYTES_PER_PARAMETER = 4  # adapters are stored in float32
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # how configurations name the number of experts
 
 
 def count_trainable(model: nn.Module) -> dict[str, int]:
@@ -64,18 +66,19 @@ class BudgetTooSmallError(ValueError):
         return type(self), self._arguments
 
 
-def skeleton(model: str | PreTrainedConfig) -> nn.Module:
+def skeleton(model: str | PreTrainedConfig, model_class: Any = AutoModel) -> nn.Module:
     """A model without weights (meta device), from its configuration alone; of any size in seconds.
 
     Args:
         model: A hub id, a folder with a `config.json`, or a configuration.
+        model_class: One of transformers' `AutoModel...` classes, for a model with a task head.
 
     Raises:
         OSError: If there is no configuration to be had under that name.
     """
     config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model
     with init_empty_weights():
-        return AutoModel.from_config(config)
+        return model_class.from_config(config)
 
 
 def count_config(config: FusionConfig, model: nn.Module) -> dict[str, int]:
@@ -96,8 +99,9 @@ def count_config(config: FusionConfig, model: nn.Module) -> dict[str, int]:
 def fit_budget(config: FusionConfig, model: nn.Module, parameters: int) -> FusionConfig:
     """Chooses the free width of a method so that fusion and LoRA together train at most so many parameters.
 
-    Free are the bottleneck of `dwatt`, `dwconcat`, `concat`, `laya` and `mlp`; feed-forward width and number of blocks of `deeper`; and for
-    `last` with LoRA the rank. The largest width that fits is taken. LoRA beside another fusion keeps its rank.
+    Free are the bottleneck of `dwatt`, `dwconcat`, `concat`, `laya` and `mlp`; feed-forward width and number of blocks of `deeper`, with
+    `fusion_copy_last` the number of copies; and for `last` with LoRA the rank. The largest width that fits is taken. LoRA beside
+    another fusion keeps its rank.
 
     Args:
         config: The config to start from; it is not changed.
@@ -114,6 +118,8 @@ def fit_budget(config: FusionConfig, model: nn.Module, parameters: int) -> Fusio
     config = replace(config, fusion_budget=None)
     if config.fusion == "last" and config.has_lora:
         return _fit_rank(config, model, parameters)
+    if config.fusion_copy_last:
+        return _fit_copies(config, model, parameters)
     lora = _count_lora(config, model) if config.has_lora else 0
     backbones = find_backbones(model, config.fusion_blocks, config.fusion_stack)
 
@@ -128,7 +134,7 @@ def fit_budget(config: FusionConfig, model: nn.Module, parameters: int) -> Fusio
         while width > 1 and count(bottleneck=width - 1) == count(bottleneck=width):
             width -= 1  # a method that rounds its width down: say the one that is built
         return replace(config, fusion_bottleneck=width)
-    if "feedforward" in known and not config.fusion_copy_last:
+    if "feedforward" in known:
         return _fit_blocks(config, count, 4 * backbones[0].hidden_size, parameters)
     if count() > parameters:
         raise BudgetTooSmallError(f"{config.fusion!r}, which has no width to choose,", count(), parameters)
@@ -139,7 +145,7 @@ def resolve_budget(config: FusionConfig, model: nn.Module) -> int | None:
     """The number of parameters that `config.fusion_budget` stands for on this model.
 
     Args:
-        config: `"dwatt-paper"` takes its stack; `"lora:r=16"` its `target_modules`, without them peft's usual choice.
+        config: `"dwatt-paper"` takes its stack and blocks; `"lora:r=16"` its `target_modules`, without them peft's usual choice.
         model: The model, with or without weights.
 
     Returns:
@@ -164,7 +170,14 @@ def resolve_budget(config: FusionConfig, model: nn.Module) -> int | None:
             f"fusion_budget={budget!r}: peft knows no usual modules for LoRA in a {model_type!r}. Set target_modules (then "
             "LoRA trains beside the fusion), or give the budget as a number of parameters."
         )
-    return count_config(FusionConfig(fusion="last", r=rank, target_modules=modules), model)["lora"]
+    lora = FusionConfig(
+        fusion="last",
+        r=rank,
+        target_modules=modules,
+        fusion_blocks=config.fusion_blocks,
+        fusion_stack=config.fusion_stack,
+    )
+    return count_config(lora, model)["lora"]
 
 
 def settle_budget(config: FusionConfig, model: nn.Module) -> None:
@@ -203,6 +216,15 @@ def _fit_rank(config: FusionConfig, model: nn.Module, parameters: int) -> Fusion
             f"({one:,} parameters). Leave out rank_pattern or the budget."
         )
     return replace(config, r=1 + (parameters - one) // (two - one))
+
+
+def _fit_copies(config: FusionConfig, model: nn.Module, parameters: int) -> FusionConfig:
+    """The largest number of copies of the backbone's last block within the budget: the count is linear in it."""
+    counts = [count_config(replace(config, fusion_num_blocks=blocks), model) for blocks in (1, 2)]
+    one, two = (sum(count[part] for part in ("fusion", "lora", "other")) for count in counts)
+    if one > parameters:
+        raise BudgetTooSmallError(f"{config.fusion!r} with one copy of the backbone's last block", one, parameters)
+    return replace(config, fusion_num_blocks=1 + (parameters - one) // (two - one))
 
 
 def _fit_blocks(config: FusionConfig, count: Callable[..., int], usual: int, parameters: int) -> FusionConfig:
@@ -254,9 +276,18 @@ def compare_budgets(model: nn.Module, methods: list[str], parameters: int, lora:
         `flops_percent`, the multiply-adds per token added to the forward pass, against those of the backbone's weights
         (two a weight; attention over positions and embeddings are left out on both sides). A method that does not fit has
         `smallest` instead, the budget that it needs.
+
+    Raises:
+        ValueError: If a name in `lora` is that of no module: peft would leave it out without a word.
     """
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    backbone = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+    names = [name for name, _ in model.named_modules()]
+    unknown = [module for module in lora if not any(f".{name}".endswith(f".{module}") for name in names)]
+    if unknown:
+        linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))})
+        raise ValueError(
+            f"The model ({type(model).__name__}) has no module {unknown[0]!r} for LoRA. Its linear maps are: {', '.join(linear)}."
+        )
+    backbone = _weights_of_a_token(model)
     configs = [(name, FusionConfig(fusion=name)) for name in methods]
     if lora:
         configs.append(("lora", FusionConfig(fusion="last", r=1, target_modules=lora)))
@@ -279,6 +310,26 @@ def compare_budgets(model: nn.Module, methods: list[str], parameters: int, lora:
             }
         )
     return rows
+
+
+def _weights_of_a_token(model: nn.Module) -> float:
+    """Weights of the backbone, without embeddings, that a token is multiplied by.
+
+    A block that runs several times (ALBERT) counts as often; of a mixture of experts only as many as the router chooses.
+    """
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    blocks = [block for backbone in find_backbones(model) for block in backbone.blocks]
+    runs = {id(p): max(1, sum(block is other for other in blocks)) for block in blocks for p in block.parameters()}
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    experts = next((getattr(config, n) for n in EXPERTS if getattr(config, n, None)), None)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    share = chosen / experts if chosen and experts else 1.0
+    return sum(
+        parameter.numel() * runs.get(id(parameter), 1) * (share if "experts" in name.split(".") else 1)
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in embeddings
+    )
 
 
 def _choice(config: FusionConfig) -> dict[str, Any]:

@@ -14,9 +14,10 @@ try:
     import typer
     from rich.console import Console
     from rich.markup import escape
+    from safetensors import SafetensorError
 except ImportError as error:
     raise SystemExit(
-        f"The command line needs packages that are not installed ({error.name}): pip install 'fusion-adapters[cli]'."
+        f"The command line needs packages that are not installed ({error.name}). Install fusion-adapters with its extra [cli]."
     ) from error
 
 app = typer.Typer(
@@ -161,8 +162,8 @@ def budget(
     from .loading import resolve_model
     from .reporting import budget_table
 
-    modules = [name for name in (lora or "").split(",") if name]
-    rows = compare_budgets(skeleton(resolve_model(model)), methods.split(","), read_count(parameters), modules)
+    names, modules = ([n.strip() for n in given.split(",") if n.strip()] for given in (methods, lora or ""))
+    rows = compare_budgets(skeleton(resolve_model(model)), names, read_count(parameters), modules)
     if as_json:
         print(json.dumps(rows))
     else:
@@ -179,7 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated.*")
     try:
         stopped = app(arguments, standalone_mode=False)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, SafetensorError) as error:  # the last for a full disk, say
         if os.environ.get(DEBUG):
             raise
         _print_error(error)

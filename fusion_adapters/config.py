@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from .fusions import fusion_class, fusion_options
 from .model_card import add_loading_section
 
 
-class FusionPeftType(str, enum.Enum):
+class FusionPeftType(str, enum.Enum):  # noqa: UP042 - as peft has its own
     """Our key in peft's registry. peft's own enum is closed; its look-ups are by string value."""
 
     FUSION = "FUSION"
@@ -34,6 +35,19 @@ _GENERAL = {
 }
 
 
+# Of values that are not None; a text that reaches a fusion is found only when it is built, or in the first forward pass.
+_TYPES: dict[str, tuple[Any, str]] = {
+    "fusion_bottleneck": (Real, "a width (a whole number) or a fraction of the hidden size"),
+    "fusion_dropout": (Real, "a number"),
+    "fusion_temperature": (Real, "a number"),
+    "fusion_heads": (Integral, "a whole number"),
+    "fusion_num_blocks": (Integral, "a whole number"),
+    "fusion_feedforward": (Integral, "a whole number"),
+    "fusion_scale": (bool, "true or false"),
+    "fusion_copy_last": (bool, "true or false"),
+}
+
+
 def _option(text: str) -> Any:
     return field(default=None, metadata={"help": text})
 
@@ -48,11 +62,11 @@ class FusionConfig(LoraConfig):
     Args:
         fusion: The method, a name in `FUSIONS`.
         fusion_layers: The layer states to fuse, `0` (embeddings) to `L` (last block) or negative; None means `1 .. L`.
-        fusion_bottleneck: Width of the method's MLPs; an int, or a float as fraction of the hidden size.
-        fusion_heads: Heads of the method's attention (over depth in `dwatt`, over positions in `deeper`).
+        fusion_bottleneck: Width of the method's inner layer; an int, or a float as fraction of the hidden size.
+        fusion_heads: Heads of the method's attention (over depth in `dwatt` and `dwconcat`, over positions in `deeper`).
         fusion_scale: Whether `dwatt` scales its scores by the square root of the size of a head.
         fusion_dropout: Probability of dropping a weight over depth in training.
-        fusion_weights: `"uniform"` gives `dwatt` the same weight for every layer, a control.
+        fusion_weights: `"uniform"` gives `dwatt` and `dwconcat` the same weight for every layer, a control.
         fusion_temperature: Divides the scores of `laya`.
         fusion_init: `"identity"` (a fresh adapter leaves the model's answers as they were) or `"paper"`.
         fusion_num_blocks: How many blocks `deeper` adds.
@@ -77,11 +91,13 @@ class FusionConfig(LoraConfig):
 
     fusion: str = field(default="dwatt", metadata={"help": "The fusion method, a name in fusion_adapters.FUSIONS."})
     fusion_layers: list[int] | None = _option("Layer states to fuse; None means the outputs of all blocks.")
-    fusion_bottleneck: float | None = _option("Width of the method's MLPs: int, or float as fraction of the hidden size.")
+    fusion_bottleneck: float | None = _option(
+        "Width of the method's inner layer: int, or float as fraction of the hidden size."
+    )
     fusion_heads: int | None = _option("Heads of the method's attention.")
     fusion_scale: bool | None = _option("Whether dwatt scales its scores.")
     fusion_dropout: float | None = _option("Dropout on the weights over depth.")
-    fusion_weights: str | None = _option("'attention', or 'uniform' for dwatt's control.")
+    fusion_weights: str | None = _option("'attention', or 'uniform' for the control.")
     fusion_temperature: float | None = _option("Temperature of laya's softmax over depth.")
     fusion_init: str | None = _option("'identity' or 'paper'.")
     fusion_num_blocks: int | None = _option("How many blocks 'deeper' adds.")
@@ -105,6 +121,7 @@ class FusionConfig(LoraConfig):
         self.bound = self.fusion_num_layers is not None
         # Where the config was loaded from; its weights are checked against the model before they are used.
         self.source: tuple[str, dict[str, Any]] | None = None
+        self._check_types()
         self._check_method()
         self._check_budget()
         self._check_lora()
@@ -160,6 +177,17 @@ class FusionConfig(LoraConfig):
         """Whether the config puts LoRA into the backbone."""
         return bool(self.target_modules) or bool(self.target_parameters)
 
+    def _check_types(self) -> None:
+        for name, (kind, words) in _TYPES.items():
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool)):
+                raise ValueError(f"{name}={value!r} must be {words}.")
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(
+                f"modules_to_save={self.modules_to_save!r} is a text, of which peft would take each letter for a name. Give a list, "
+                f"[{self.modules_to_save!r}]."
+            )
+
     def _check_method(self) -> None:
         known = fusion_options(self.fusion)
         for name, value in self.options.items():
@@ -176,12 +204,17 @@ class FusionConfig(LoraConfig):
                 f"fusion_stack={self.fusion_stack!r} is unknown. Use 'encoder', 'decoder', 'both', or leave it unset."
             )
         if self.fusion_layers is not None:
+            if not isinstance(self.fusion_layers, (list, tuple, range)):
+                raise ValueError(
+                    f"fusion_layers={self.fusion_layers!r} is not a list of layers. Give one, for example [1, 2, 3]; negatives "
+                    "count from the end."
+                )
             self.fusion_layers = [int(i) for i in self.fusion_layers]
 
     def _check_budget(self) -> None:
         if self.fusion_budget is None:
             return
-        check_budget(self.fusion_budget)
+        self.fusion_budget = check_budget(self.fusion_budget)
         given = [f for f in ("fusion_bottleneck", "fusion_num_blocks", "fusion_feedforward") if getattr(self, f) is not None]
         if given:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 DWATT_PAPER = "dwatt-paper"
@@ -15,7 +16,7 @@ def read_count(text: str) -> int:
     Raises:
         ValueError: If it is none.
     """
-    match = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?)([kmb]?)", text.strip().lower())
+    match = re.fullmatch(r"((?:[0-9][0-9_]*|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]+)?)([kmb]?)", text.strip().lower())
     if match is None:
         raise ValueError(f"{text!r} is not a number of parameters. Write it as 1000000, 1M, 2.5M or 50k.")
     return round(float(re.sub("[_,]", "", match[1])) * UNITS[match[2]])
@@ -27,19 +28,31 @@ def lora_rank(budget: int | str) -> int | None:
     return int(match[1]) if match else None
 
 
-def check_budget(budget: int | str) -> None:
+def check_budget(budget: Any) -> int | str:
     """Checks the form of a budget, before a model is at hand.
+
+    Returns:
+        The budget; a whole float (YAML's 1e6) as an int.
 
     Raises:
         ValueError: If it is none of the forms; the message lists them.
     """
-    if isinstance(budget, str) and budget != DWATT_PAPER and lora_rank(budget) is None:
-        try:
-            read_count(budget)
-        except ValueError as error:
-            raise ValueError(
-                f"fusion_budget={budget!r} is not a budget. Give a number of trainable parameters (1000000, '1M', '50k'), "
-                f"{DWATT_PAPER!r} (what the paper's DWAtt would train), or 'lora:r=16' (what that LoRA would train)."
-            ) from error
-    elif not isinstance(budget, str) and budget < 1:
+    if isinstance(budget, str):
+        if budget != DWATT_PAPER and lora_rank(budget) is None:
+            try:
+                read_count(budget)
+            except ValueError as error:
+                raise _no_budget(budget) from error
+        return budget
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or budget != budget // 1:
+        raise _no_budget(budget)
+    if budget < 1:
         raise ValueError(f"fusion_budget={budget} must be at least 1.")
+    return int(budget)
+
+
+def _no_budget(budget: Any) -> ValueError:
+    return ValueError(
+        f"fusion_budget={budget!r} is not a budget. Give a whole number of trainable parameters (1000000, '1M', '50k'), "
+        f"{DWATT_PAPER!r} (what the paper's DWAtt would train), or 'lora:r=16' (what that LoRA would train)."
+    )

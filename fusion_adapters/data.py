@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import random
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
@@ -75,8 +76,12 @@ def load_splits(recipe: DataRecipe, task: Task, seed: int) -> Splits:
         read = {split: _read_file(folder / name, recipe, task) for split, name in names.items() if name is not None}
     else:
         read = _read_dataset(recipe, task, names)
-    if not read.get("train"):
+    if "train" not in read:
         raise ValueError(f"data.train is not set: name the training file or split of {recipe.path!r}.")
+    for split, examples in read.items():
+        if not examples:
+            name = names[split] or split
+            raise ValueError(f"{recipe.path!r}: {name!r} holds no examples. Check that file or split (data.{split}).")
     train = read["train"]
     labels = recipe.labels or _label_set(train, task)
     for split, examples in read.items():
@@ -121,7 +126,8 @@ def read_conll(path: Path) -> list[Example]:
             continue
         if line.startswith("-DOCSTART-"):
             continue
-        columns = line.rstrip("\r").split("\t") if "\t" in line else line.split()
+        # split at blanks alone: a no-break space belongs to its word
+        columns = line.rstrip("\r").split("\t") if "\t" in line else re.split(" +", line.strip(" \r"))
         word, tag = columns[0], columns[-1].strip()
         if len(columns) < 2 or not (tag == "O" or tag[:2] in ("B-", "I-")):
             raise ValueError(
@@ -227,20 +233,48 @@ def _read_dataset(recipe: DataRecipe, task: Task, names: dict[str, str | None]) 
                 raise ValueError(f"{recipe.path!r} has no split {name!r}; it has {', '.join(map(repr, dataset))}.")
             continue
         part = dataset[name]
+        source = f"{recipe.path}, {name}"
         columns = {column: list(part[column]) for column in part.column_names}
+        if split == "test" and names[split] is None and _is_unlabelled(columns, recipe, task):
+            continue  # as in GLUE, whose test labels are kept secret
         for column, feature in part.features.items():
             inner = getattr(feature, "feature", feature)
             if isinstance(inner, ClassLabel):
-                columns[column] = [inner.int2str(value) for value in columns[column]]
-        read[split] = _examples(columns, f"{recipe.path}, {name}", recipe, task)
+                columns[column] = [_label_name(inner, value, f"{source}, column {column!r}") for value in columns[column]]
+        read[split] = _examples(columns, source, recipe, task)
     return read
+
+
+def _is_unlabelled(columns: dict[str, Any], recipe: DataRecipe, task: Task) -> bool:
+    label = next((c for c in (recipe.label, *LABEL_NAMES.get(task, ())) if c in columns), None)
+    return label is not None and all(value in (-1, None) for value in columns[label])
+
+
+def _label_name(feature: Any, value: Any, source: str) -> Any:
+    if value is None:
+        return None  # told with its row
+    try:
+        return feature.int2str(value)
+    except ValueError as error:
+        raise ValueError(
+            f"{source}: {value!r} is the number of none of the {feature.num_classes} classes; a split without labels cannot be "
+            "scored. Name another split, or leave data.test unset."
+        ) from error
+
+
+def _check_complete(values: Iterable[Any], column: str, source: str) -> None:
+    for row, value in enumerate(values):
+        if value is None or (isinstance(value, list) and None in value):
+            raise ValueError(f"{source}, row {row}: column {column!r} has no value (null). Remove the row, or fill it in.")
 
 
 def _examples(columns: dict[str, Any], source: str, recipe: DataRecipe, task: Task) -> list[Example]:
     text = _column(columns, recipe.text, TEXT_NAMES[task], source, "data.text")
+    _check_complete(columns[text], text, source)
     if task == "masked_lm":
         return _texts(columns[text])
     label = _column(columns, recipe.label, LABEL_NAMES[task], source, "data.label")
+    _check_complete(columns[label], label, source)
     if task == "sequence_classification":
         return [Example([str(t)], [str(y)]) for t, y in zip(columns[text], columns[label], strict=True)]
     examples = []

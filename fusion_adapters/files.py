@@ -13,12 +13,21 @@ from pathlib import Path
 def check_output(path: str | Path, overwrite: bool = False) -> Path:
     """Checks, before any work is done, that a folder may be written.
 
+    Returns:
+        The folder, with links followed.
+
     Raises:
-        FileExistsError: If something other than an empty folder is there and `overwrite` is not set, or it is a file.
+        FileExistsError: If something other than an empty folder is there and `overwrite` is not set, or it is a file, or a
+            folder that no other can take the place of (the current one, a mount point).
     """
-    path = Path(path)
+    path = Path(path).resolve()
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"The output {str(path)!r} is a file. Give a folder that does not exist yet.")
+    if Path.cwd().is_relative_to(path) or os.path.ismount(path):
+        raise FileExistsError(
+            f"The output {str(path)!r} is the current folder, one above it, or a mount point. The finished folder is moved to its "
+            f"place as a whole, so give one inside, for example {str(path / 'run')!r}."
+        )
     if path.exists() and any(path.iterdir()):
         if not overwrite:
             raise FileExistsError(
@@ -34,18 +43,33 @@ def check_output(path: str | Path, overwrite: bool = False) -> Path:
 
 
 @contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Yields a new folder beside `path`, renamed to it when the body ends well, and removed when it does not."""
+def written_aside(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a new folder beside `path`, renamed to it when the body ends well, and removed when it does not.
+
+    Args:
+        path: As `check_output` returned it.
+        overwrite: As it was given there; what has come into the folder since is not replaced without it.
+
+    Raises:
+        FileExistsError: If the folder cannot take its place. It is kept where it is, and the message says where.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield aside
-        os.chmod(aside, 0o755)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    os.chmod(aside, 0o755)
+    try:
+        check_output(path, overwrite)
         if path.exists():
             shutil.rmtree(path)
         aside.rename(path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise FileExistsError(
+            f"The work is complete and kept in {str(aside)!r}, but it could not be moved to its place: {error} Move it yourself."
+        ) from error
 
 
 def write_text_whole(path: Path, text: str) -> None:

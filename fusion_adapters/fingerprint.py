@@ -17,6 +17,7 @@ FINGERPRINT_ROWS = (3, 11, 101, 307)
 FINGERPRINT_VALUES = 8  # sampled per tensor
 # A cast to bf16 moves a weight by up to 2^-9 of its size; twice that is allowed.
 FINGERPRINT_TOLERANCE = 2.0**-8
+SMALLEST_STEP = 2.0**-24  # between numbers of float16 near zero
 
 
 def fingerprint(backbone: Backbone) -> str | None:
@@ -54,7 +55,8 @@ def fingerprints_differ(first: str | None, second: str | None) -> str | None:
         return None
     if len(values) != len(others):
         return f"{len(values)} against {len(others)} sampled weights"
-    far = sum(abs(a - b) > FINGERPRINT_TOLERANCE * max(abs(a), abs(b)) for a, b in zip(values, others, strict=True))
+    pairs = list(zip(values, others, strict=True))
+    far = sum(abs(a - b) > max(FINGERPRINT_TOLERANCE * max(abs(a), abs(b)), SMALLEST_STEP) for a, b in pairs)
     return f"{far} of {len(values)} sampled weights differ" if far else None
 
 

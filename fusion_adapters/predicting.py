@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,12 @@ from transformers import PreTrainedTokenizerBase
 
 from .alignment import decode_tags, encode
 from .data import Example
-from .loading import load_model, load_tokenizer
+from .loading import check_lengths, load_model, load_tokenizer
 from .masking import mask_token_of
 from .recipe import Recipe, parse_recipe
 from .tuner import depth_weights, fusion_layers
 
-WORD = re.compile(r"\w+|[^\w\s]")
+JOINERS = "\u200c\u200d"  # between letters of Indic and Arabic scripts, and between emoji
 
 
 @dataclass
@@ -74,17 +74,36 @@ def predict(run: Run, texts: Sequence[str]) -> list[dict[str, Any]]:
     if run.recipe.task == "masked_lm":
         return [_fill(run, text) for text in texts]
     tokens = run.recipe.task == "token_classification"
-    spans = [[m.span() for m in WORD.finditer(text)] for text in texts]
+    spans = [word_spans(text) for text in texts]
     words = (
         [[text[a:b] for a, b in where] for text, where in zip(texts, spans, strict=True)] if tokens else [[t] for t in texts]
     )
     examples = [Example(w, [run.labels[0]] * len(w)) for w in words]
     encoded = encode(examples, run.tokenizer, run.labels, run.recipe.task, run.recipe.data.max_length)
+    for (i, _), row in zip(encoded.words, encoded.rows, strict=True):
+        if not row["input_ids"]:
+            raise ValueError(f"The text {texts[i]!r} has no word pieces for this tokenizer. Give texts with words.")
+    check_lengths(run.model, encoded.rows)
     logits = [_logits(run, row) for row in encoded.rows]
     if not tokens:
         return [_class(run, text, row) for text, row in zip(texts, logits, strict=True)]
     tags = decode_tags(encoded, [row.argmax(-1).tolist() for row in logits], examples, run.labels)
     return [{"text": t, "entities": _entities(t, where, found)} for t, where, found in zip(texts, spans, tags, strict=True)]
+
+
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """Where the words of a text are: runs of letters and digits with the marks on them, and every other sign alone."""
+    spans: list[tuple[int, int]] = []
+    in_word = False
+    for i, sign in enumerate(text):
+        mark = unicodedata.category(sign).startswith("M") or sign in JOINERS
+        letter = sign.isalnum() or sign == "_"
+        if spans and spans[-1][1] == i and (mark or (letter and in_word)):
+            spans[-1] = (spans[-1][0], i + 1)
+        elif not sign.isspace():
+            spans.append((i, i + 1))
+            in_word = letter
+    return spans
 
 
 def depth_map(run: Run, text: str) -> tuple[list[str], list[int], Tensor]:

@@ -77,7 +77,15 @@ class Recipe(_Section):
 
 
 # Set by the run itself.
-RESERVED_TRAINING = {"output_dir", "seed", "data_seed", "metric_for_best_model", "greater_is_better", "label_names"}
+RESERVED_TRAINING = {
+    "output_dir",
+    "seed",
+    "data_seed",
+    "metric_for_best_model",
+    "greater_is_better",
+    "label_names",
+    "push_to_hub",  # the folder of the Trainer is not the run's
+}
 RESERVED_ADAPTER = {"task_type", "peft_type", "inference_mode"}
 
 
@@ -136,6 +144,9 @@ def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
     training_fields = arguments.keys() - RESERVED_TRAINING
     _check_keys(source, "adapter", recipe.adapter, adapter_fields, RESERVED_ADAPTER)
     _check_keys(source, "training", recipe.training, training_fields, RESERVED_TRAINING)
+    # YAML reads a bare no as false
+    strategies = {k: "no" for k, v in recipe.training.items() if v is False and k.endswith("_strategy")}
+    recipe.training.update(strategies)
     for key, value in recipe.training.items():
         # transformers would find a text where a number belongs only in the middle of the run
         number = isinstance(arguments[key], (int, float)) and not isinstance(arguments[key], bool)

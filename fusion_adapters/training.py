@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import platform
 import shutil
 import time
@@ -39,7 +40,7 @@ from .config import FusionConfig
 from .data import Example, Splits, load_splits
 from .features import LayerStateCache, cache_layer_states
 from .files import check_output, written_aside
-from .loading import PEFT_TASKS, load_model, load_tokenizer
+from .loading import PEFT_TASKS, check_lengths, load_model, load_tokenizer
 from .recipe import Recipe, Task
 from .reporting import model_card
 from .trainers import MaskedLMTrainer, OrderedTrainer
@@ -144,6 +145,11 @@ def run_recipe(
         ValueError: If data, adapter and backbone do not fit.
         OSError: If the model, the data or the output folder cannot be read or written.
     """
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:  # set by torchrun, accelerate and their like
+        raise ValueError(
+            f"A recipe is trained in one process, and this is one of {processes}, which would write over each other's run. Start it "
+            "without a launcher; on several processes, train with transformers' Trainer in a script of your own (README)."
+        )
     output = check_output(output, overwrite)
     config = adapter_config(recipe)
     started = time.perf_counter()
@@ -153,13 +159,13 @@ def run_recipe(
     if cache is not None:
         states = LayerStateCache(cache, model)
         states.check(model, tokenizer=tokenizer, max_length=recipe.data.max_length)
-    with written_aside(output) as folder:
+    with written_aside(output, overwrite) as folder:
         metrics = train(model, tokenizer, recipe, splits, folder, states)
         # the name to record is the recipe's, not the folder of an installed package
         base = model.get_base_model()
         base.name_or_path = base.config._name_or_path = config.base_model_name_or_path = recipe.backbone.model
         (folder / "adapter").mkdir()
-        (folder / "adapter" / "README.md").write_text(model_card(recipe, metrics), encoding="utf-8")
+        (folder / "adapter" / "README.md").write_text(model_card(recipe, metrics, splits.labels), encoding="utf-8")
         model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
         metrics["reload_difference"] = reload_difference(model, folder / "adapter", tokenizer, splits.dev, recipe.task)
         metrics["bytes"] = {p.name: p.stat().st_size for p in sorted((folder / "adapter").iterdir())}
@@ -188,6 +194,7 @@ def cache_recipe(recipe: Recipe, folder: str | Path, dtype: str = "float16") -> 
         for examples in (splits.train, splits.dev, splits.test)
         for row in encode(examples, tokenizer, splits.labels, recipe.task, length).rows
     ]
+    check_lengths(model, rows)
     if recipe.backbone.bits is None:  # a quantised model is where it was loaded
         model.to(PartialState().device)
     collator = DataCollatorWithPadding(tokenizer)
@@ -251,6 +258,7 @@ def train(
         for name, examples in (("train", splits.train), ("dev", splits.dev), ("test", splits.test))
         if examples
     }
+    check_lengths(model, [row for part in sets.values() for row in part.encoded.rows])
     trainer = make_trainer(model, tokenizer, recipe, sets["train"], sets["dev"], folder / "checkpoints")
     begun = time.perf_counter()
     trainer.train()
@@ -278,12 +286,14 @@ def train(
         "peak_memory_mib": _peak_memory(),
         "device": str(trainer.args.device),
         "seed": recipe.seed,
-        "versions": {
-            "python": platform.python_version(),
-            "fusion_adapters": __version__,
-            **{m.__name__: m.__version__ for m in (torch, transformers, peft, accelerate)},
-        },
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """What a result was made with: python, this package and those that compute."""
+    libraries = {m.__name__: m.__version__ for m in (torch, transformers, peft, accelerate)}
+    return {"python": platform.python_version(), "fusion_adapters": __version__, **libraries}
 
 
 def positions_for(model: nn.Module, task: Task, training: bool) -> str:
@@ -317,6 +327,8 @@ def make_trainer(
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"The recipe's section 'training' does not fit: {' '.join(str(error).split())}") from error
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # DataParallel would copy the backbone without the fusion
     sequences = recipe.task == "sequence_classification"
     collator: Any = DataCollatorWithPadding(tokenizer) if sequences else DataCollatorForTokenClassification(tokenizer)
     if train_set.cache is not None:

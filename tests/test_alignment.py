@@ -5,9 +5,11 @@ import random
 import pytest
 import torch
 from support_text import SENTENCES, WORDS, tokenizer
+from transformers import AutoModel, BertConfig, GPT2Config, LlamaConfig, OPTConfig, RobertaConfig
 
 from fusion_adapters.alignment import IGNORED, decode_tags, encode, score
 from fusion_adapters.data import Example
+from fusion_adapters.loading import check_lengths
 
 LABELS = ["O", "B-LOC", "I-LOC", "B-ORG", "I-ORG", "B-PER", "I-PER"]
 TOKENS, TEXTS = "token_classification", "sequence_classification"
@@ -84,3 +86,45 @@ def test_predictions_in_another_order_are_noticed():
     assert evaluation.scores(labels.clamp(min=0), labels)["f1"] == 1.0
     with pytest.raises(RuntimeError, match="another order"):
         evaluation.scores(labels.flip(0).clamp(min=0), labels.flip(0))
+
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 50,
+    "max_position_embeddings": 40,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BertConfig(**SIZES, intermediate_size=32),
+        RobertaConfig(**SIZES, intermediate_size=32, pad_token_id=1),
+        GPT2Config(**SIZES),
+        OPTConfig(**SIZES, ffn_dim=32, word_embed_proj_dim=32),
+        LlamaConfig(**SIZES, intermediate_size=32),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_the_longest_row_that_is_let_through_is_the_longest_that_runs(config):
+    model = AutoModel.from_config(config).eval()
+
+    def runs(length):
+        try:
+            model(input_ids=torch.full((1, length), 7))
+        except (RuntimeError, IndexError):
+            return False
+        return True
+
+    def passes(length):
+        try:
+            check_lengths(model, [{"input_ids": [7] * 3}, {"input_ids": [7] * length}])
+        except ValueError as error:
+            assert f"has {length} pieces, but the backbone has " in str(error)
+            return False
+        return True
+
+    for length in range(35, 45):
+        assert passes(length) == runs(length), length

@@ -65,6 +65,21 @@ def test_the_same_weights_in_16_bits_are_the_same_backbone(adapter, dtype):
     PeftModel.from_pretrained(tiny("bert", dtype=dtype), adapter)
 
 
+def test_weights_near_zero_in_16_bits_are_the_same_backbone(tmp_path):
+    model = tiny("bert")
+    with torch.no_grad():
+        model.bert.encoder.layer[0].attention.output.LayerNorm.bias.fill_(3.03e-6)  # float16 has 2.98e-6
+    half = copy.deepcopy(model).half()
+    attached(model=model).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(half, tmp_path)
+
+
+def test_a_config_saved_alone_starts_a_new_adapter(tmp_path):
+    FusionConfig(fusion="concat", fusion_bottleneck=8, task_type="TOKEN_CLS").save_pretrained(tmp_path)
+    model = get_peft_model(tiny("bert"), FusionConfig.from_pretrained(tmp_path))
+    assert model.active_peft_config.fusion_bottleneck == 8
+
+
 def test_the_same_weights_with_more_tokens_are_the_same_backbone(adapter):
     model = tiny("bert")
     model.resize_token_embeddings(130)
@@ -161,6 +176,11 @@ def test_without_the_plug_in_a_file_is_refused(adapter, tmp_path):
         ({"fusion": "last", "fusion_heads": 2}, "'last' has no option fusion_heads.*Its options are: none"),
         ({"fusion": "concat", "fusion_scale": True}, "'concat' has no option fusion_scale.*fusion_bottleneck"),
         ({"fusion_dropout": 1.5}, "fusion_dropout=1.5"),
+        ({"fusion_bottleneck": "half"}, "fusion_bottleneck='half' must be a width"),
+        ({"fusion_heads": 8.0}, "fusion_heads=8.0 must be a whole number"),
+        ({"fusion_heads": True}, "fusion_heads=True must be a whole number"),
+        ({"fusion_scale": 1}, "fusion_scale=1 must be true or false"),
+        ({"modules_to_save": "pooler"}, r"modules_to_save='pooler' is a text.*\['pooler'\]"),
         ({"bias": "all"}, "target_modules=None asks for a fusion alone"),
         ({"r": 4, "target_modules": ["query"], "layer_replication": [(0, 2)]}, "layer_replication"),
     ],

@@ -85,7 +85,7 @@ def test_cases_take_turns_in_processes_of_their_own(recipe, tmp_path):
     assert {case: len(s) for case, s in seconds.items()} == {"bare model": 2, "last, live": 2}
     assert all(s > 0 for values in seconds.values() for s in values)
     wrong = recipe.model_copy(update={"lora": {"r": 2, "target_modules": ["nowhere"]}})
-    with pytest.raises(RuntimeError, match=r"'LoRA' failed: \w+Error: .*nowhere"):
+    with pytest.raises(ChildProcessError, match=r"'LoRA' failed: \w+Error: .*nowhere"):
         alternate(wrong, ["LoRA"], tmp_path, told.append)
 
 
@@ -95,10 +95,10 @@ def test_cases_take_turns_in_processes_of_their_own(recipe, tmp_path):
 def test_a_process_that_dies_is_reported(dies, tmp_path, monkeypatch):
     told = r"The process of 'some case' ended without an answer \(killed, or out of memory\?\)"
     monkeypatch.setattr(workers, "_work", dies)
-    with pytest.raises(RuntimeError, match=told):
+    with pytest.raises(ChildProcessError, match=told):
         alternate(SimpleNamespace(repeats=1), ["some case"], tmp_path, lambda what: time.sleep(0.5))
     if dies is dying_run.at_once:
-        with pytest.raises(RuntimeError, match=told):
+        with pytest.raises(ChildProcessError, match=told):
             workers._in_a_process(dies, "some case")
 
 

@@ -1,15 +1,17 @@
 """Counts without weights equal those of built adapters; the solver takes the largest width that fits."""
 
 import json
+import warnings
 
 import pytest
+import torch
 from families import FAMILIES, attach, first_head
 from peft import LoraConfig, PeftModel, get_peft_model
 from support import METHODS
-from transformers import LlamaConfig, LlamaModel
+from transformers import AlbertConfig, BertConfig, LlamaConfig, LlamaModel, MixtralConfig
 
 from fusion_adapters import FusionConfig
-from fusion_adapters.budget import count_config, count_trainable, fit_budget, skeleton
+from fusion_adapters.budget import compare_budgets, count_config, count_trainable, fit_budget, resolve_budget, skeleton
 from fusion_adapters.cli import main
 from fusion_adapters.counts import read_count
 
@@ -102,6 +104,17 @@ def test_a_width_is_the_one_that_is_built():
     assert fitted.fusion_bottleneck % 4 == 0  # heads
 
 
+def test_copies_of_the_last_block_are_fitted_by_their_number():
+    model, config = LlamaModel(SMALL), FusionConfig(fusion="deeper", fusion_copy_last=True)
+    one = count_config(config, model)["fusion"]
+    fitted = fit_budget(config, model, 3 * one - 1)
+    assert fitted.fusion_num_blocks == 2 and count_config(fitted, model)["fusion"] == 2 * one
+    with pytest.raises(ValueError, match=rf"one copy of the backbone's last block trains {one:,}"):
+        fit_budget(config, model, one - 1)
+    attached = get_peft_model(model, FusionConfig(fusion="deeper", fusion_copy_last=True, fusion_budget=2 * one))
+    assert count_trainable(attached)["fusion"] == 2 * one
+
+
 def test_a_budget_that_is_too_small_names_the_smallest():
     model = LlamaModel(SMALL)
     for method in ("dwatt", "concat", "mlp", "deeper"):
@@ -135,11 +148,37 @@ def test_the_shell_says_what_is_wrong(tmp_path, capsys):
     for arguments, message in (
         (["--parameters", "many"], "'many' is not a number of parameters"),
         (["--parameters", "1M", "--methods", "dwat"], "Did you mean 'dwatt'"),
+        (["--parameters", "1M", "--lora", "q_proj,value"], "no module 'value' for LoRA. Its linear maps are: down_proj,"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["budget", "--model", str(tmp_path), *arguments])
         assert stop.value.code == 2
         assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_shell_takes_lists_with_blanks(tmp_path, capsys):
+    SMALL.save_pretrained(tmp_path)
+    arguments = ["budget", "--model", str(tmp_path), "--parameters", "50k", "--json"]
+    main([*arguments, "--methods", "concat, mlp", "--lora", "q_proj, v_proj"])
+    loose = capsys.readouterr().out
+    main([*arguments, "--methods", "concat,mlp", "--lora", "q_proj,v_proj"])
+    assert loose == capsys.readouterr().out and json.loads(loose)[2]["choice"]["r"] == 50_000 // (4 * 2 * 128)
+
+
+def test_added_flops_are_a_share_of_the_weights_that_a_token_meets():
+    def percent(config):
+        (row,) = compare_budgets(skeleton(config), ["concat"], 20_000, [])
+        return row["flops_percent"] / row["parameters"]
+
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 100}
+    # one block run twelve times costs what twelve blocks cost
+    shared = percent(AlbertConfig(**sizes, num_hidden_layers=12, embedding_size=64))
+    assert shared == pytest.approx(percent(BertConfig(**sizes, num_hidden_layers=12)), rel=0.02)
+    # two of four experts run, or two of eight
+    four, eight = (
+        percent(MixtralConfig(**sizes, num_hidden_layers=2, num_local_experts=n, num_experts_per_tok=2)) for n in (4, 8)
+    )
+    assert four == pytest.approx(eight, rel=0.01)
 
 
 def test_numbers_as_people_write_them():
@@ -151,6 +190,9 @@ def test_numbers_as_people_write_them():
         1000,
         1000,
     ]
+    for text in ("2,5M", "1,0000", "1.2.3M"):  # a decimal comma is not a thousand
+        with pytest.raises(ValueError, match="is not a number of parameters"):
+            read_count(text)
 
 
 @pytest.mark.parametrize("method", ["dwatt", "concat", "mlp", "deeper"])
@@ -178,10 +220,35 @@ def test_budgets_named_after_other_methods():
     assert 0.95 < counts["total"] / (4 * 32 * (64 + 64)) <= 1
 
 
+def test_a_large_fusion_that_nobody_chose_is_told():
+    sizes = {"hidden_size": 2048, "num_hidden_layers": 13, "num_attention_heads": 2, "head_dim": 8, "intermediate_size": 8}
+    model = LlamaModel(LlamaConfig(**sizes, vocab_size=50))
+    with pytest.warns(
+        UserWarning, match=r"'concat' at its default width trains 54,528,000 parameters.*0\.2 GiB.*fusion_budget"
+    ):
+        get_peft_model(model, FusionConfig(fusion="concat")).unload()
+    for chosen in ({"fusion_budget": "60M"}, {"fusion_bottleneck": 2048}, {"fusion_layers": [-1]}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            get_peft_model(model, FusionConfig(fusion="concat", **chosen)).unload()
+
+
+def test_a_budget_named_after_lora_keeps_to_the_named_blocks():
+    model = LlamaModel(SMALL)
+    model.others = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(4))  # as many as there are blocks
+    with pytest.raises(ValueError, match="2 were found"):
+        get_peft_model(model, FusionConfig(fusion="concat", fusion_budget=10_000))
+    config = FusionConfig(fusion="concat", fusion_budget="lora:r=16", target_modules=["q_proj"], r=1, fusion_blocks="layers")
+    assert resolve_budget(config, model) == 4 * 16 * (64 + 64)
+
+
 def test_a_budget_that_cannot_be_is_refused_early():
-    for budget in ("lots", "lora:r=0", 0, "dwatt_paper"):
+    for budget in ("lots", "lora:r=0", 0, "dwatt_paper", "2,5M", 0.5, 1e6 + 0.5, float("nan"), float("inf"), True, [1000]):
         with pytest.raises(ValueError, match="fusion_budget="):
             FusionConfig(fusion_budget=budget)
+    assert FusionConfig(fusion_budget=1e6).fusion_budget == 10**6  # as YAML reads 1e6
+    with pytest.raises(ValueError, match=r"fusion_layers=3 is not a list of layers"):
+        FusionConfig(fusion_layers=3)
     with pytest.raises(ValueError, match=r"fusion_budget='1M' chooses the width.*fusion_bottleneck set it too"):
         FusionConfig(fusion_budget="1M", fusion_bottleneck=8)
     model = LlamaModel(SMALL)

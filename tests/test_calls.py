@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from families import FAMILIES, answer, attach, inputs
-from support import disturb
+from support import METHODS, attached, batch, disturb, layer_of, logits, tiny, without_dropout
 from torch.utils.checkpoint import checkpoint
 
 from fusion_adapters.tuner import fusion_layers
@@ -191,3 +191,22 @@ def test_dropout_of_a_fusion_does_not_ask_whether_there_is_a_graph(family, head)
     assert found.keys() == plain.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(found[name], gradient)
+
+
+@pytest.mark.parametrize("before", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("after", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_an_attached_model_may_be_cast_as_a_whole(family, method, before, after):
+    model = without_dropout(disturb(attached(family, model=tiny(family, dtype=before), **METHODS[method])))
+    expected = logits(model)
+    model.to(after)
+    assert {p.dtype for p in model.parameters()} == {after}
+    found = logits(model)
+    assert found.dtype == after
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0.1, atol=0.1 * float(expected.float().std()))
+    layer_of(model).enable_adapters(False)
+    assert method == "last" or not torch.equal(logits(model), found), "the fusion is not called"
+    layer_of(model).enable_adapters(True)
+    for mode in (True, False):
+        model.train(mode)(**batch()).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

@@ -2,13 +2,19 @@
 
 import io
 import json
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
-from support_text import save_model, write_recipe
+from support_text import save_model, tokenizer, write_recipe
+from transformers import AutoTokenizer
 
 from fusion_adapters.cli import main
 from fusion_adapters.files import check_output, written_aside
+from fusion_adapters.predicting import Run, predict, word_spans
 
 
 def run(*arguments):
@@ -168,3 +174,109 @@ def test_output_is_written_aside(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(FileExistsError, match="is a file"):
         check_output(tmp_path / "file")
+
+
+def test_a_finished_folder_is_not_lost(tmp_path, monkeypatch):
+    # two runs with one output: the later one does not replace the earlier, and is kept
+    with pytest.raises(FileExistsError, match=r"kept in '.*\.out\.") as told, written_aside(tmp_path / "out") as folder:
+        (folder / "second.txt").write_text("x")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "first.txt").write_text("x")
+    assert (tmp_path / "out" / "first.txt").exists() and (folder / "second.txt").exists() and str(folder) in str(told.value)
+    # a link to an empty folder is followed
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    with written_aside(check_output(tmp_path / "link")) as folder:
+        (folder / "third.txt").write_text("x")
+    assert (tmp_path / "disk" / "third.txt").exists() and (tmp_path / "link").is_symlink()
+    # what cannot be replaced is refused before the work, not after it
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    mounted = tmp_path / "mounted"
+    monkeypatch.setattr("os.path.ismount", lambda path: path == mounted)
+    for taken in (".", "..", mounted):
+        with pytest.raises(FileExistsError, match=r"current folder, one above it, or a mount point.*give one inside"):
+            check_output(taken)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
+    # a limit on the size of files stands for the disk; the adapter's is the first file above it
+    recipe = write_recipe(tmp_path, adapter={"fusion": "concat"})
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000)); from fusion_adapters.cli import main; main()"
+    command = [sys.executable, "-c", limited, "train", str(recipe), "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "Error:" in done.stderr and "File too large" in done.stderr
+    assert not [p.name for p in tmp_path.iterdir() if "run" in p.name]
+
+
+def test_labels_follow_their_pieces_whichever_side_the_tokenizer_pads(tmp_path):
+    recipe = write_recipe(tmp_path, training={"num_train_epochs": 3, "learning_rate": 1e-2})
+    run("train", recipe, "--output", tmp_path / "right")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.padding_side = "left"  # as those of Llama and Gemma do
+    tokenizer.save_pretrained(tmp_path / "model")
+    run("train", recipe, "--output", tmp_path / "left")
+    right, left = (json.loads((tmp_path / side / "metrics.json").read_text())["scores"] for side in ("right", "left"))
+    assert left == right
+
+
+def test_rows_longer_than_the_backbone_has_positions(tmp_path, capsys):
+    recipe = write_recipe(tmp_path, data={"max_length": 1024})
+    with (tmp_path / "train.conll").open("a") as file:
+        file.write("\n" + "oslo\tB-LOC\n" * 600)
+    for command in ("train", "cache"):
+        error = fails(capsys, command, recipe, "--output", tmp_path / "run")
+        assert "has 602 pieces, but the backbone has 512 positions. Set data.max_length to 512" in error
+        assert not (tmp_path / "run").exists()
+    run("train", recipe, "--output", tmp_path / "run", "--set", "data.max_length=512")
+
+
+def test_strategies_and_casts_as_recipes_write_them(tmp_path):
+    recipe = write_recipe(tmp_path)
+    arguments = ["eval_strategy=no", "save_strategy=no", "load_best_model_at_end=false", "bf16_full_eval=true"]
+    run("train", recipe, "--output", tmp_path / "run", *(part for a in arguments for part in ("--set", f"training.{a}")))
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["scores"]["dev"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Anna's dog_1, here.", ["Anna", "'", "s", "dog_1", ",", "here", "."]),
+        (
+            "\u0939\u093f\u0928\u094d\u0926\u0940 \u0939\u0948",
+            ["\u0939\u093f\u0928\u094d\u0926\u0940", "\u0939\u0948"],
+        ),  # Hindi, in Hindi
+        ("Mu\u0308nchen!", ["Mu\u0308nchen", "!"]),  # u and its dots apart
+        ("\u2764\ufe0fOslo", ["\u2764\ufe0f", "Oslo"]),  # a heart with its variation selector
+        (" \u0308 a", ["\u0308", "a"]),
+    ],
+)
+def test_words_keep_their_marks(text, words):
+    assert [text[start:end] for start, end in word_spans(text)] == words
+
+
+class Says(torch.nn.Module):
+    """Answers each word piece with the tag that a table gives it."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, table, labels):
+        super().__init__()
+        self.table, self.labels = table, labels
+
+    def forward(self, input_ids, attention_mask):
+        numbers = torch.tensor([[self.labels.index(self.table.get(i, "O")) for i in row] for row in input_ids.tolist()])
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(numbers, len(self.labels)).float())
+
+
+def test_entities_follow_their_tags():
+    words, labels = tokenizer(), ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
+    said = {"anna": "B-PER", "bob": "I-PER", "man": "I-PER", "oslo": "B-LOC", "rome": "B-LOC", "corp": "I-LOC"}
+    model = Says({words.convert_tokens_to_ids(word): tag for word, tag in said.items()}, labels)
+    recipe = SimpleNamespace(task="token_classification", data=SimpleNamespace(max_length=32))
+    text = "Anna Bob, Man lives at Oslo Rome Corp Man."
+    (found,) = predict(Run(model, words, recipe, labels), [text])
+    told = [(e["type"], e["text"], text[e["start"] : e["end"]]) for e in found["entities"]]
+    expected = [("PER", "Anna Bob"), ("PER", "Man"), ("LOC", "Oslo"), ("LOC", "Rome Corp"), ("PER", "Man")]
+    assert told == [(kind, words, words) for kind, words in expected]

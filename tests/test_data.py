@@ -38,6 +38,9 @@ def test_conll_words_may_be_strange_characters(tmp_path):
     words = ["\ufe0f", "a\u2028b", "\x85", "\u00a0x"]
     (example,) = read_conll(write(tmp_path, "".join(f"{w}\tO\n" for w in words)))
     assert example.words == words
+    words = ["10\u00a0000", "a\u3000b", "\u2009x"]  # not blanks between columns
+    (example,) = read_conll(write(tmp_path, "".join(f"{w} NN O \n" for w in words)))
+    assert example.words == words
 
 
 @pytest.mark.parametrize(
@@ -141,6 +144,44 @@ def test_a_folder_laid_out_like_a_hub_dataset(tmp_path):
     assert len(data.train) == len(data.dev) == len(data.test) == 3
     with pytest.raises(ValueError, match="has no split 'held_out'; it has"):
         load_splits(DataRecipe(path=str(tmp_path / "set"), test="held_out"), TOKENS, 1)
+
+
+def test_a_test_split_without_labels_is_left_out(tmp_path):
+    features = Features({"sentence": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    for split, labels in (("train", [0, 1, 0, 1]), ("test", [-1, -1])):  # as in GLUE
+        part = Dataset.from_dict({"sentence": [f"s{i}" for i in range(len(labels))], "label": labels}, features=features)
+        (tmp_path / "set").mkdir(exist_ok=True)
+        part.to_parquet(tmp_path / "set" / f"{split}-00000-of-00001.parquet")
+    found = splits(tmp_path / "set", TEXTS, train=None, dev_fraction=0.25)
+    assert len(found.train) == 3 and found.test == [] and found.labels == ["no", "yes"]
+    with pytest.raises(ValueError, match=r"test, column 'label': -1 is the number of none of the 2 classes"):
+        splits(tmp_path / "set", TEXTS, train=None, test="test")
+
+
+@pytest.mark.parametrize("name", ["train.conll", "train.csv"])
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_a_file_without_examples_is_named(tmp_path, name, split):
+    task = TOKENS if name.endswith("conll") else TEXTS
+    full, none = (conll(SENTENCES), "-DOCSTART- O\n\n") if task == TOKENS else ("text,label\na,x\nb,y\n", "text,label\n")
+    files = {}
+    for part in ("train", "dev", "test"):
+        files[part] = name.replace("train", part)
+        write(tmp_path, none if part == split else full, files[part])
+    with pytest.raises(ValueError, match=rf"'{files[split]}' holds no examples.*data\.{split}"):
+        splits(tmp_path, task, **files)
+
+
+def test_a_missing_value_is_no_text_and_no_label(tmp_path):
+    for rows, message in (
+        ('[{"text": "a", "label": "x"}, {"text": null, "label": "y"}]', "row 1: column 'text' has no value"),
+        ('[{"text": "a", "label": null}, {"text": "b", "label": "y"}]', "row 0: column 'label' has no value"),
+    ):
+        write(tmp_path, rows, "train.json")
+        with pytest.raises(ValueError, match=message):
+            splits(tmp_path, TEXTS, train="train.json")
+    write(tmp_path, '[{"tokens": ["a", null], "tags": ["O", "O"]}]', "train.json")
+    with pytest.raises(ValueError, match="row 0: column 'tokens' has no value"):
+        splits(tmp_path, train="train.json")
 
 
 def test_a_path_that_is_nothing():

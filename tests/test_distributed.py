@@ -13,6 +13,7 @@ from families import FAMILIES, answer, attach, inputs
 from packaging.version import Version
 from safetensors.torch import load_file
 from support import disturb, without_dropout
+from support_text import write_recipe
 from test_features import pad, rows_of
 
 from fusion_adapters.features import cache_layer_states
@@ -36,7 +37,7 @@ def run(*command):
         start_new_session=True,
     )
     try:
-        said, _ = process.communicate(timeout=120)
+        said, _ = process.communicate(timeout=600)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)  # the launcher's children too
@@ -136,3 +137,11 @@ def test_a_backbone_spread_over_devices(family, far, tmp_path):
     loss = model(**batch).loss
     torch.testing.assert_close(model(**states).loss, loss)
     torch.testing.assert_close(model(**batch).loss, loss)
+
+
+def test_a_recipe_is_not_trained_by_several_processes(tmp_path):
+    command = [*LAUNCH, "--module", "fusion_adapters.cli", "train", write_recipe(tmp_path), "--output", tmp_path / "run"]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode != 0
+    assert "A recipe is trained in one process, and this is one of 2" in " ".join(done.stderr.split())
+    assert not (tmp_path / "run").exists()

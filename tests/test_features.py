@@ -122,6 +122,19 @@ def test_rows_as_people_have_them(tmp_path):
     assert len(again) == 7
 
 
+def test_a_row_with_an_input_that_was_not_cached_is_refused(tmp_path):
+    model, rows = attached(), some_rows(4)
+    cache = cached(model, rows, tmp_path / "states")
+    zeros = [{**row, "token_type_ids": [0] * len(row["input_ids"])} for row in rows]
+    assert cache.find(zeros) == cache.find(rows)  # what a model takes without any
+    pairs = [*zeros[:3], {**zeros[3], "token_type_ids": [1] * len(rows[3]["input_ids"])}]
+    with pytest.raises(StaleCacheError, match=r"Row 3 has the model input 'token_type_ids'"):
+        cache.dataset(pairs)
+    with pytest.raises(ValueError, match="Row 1 and row 0 do not have the same model inputs: token_type_ids"):
+        cached(model, [rows[0], *pairs[1:]], tmp_path / "mixed")
+    assert not (tmp_path / "mixed").exists()
+
+
 def test_states_of_a_model_that_transformers_attached_to(tmp_path):
     rows = some_rows()
     model = tiny()

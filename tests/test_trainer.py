@@ -46,17 +46,20 @@ def losses(run):
 @WITH_AND_WITHOUT_LORA
 def test_training_lowers_the_loss_and_brings_the_best_model_back(family, lora, tmp_path):
     model = attached(family, **(LORA[family] if lora else {}))
+    # the highest loss is asked for, because the loss falls: the best epoch is then an early one, and not the last
     run = trainer(
-        model, tmp_path, epochs=4, load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=False
+        model, tmp_path, epochs=4, load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True
     )
     before = run.evaluate()["eval_loss"]
     run.train()
-    assert losses(run)[-1] < before
-    assert abs(run.evaluate()["eval_loss"] - min(losses(run))) < 1e-6
+    by_epoch = losses(run)
+    best = max(by_epoch)
+    assert by_epoch[-1] < before and by_epoch[-1] < best - 1e-2
+    assert abs(run.evaluate()["eval_loss"] - best) < 1e-6
     run.save_model(str(tmp_path / "final"))
     assert not (tmp_path / "final" / "model.safetensors").exists()
     again = trainer(PeftModel.from_pretrained(tiny(family), tmp_path / "final"), tmp_path / "x")
-    assert abs(again.evaluate()["eval_loss"] - min(losses(run))) < 1e-6
+    assert abs(again.evaluate()["eval_loss"] - best) < 1e-6
 
 
 @WITH_AND_WITHOUT_LORA

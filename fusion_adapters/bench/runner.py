@@ -40,7 +40,7 @@ def run_bench(recipe: BenchRecipe, output: str | Path, overwrite: bool = False) 
         The content of `summary.json`.
 
     Raises:
-        RuntimeError: If a case fails.
+        ChildProcessError: If a case fails.
         OSError: If data, model or folder cannot be read or written.
     """
     output = check_output(output, overwrite)
@@ -52,7 +52,7 @@ def run_bench(recipe: BenchRecipe, output: str | Path, overwrite: bool = False) 
         bar.set_postfix_str(what)
         bar.update()
 
-    with written_aside(output) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch, bar:
+    with written_aside(output, overwrite) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch, bar:
         transformers.utils.logging.disable_progress_bar()  # "Loading weights", within ours
         setting = Setting(recipe, Path(scratch))
         model = setting.bare()

@@ -23,12 +23,12 @@ class BenchRecipe(BaseModel):
     lora: dict[str, Any] = Field(
         default={"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]}, description="Fields of LoraConfig."
     )
-    depths: list[int] = Field(default=[6, 12, 24, 48], description="Numbers of layers of the scaling part.")
+    depths: list[int] = Field(min_length=2, default=[6, 12, 24, 48], description="Numbers of layers of the scaling part.")
     widths: list[int] = Field(default=[128, 256, 512, 1024], description="Hidden sizes of the scaling part.")
     lengths: list[int] = Field(
         default=[32, 128, 512, 2048], description="Sequence lengths of the scaling part, 4 rows each."
     )
-    tokens: list[int] = Field(default=[512, 1024, 2048, 4096, 8192], description="Tokens of the scaling part.")
+    tokens: list[int] = Field(min_length=2, default=[512, 1024, 2048, 4096, 8192], description="Tokens of the scaling part.")
     large: dict[str, Any] = Field(
         default={
             "hidden_size": 4096,

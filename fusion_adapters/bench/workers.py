@@ -42,7 +42,7 @@ def alternate(
         advance: Called with what is done next, for a progress bar.
 
     Raises:
-        RuntimeError: If a case fails; the message is that of the process.
+        ChildProcessError: If a case fails; the message is that of the process.
     """
     context = multiprocessing.get_context("spawn")
     seconds: dict[str, list[float]] = {case: [] for case in cases}
@@ -117,9 +117,9 @@ def _answer(connection: Any, case: str) -> float:
     try:
         answer = connection.recv()
     except (EOFError, ConnectionResetError):
-        raise RuntimeError(f"The process of {case!r} ended without an answer (killed, or out of memory?).") from None
+        raise ChildProcessError(f"The process of {case!r} ended without an answer (killed, or out of memory?).") from None
     if isinstance(answer, str):
-        raise RuntimeError(f"{case!r} failed: {answer}")
+        raise ChildProcessError(f"{case!r} failed: {answer}")
     return answer
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..tuner import layers_read
 from .dataset import CachedCollator, CachedDataset
-from .key import backbone_of, cache_key, key_differences, row_signature
+from .key import backbone_of, cache_key, key_differences, row_signature, uncached_inputs
 from .storage import DTYPES, StaleCacheError, read_index, read_manifest, shard_is_whole
 
 
@@ -110,7 +110,15 @@ class LayerStateCache:
         """
         if self._rows is None:
             self._rows = {s: i for i, s in enumerate(self._signatures)}
-        found = [self._rows.get(row_signature(row, self.manifest["inputs"]), -1) for row in rows]
+        known, cached = self.manifest.get("known_inputs", []), self.manifest["inputs"]
+        found = []
+        for number, row in enumerate(rows):
+            if new := uncached_inputs(row, known, cached):
+                raise StaleCacheError(
+                    f"Row {number} has the model input {new[0]!r}, which no row had when the cache {str(self.folder)!r} was made "
+                    f"(they had {', '.join(cached)}): its states would be others. Extract the states of these data."
+                )
+            found.append(self._rows.get(row_signature(row, cached), -1))
         absent = found.count(-1)
         if absent:
             raise StaleCacheError(

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -62,11 +62,11 @@ def cache_key(
     quantised = getattr(config, "quantization_config", None)
     key: dict[str, Any] = {
         "backbone": f"{backbone.model_type}, {backbone.num_layers} blocks of width {backbone.hidden_size}",
-        "weights": _weights_signature(backbone),
+        "weights": weights_signature(backbone),
         "adapters": adapters_in_use(backbone),
         "quantization": _quantization_name(quantised),
         "dtype": str(_dtype_of(backbone)).removeprefix("torch."),
-        "tokenizer": None if tokenizer is None else _tokenizer_signature(tokenizer),
+        "tokenizer": None if tokenizer is None else tokenizer_signature(tokenizer),
         "max_length": max_length,
         "torch": torch.__version__,
         "transformers": version("transformers"),
@@ -82,10 +82,22 @@ def key_differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> lis
     return [f"{n}: {stored[n]} in the cache, {wanted[n]} now" for n in names if stored[n] != wanted[n]]
 
 
-def input_names(backbone: Backbone, row: Mapping[str, Any]) -> list[str]:
-    """The entries of a row that the backbone is called with; labels and columns that it does not know are none."""
-    known = inspect.signature(backbone.base.forward).parameters
-    return sorted(name for name in row if name in known and name not in LABELS)
+def input_names(backbone: Backbone, columns: Iterable[str]) -> list[str]:
+    """Those of the columns that the backbone is called with; labels and columns that it does not know are none."""
+    known = set(known_inputs(backbone))
+    return sorted(known.intersection(columns))
+
+
+def known_inputs(backbone: Backbone) -> list[str]:
+    """The names of all inputs that the backbone takes."""
+    return sorted(set(inspect.signature(backbone.base.forward).parameters) - set(LABELS))
+
+
+def uncached_inputs(row: Mapping[str, Any], known: Sequence[str], cached: Sequence[str]) -> list[str]:
+    """Inputs of a row that states computed without them do not know, and that say more than a backbone assumes without."""
+    neutral = {"token_type_ids": 0, "attention_mask": 1}
+    new = [name for name in known if name not in cached and row.get(name) is not None]
+    return [n for n in new if n not in neutral or bool((torch.as_tensor(row[n]) != neutral[n]).any())]
 
 
 def row_signature(row: Mapping[str, Any], names: Sequence[str]) -> bytes:
@@ -110,7 +122,7 @@ def _dtype_of(backbone: Backbone) -> torch.dtype:
     return next((p.dtype for m in backbone.upstream for p in m.parameters() if p.is_floating_point()), torch.float32)
 
 
-def _weights_signature(backbone: Backbone) -> str:
+def weights_signature(backbone: Backbone) -> str:
     """A hash of values sampled from every tensor that runs before or in the blocks.
 
     Quantised weights are left out, because libraries move and pack them between calls; the tensors around them (norms,
@@ -131,7 +143,8 @@ def _weights_signature(backbone: Backbone) -> str:
     return digest.hexdigest()[:16]
 
 
-def _tokenizer_signature(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_signature(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of everything that turns a text into pieces, padding and truncation left out."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         text = json.dumps(tokenizer.get_vocab(), sort_keys=True)

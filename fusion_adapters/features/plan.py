@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..backbone import Backbone
 from ..tuner import layers_read
-from .key import backbone_of, cache_key, input_names, row_signature
+from .key import backbone_of, cache_key, input_names, known_inputs, row_signature
 from .recording import only_backbone, recorded
 from .storage import DTYPES, index_checksum
 
@@ -77,6 +77,7 @@ def plan_cache(
     if chosen[0] < 0 or chosen[-1] > backbone.num_layers:
         raise ValueError(f"layers={chosen}: the backbone has the layer states 0 to {backbone.num_layers}.")
     names = input_names(backbone, rows[0])
+    _check_alike(rows, names, known_inputs(backbone))
     signatures = [row_signature(row, names) for row in rows]
     # each row once, in an order that does not depend on that of the rows: a cache can be mended from shuffled data
     first = {signature: i for i, signature in reversed(list(enumerate(signatures)))}
@@ -109,12 +110,26 @@ def plan_cache(
         "dtype": dtype,
         "hidden_size": backbone.hidden_size,
         "inputs": names,
+        "known_inputs": known_inputs(backbone),
         "batch_size": batch_size,
         "shard_bytes": shard_bytes,
         "index": index_checksum(ordered, located),
         "shards": shards,
     }
     return Plan(manifest, batches, ordered, located)
+
+
+def _check_alike(rows: Sequence[Mapping[str, Any]], names: Sequence[str], known: Sequence[str]) -> None:
+    """Raises ValueError for a row with other inputs than the first: a collator would drop them, or fail."""
+    if hasattr(rows, "column_names"):  # of a Dataset: all rows have them
+        return
+    for number, row in enumerate(rows):
+        other = sorted({name for name in known if name in row}.symmetric_difference(names))
+        if other:
+            raise ValueError(
+                f"Row {number} and row 0 do not have the same model inputs: {', '.join(other)} is in one of them alone. Give all rows "
+                "the same."
+            )
 
 
 def _shape(row: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, ...]:

@@ -181,13 +181,13 @@ def each_layer(function: Callable[..., Tensor], context: Context | None, *args: 
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x W^T + b` in the dtype of `x`, from float32 parameters."""
+    """`x W^T + b` in the dtype of `x`, from float32 parameters (or those of a model that was cast as a whole)."""
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Layer norm over the last axis, computed in float32, returned in the dtype of `x`."""
-    return F.layer_norm(x.float(), weight.shape, weight, bias).to(x.dtype)
+    return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float()).to(x.dtype)
 
 
 def linear_weight(*shape: int) -> nn.Parameter:

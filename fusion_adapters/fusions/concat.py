@@ -68,7 +68,11 @@ class Concat(Fusion):
         """Adds a layer's product to the sum `(B T, r or d)`, float32: in 16 bits rounding would grow with depth."""
         flat = state.flatten(0, -2)
         # torch knows no autocast on the meta device
-        if flat.dtype == weight.dtype and (flat.is_meta or not torch.is_autocast_enabled(flat.device.type)):
+        if (
+            flat.dtype == weight.dtype
+            and flat.dtype.itemsize >= 4
+            and (flat.is_meta or not torch.is_autocast_enabled(flat.device.type))
+        ):
             return torch.addmm(self.bias, flat, weight.T) if kept is None else kept.addmm_(flat, weight.T)
         return (self.bias if kept is None else kept) + linear(flat, weight).float()
 

@@ -133,8 +133,10 @@ class Deeper(Fusion):
                 "fusion over depth (dwatt, concat, scalar_mix), which needs no cache."
             )
         if self.copied:
-            args, kwargs = _to_float32(context.block_args), _to_float32(context.block_kwargs or {})
-            x = last.float()  # the copy is an ordinary module with float32 weights
+            # the copy is an ordinary module with weights in float32, unless the model was cast as a whole
+            dtype = next(self.blocks.parameters()).dtype
+            args, kwargs = _to_dtype(context.block_args, dtype), _to_dtype(context.block_kwargs or {}, dtype)
+            x = last.to(dtype)
             for block in self.blocks:
                 x = block(x, args, kwargs)
             return x.to(last.dtype)
@@ -179,11 +181,11 @@ def _trainable_copy(block: nn.Module | None, gated: bool) -> GatedCopy:
     return GatedCopy(copy.deepcopy(block).float().requires_grad_(True), gated)
 
 
-def _to_float32(value: Any) -> Any:
+def _to_dtype(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
+        return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, tuple):
-        return tuple(_to_float32(v) for v in value)
+        return tuple(_to_dtype(v, dtype) for v in value)
     if isinstance(value, dict):
-        return {k: _to_float32(v) for k, v in value.items()}
+        return {k: _to_dtype(v, dtype) for k, v in value.items()}
     return value

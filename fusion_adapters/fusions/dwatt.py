@@ -92,7 +92,7 @@ class DWAtt(Fusion):
             return torch.full((*last.shape[:-1], self.heads, depth), 1 / depth, device=last.device)
         (offset,) = self.query([last])
         query = 1 + F.elu(last + offset).float()  # (B, T, d)
-        keys = self.position @ self.key_weight.T  # (N, d)
+        keys = (self.position @ self.key_weight.T).float()  # (N, d)
         # float32: unscaled scores reach tens, where a bf16 product would be off by a quarter
         scores = torch.einsum("bthc,nhc->bthn", query.unflatten(-1, (self.heads, -1)), keys.unflatten(-1, (self.heads, -1)))
         return F.softmax(scores * self.scale, dim=-1)

@@ -71,7 +71,7 @@ class DWConcat(Fusion):
         if not self.attends:
             return torch.full((*last.shape[:-1], self.heads, depth), 1 / depth, device=last.device)
         query = linear(last, self.query_weight).float().unflatten(-1, (self.heads, -1))  # (B, T, H, r / H)
-        scores = torch.einsum("bthc,nhc->bthn", query, self.key.unflatten(-1, (self.heads, -1)))
+        scores = torch.einsum("bthc,nhc->bthn", query, self.key.float().unflatten(-1, (self.heads, -1)))
         return F.softmax(scores * query.shape[-1] ** -0.5 + self.offset, dim=-1)
 
     def forward(
@@ -83,7 +83,9 @@ class DWConcat(Fusion):
             # summed in float32: rounding would grow with depth
             mixed = mixed + each_layer(self._weighed_part, context, state, down, share)
         fused = self._widened(mixed, last)
-        return (fused, weights) if return_weights else fused
+        if return_weights:
+            return fused, weights.squeeze(2) if self.heads == 1 else weights
+        return fused
 
     def absorb(self, kept: Any, index: int, state: Tensor) -> Any:
         return [*(kept or ()), linear(_normalised(state), self.down_weight[index])]  # (B, T, r) each

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 from peft.utils import AuxiliaryTrainingWrapper, load_peft_weights
 from safetensors import SafetensorError
@@ -16,6 +17,7 @@ from ..fusions import Fusion
 from .layer import FusionLayer
 
 MODEL_PREFIX = "base_model.model."
+LARGE = 50_000_000  # parameters of a fusion that should be somebody's choice
 
 
 def bind(config: FusionConfig, backbones: list[Backbone], signature: str | None) -> None:
@@ -92,9 +94,27 @@ def check_layer_drop(layer: FusionLayer) -> None:
         )
 
 
+def has_own_width(config: FusionConfig) -> bool:
+    """Whether the size of the fusion was chosen: by a budget, a width, or when the adapter was made."""
+    names = ("fusion_budget", "fusion_bottleneck", "fusion_num_blocks", "fusion_feedforward", "fusion_copy_last")
+    return config.bound or any(getattr(config, name) is not None for name in names)
+
+
+def warn_if_large(config: FusionConfig, fusions: Sequence[nn.Module]) -> None:
+    """Warns of a default width that makes much of a large backbone."""
+    count = sum(p.numel() for fusion in fusions for p in fusion.parameters())
+    if count > LARGE and not any(p.is_meta for fusion in fusions for p in fusion.parameters()):
+        warnings.warn(
+            f"fusion={config.fusion!r} at its default width trains {count:,} parameters on this backbone: {count / 2**28:.1f} GiB in "
+            "float32, four times that with gradients and Adam. Set fusion_budget, for example '10M', or the width itself "
+            "(fusion_bottleneck), which also says that it is meant.",
+            stacklevel=2,
+        )
+
+
 def read_weights(config: FusionConfig) -> dict[str, Tensor] | None:
-    """The tensors of the file that the config was loaded with, on the CPU; None for a new config."""
-    if config.source is None:
+    """The tensors of the file that the config was loaded with, on the CPU; None for a new one, and one saved without an adapter."""
+    if config.source is None or not config.bound:
         return None
     folder, where = config.source
     try:

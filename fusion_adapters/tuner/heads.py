@@ -92,14 +92,16 @@ def train_head_in_float32(model: nn.Module, backbones: list[Backbone], adapter_n
         if dtype is not None:
             head.float()
             remove_float32_hook(head)
-            head.register_forward_pre_hook(_inputs_to_float32)
+            head.register_forward_pre_hook(_inputs_to_head)
             # the wrapper's modules: the output embeddings may be the wrapper itself, or lie in another adapter's copy
             if outputs is not None and all(m is not outputs for m in wrapper.modules()):
                 head.register_forward_hook(_OutputTo(dtype))  # a masked LM's transform: frozen 16-bit embeddings follow
 
 
-def _inputs_to_float32(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+def _inputs_to_head(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    # float32, unless the model was cast as a whole since
+    dtype = next(p.dtype for p in head.parameters() if p.is_floating_point())
+    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
 
 class _OutputTo:
@@ -115,7 +117,7 @@ class _OutputTo:
 def remove_float32_hook(head: nn.Module) -> None:
     """Takes back what `train_head_in_float32` hooked on."""
     for key, hook in list(head._forward_pre_hooks.items()):
-        if hook is _inputs_to_float32:
+        if hook is _inputs_to_head:
             del head._forward_pre_hooks[key]
     for key, after in list(head._forward_hooks.items()):
         if isinstance(after, _OutputTo):

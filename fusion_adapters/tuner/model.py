@@ -30,8 +30,10 @@ from .checks import (
     check_layer_drop,
     check_wrapped_tensors,
     compare_tensors,
+    has_own_width,
     read_weights,
     warn_if_compiled,
+    warn_if_large,
     wrapped_keys,
 )
 from .heads import check_head, name_task_heads, remove_float32_hook, train_head_in_float32
@@ -65,6 +67,7 @@ class FusionModel(LoraModel):
                 "get_peft_model the plain model, with FusionConfig's own LoRA fields (r, target_modules) for LoRA and fusion in "
                 "one adapter; or fold the LoRA in first, by merge_and_unload()."
             )
+        own_width = has_own_width(config)
         settle_budget(config, model)
         backbones = find_backbones(model, config.fusion_blocks, config.fusion_stack)
         layers = {id(layer.backbone.root): layer for layer in fusion_layers(model)}
@@ -79,6 +82,8 @@ class FusionModel(LoraModel):
         weights = read_weights(config)
         with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
             fusions = [_fusion_for(backbone, config) for backbone in backbones]
+        if not own_width:
+            warn_if_large(config, fusions)
         for backbone, fusion in zip(backbones, fusions, strict=True):
             check_adapter_name(adapter_name, fusion)
             if not any(p.is_meta for p in fusion.parameters()):

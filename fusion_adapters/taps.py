@@ -183,6 +183,11 @@ class Taps:
         """The number of layer states that this thread holds now; zero outside of a forward pass."""
         return sum(state is not None for frame in self._frames.stack for state in (*frame.states, frame.kept))
 
+    @property
+    def open_calls(self) -> int:
+        """The number of calls of the backbone, or of the whole model, that this thread has not ended yet."""
+        return max(len(self._frames.stack), len(self._frames.replays))
+
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_frames"}  # thread-local: neither copied nor pickled
 

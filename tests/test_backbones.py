@@ -12,6 +12,7 @@ from support import disturb, without_dropout
 
 from fusion_adapters import quantization_config
 from fusion_adapters.backbone import find_backbones
+from fusion_adapters.tuner import fusion_layers
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
 each_head = pytest.mark.parametrize(("family", "head"), GRID)
@@ -66,6 +67,26 @@ def test_the_blocks_are_found(family, table):
     table.cell(family, "norm", " ".join(sorted(norms)))
     heads = (name.removeprefix("For") for name in (SUFFIX.get(h, "AudioClassification") for h in spec.classes))
     table.cell(family, "heads", ", ".join(heads))
+
+
+@each_family
+def test_layer_states_are_what_transformers_reports(family):
+    """Below the last, which transformers reports after the final norm."""
+    spec, head = FAMILIES[family], first_head(family)
+    batch = inputs(family, head)
+    with torch.no_grad():
+        output = spec.build(head)(**batch, output_hidden_states=True)
+    model = attach(family, head, fusion_layers=list(range(DEPTH)))
+    seen = {}
+    for layer in fusion_layers(model):
+        layer.register_forward_pre_hook(lambda m, args: seen.update({m: args[0]}))
+    answer(model, batch)
+    for layer in fusion_layers(model):
+        backbone = layer.backbone
+        reported = output.get(f"{backbone.stack}_hidden_states") or output["hidden_states"]
+        first = 1 if family == "mamba" else 0  # it reports no embeddings
+        for number in range(first, min(DEPTH, backbone.num_layers)):
+            torch.testing.assert_close(seen[layer][number], reported[number - first], msg=lambda m, n=number: f"z_{n}: {m}")
 
 
 @each_head
@@ -137,9 +158,9 @@ def test_gradient_checkpointing(family, head, lora, reentrant, table):
     table.cell(family, "checkpointing", "yes")
 
 
-def compiled(model):
+def compiled(model, fullgraph=True):
     torch._dynamo.reset()
-    return torch.compile(model, fullgraph=True, backend="eager")
+    return torch.compile(model, fullgraph=fullgraph, backend="eager")
 
 
 @each_family
@@ -157,6 +178,22 @@ def test_a_compiled_model_is_one_graph(family, lora, table):
         return
     torch.testing.assert_close(answer(compiled(model), batch), answer(model, batch), rtol=1e-4, atol=1e-5)
     table.cell(family, "compile", "yes")
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5-both"])
+@with_and_without_lora
+def test_a_compiled_model_trains_alike(family, lora):
+    batch = inputs(family, first_head(family))
+
+    def gradients(form):
+        model = without_dropout(disturb(attach(family, lora=lora))).train()
+        form(model)(**batch).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    plain, found = gradients(lambda model: model), gradients(lambda model: compiled(model, fullgraph=False))
+    assert all(gradient.abs().max() > 0 for gradient in plain.values())
+    for name, gradient in plain.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def generated(model, batch, **options):

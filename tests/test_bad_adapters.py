@@ -126,13 +126,13 @@ def test_a_truncated_file(adapter, size):
 def test_a_second_adapter_that_does_not_fit_changes_nothing(adapter):
     model = disturb(attached("bert"))
     before, answer = state(model), logits(model)
-    for bad in (
-        FusionConfig(task_type="TOKEN_CLS", fusion_layers=[9]),
-        FusionConfig(task_type="TOKEN_CLS", r=4, target_modules=["no_such_module"]),
-        FusionConfig(task_type="TOKEN_CLS", fusion_heads=7),
+    for fields, told in (
+        ({"fusion_layers": [9]}, r"\[9\] out of range"),
+        ({"r": 4, "target_modules": ["no_such_module"]}, "No modules were targeted"),
+        ({"fusion_heads": 7}, "fusion_heads=7 does not divide the hidden size 32"),
     ):
-        with pytest.raises(ValueError):
-            model.add_adapter("bad", bad)
+        with pytest.raises(ValueError, match=told):
+            model.add_adapter("bad", FusionConfig(task_type="TOKEN_CLS", **fields))
         assert state(model) == before and "bad" not in model.peft_config
     edit(adapter, lambda tensors: tensors.pop("base_model.model.classifier.bias"))
     with pytest.raises(ValueError, match=r"classifier\.bias"):
@@ -248,6 +248,7 @@ def test_adapter_names_that_peft_would_confuse():
 
 def test_a_config_without_its_weights(adapter):
     shutil.copy(adapter / "adapter_config.json", adapter.parent / "adapter_config.json")
-    with pytest.raises((OSError, ValueError)):
+    # peft's own words: without a file it takes the folder for the name of a repository
+    with pytest.raises((OSError, ValueError), match=str(adapter.parent)):
         PeftModel.from_pretrained(tiny("bert"), adapter.parent)
     assert json.loads((adapter / "adapter_config.json").read_text())["fusion"] == "dwatt"

@@ -10,11 +10,12 @@ import torch
 from support_text import SENTENCES, conll, save_model
 
 from fusion_adapters.bench import load_bench, workers
-from fusion_adapters.bench.cases import EPOCHS, ROUNDS, Setting, epoch_cases
+from fusion_adapters.bench.cases import EPOCHS, EXTRACTIONS, FORWARDS, ROUNDS, Setting, epoch_cases
 from fusion_adapters.bench.large import measure_large
 from fusion_adapters.bench.runner import compare_with_bars, measure_checkpoints, ratio
 from fusion_adapters.bench.scaling import exponents, measure_scaling
 from fusion_adapters.bench.workers import alternate, deep_inference_memory, peak_memory
+from fusion_adapters.cli import main
 from fusion_adapters.reporting.bench import write_bench_report
 
 LLAMA = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 50}
@@ -152,6 +153,17 @@ def test_bars_and_report(recipe, tmp_path):
     for name in ("epochs", "memory", "scaling"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "results.csv").read_text().count("seconds,") > len(ROUNDS)
+
+
+@pytest.mark.slow
+def test_the_whole_benchmark_from_the_command_line(recipe, tmp_path, capsys):
+    main(["bench", str(tmp_path / "bench.yaml"), "--output", str(tmp_path / "out")])
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert set(summary["seconds"]) >= {*epoch_cases(), *FORWARDS, *EXTRACTIONS}
+    assert all(len(s["rounds"]) == recipe.repeats for s in summary["seconds"].values())
+    found = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert found == ["epochs.png", "memory.png", "results.csv", "scaling.png", "summary.json", "summary.md"]
+    assert "LoRA epoch / cached DWAtt epoch" in capsys.readouterr().out
 
 
 def test_exponents_are_those_of_the_fit():

@@ -82,10 +82,10 @@ def test_a_failure_within_a_call_leaves_nothing_behind(family, error):
             answer(model, batch)
         if error is RuntimeError:  # torch tells nobody of an interrupt: what it left goes with the next call
             assert held(model) == 0
-        assert all(len(layer.taps._frames.stack) <= 1 for layer in fusion_layers(model))
+        assert all(layer.taps.open_calls <= 1 for layer in fusion_layers(model))
     handle.remove()
     torch.testing.assert_close(answer(model, batch), expected, rtol=0, atol=0)
-    assert held(model) == 0 and not any(layer.taps._frames.stack for layer in fusion_layers(model))
+    assert held(model) == 0 and not any(layer.taps.open_calls for layer in fusion_layers(model))
 
 
 @FEW

@@ -11,7 +11,7 @@ from transformers import AutoModelForTokenClassification, DataCollatorForTokenCl
 
 from fusion_adapters import FUSIONS, FusionConfig
 from fusion_adapters.bench import load_bench
-from fusion_adapters.fusions import fusion_options
+from fusion_adapters.fusions import build_fusion, fusion_options
 from fusion_adapters.loading import load_tokenizer, resolve_model
 from fusion_adapters.recipe import BackboneRecipe, load_recipe
 from fusion_adapters.study import load_study
@@ -75,6 +75,47 @@ def test_every_recipe_is_valid_explains_itself_and_stands_in_the_docs(recipe):
     else:
         load_recipe(recipe)
     assert f"`{recipe.relative_to(ROOT / 'recipes')}`" in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+
+
+def table(page, first):
+    """The rows of the table whose first cell is that, as lists of cells."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    rows = re.search(rf"^\| {re.escape(first)} \|.*\n\|[ -|]*\n((?:\|.*\n)+)", text, flags=re.M)[1]
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows.splitlines()]
+
+
+def test_the_options_and_defaults_in_the_docs_are_those_of_the_code():
+    told = {}
+    for names, options in table("docs/methods.md", "method"):
+        for name in re.findall(r"`(\w+)`", names):
+            told[name] = dict(re.findall(r"`(\w+)` ([^,;|]+)", options))
+    written = {True: "true", False: "false"}
+    # a default that the hidden size decides is told in words
+    words = {
+        "concat": {"bottleneck": "none: a single map"},
+        "deeper": {"feedforward": "four hidden sizes", "heads": "of size 64"},
+    }
+    for name in FUSIONS:
+        expected = {**fusion_options(name), **words.get(name, {})}
+        found = told.pop(name, {})
+        assert found.keys() == expected.keys(), name
+        for option, default in expected.items():
+            value = found[option].strip().strip('"').rstrip("|").strip()
+            if isinstance(default, bool) or not isinstance(default, (int, float)):
+                assert value == written.get(default, default), f"{name}, {option}"
+            else:
+                assert float(value) == default, f"{name}, {option}"
+    assert not told
+
+
+def test_the_sizes_in_the_readme_are_those_of_the_code():
+    told = {}
+    for names, _, sizes in table("README.md", "`fusion=`"):
+        told.update(zip(re.findall(r"`(\w+)`", names), sizes.split(";"), strict=True))
+    assert told.keys() == set(FUSIONS)
+    for name, size in told.items():
+        parameters = sum(p.numel() for p in build_fusion(name, 768, 12).parameters())
+        assert int(size.replace(",", "")) == parameters, name
 
 
 def test_every_method_and_option_stands_in_the_docs():

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-import yaml
 from peft import AutoPeftModel
 from safetensors.torch import load_file
 from support import attached, disturb, tiny, without_dropout
+from support_masked import TASK, TEXTS, write_files, write_study
 from support_text import WORDS, save_model, tokenizer
 from torch.nn.functional import cross_entropy, log_softmax
 
@@ -25,16 +25,6 @@ from fusion_adapters.study.statistics import summarise
 from fusion_adapters.trainers import labelled_logits
 from fusion_adapters.training import Evaluation, adapter_config, cache_recipe, load_attached, make_trainer, run_recipe
 
-TASK = "masked_lm"
-TEXTS = [
-    "Anna lives in Oslo .",
-    "Bob works at Acme Corp in the old Rome .",
-    "the old man lives",
-    "zebra quick fox at the corp",
-    "anna",
-    "Bob Man and Anna lives in the old Oslo at unusual places .",
-]
-
 
 def examples(texts=TEXTS):
     return [Example([text], []) for text in texts]
@@ -46,25 +36,6 @@ def rows_of(texts, max_length=32):
 
 def unmasked(row):
     return [i if label == IGNORED else label for i, label in zip(row["input_ids"], row["labels"], strict=True)]
-
-
-def write_files(folder, head="token", **changes):
-    """A model without a head for words, texts and a recipe; returns the recipe's path."""
-    save_model(folder / "model", head, mask=True)
-    (folder / "train.txt").write_text(" \n" + " \n\n".join(TEXTS * 5) + "\n", encoding="utf-8")
-    (folder / "test.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
-    recipe = {
-        "task": TASK,
-        "backbone": {"model": str(folder / "model")},
-        "adapter": {"fusion": "dwatt", "modules_to_save": ["transform"]},
-        "data": {"path": str(folder), "train": "train.txt", "test": "test.txt", "max_length": 10},
-        "training": {"num_train_epochs": 2, "per_device_train_batch_size": 4, "disable_tqdm": True},
-    }
-    for key, value in changes.items():
-        recipe[key] = {**recipe[key], **value} if isinstance(value, dict) else value
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return path
 
 
 def test_masks_are_those_of_the_row_whatever_is_around_it():
@@ -244,26 +215,6 @@ def test_a_run_saves_the_fresh_head_without_embeddings_and_predicts(tmp_path, ca
     with pytest.raises(SystemExit):
         main(["predict", str(tmp_path / "run"), "--text", "anna lives"])
     assert "holds no [MASK]" in " ".join(capsys.readouterr().err.split())
-
-
-def write_study(folder, **changes):
-    write_files(folder)
-    fresh = {"modules_to_save": ["transform"]}
-    study = {
-        "task": TASK,
-        "backbone": {"model": str(folder / "model")},
-        "data": {"toy": {"path": str(folder), "train": "train.txt", "test": "test.txt", "max_length": 10}},
-        "methods": {n: {"adapter": {"fusion": n, **fresh}} for n in ("deeper", "concat", "dwatt")},
-        "sizes": [8],
-        "seeds": [1, 2],
-        "rates": [1e-3, 2e-3],
-        "epochs": 2,
-        "evaluations": 2,
-        "training": {"per_device_train_batch_size": 4},
-    }
-    path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump({**study, **changes}, sort_keys=False), encoding="utf-8")
-    return path
 
 
 def test_a_study_reports_the_loss(tmp_path, capsys):

@@ -14,6 +14,16 @@ from fusion_adapters import FusionConfig
 WITH_AND_WITHOUT_LORA = pytest.mark.parametrize("lora", [False, True], ids=["alone", "lora"])
 
 
+def base_weights(model):
+    """Copies of the backbone's own linear weights, by name."""
+    parts = (".lora_", "layer_fusion", "modules_to_save", "original_module")
+    return {
+        n: p.detach().clone()
+        for n, p in model.named_parameters()
+        if n.endswith(".weight") and not any(part in n for part in parts)
+    }
+
+
 def second_config(**fields):
     return FusionConfig(task_type="TOKEN_CLS", **fields)
 
@@ -135,6 +145,13 @@ def test_a_loaded_second_adapter_is_not_trainable_unless_asked(family, tmp_path)
     model.load_adapter(tmp_path, "frozen")
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".frozen." in n)
     assert any(p.requires_grad for n, p in model.named_parameters() if ".default." in n)
+    model.load_adapter(tmp_path, "asked", is_trainable=True)
+    model.set_adapter("asked")
+    trains = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trains == {n for n, _ in model.named_parameters() if ".asked." in n}
+    model.train()
+    model(**batch()).loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if n in trains)
 
 
 @WITH_AND_WITHOUT_LORA
@@ -212,15 +229,23 @@ def test_unload_of_a_16_bit_model_leaves_a_16_bit_head(family):
 
 def test_merging_folds_lora_in_and_refuses_to_lose_a_fusion(family):
     model = disturb(attached(family, **LORA[family]))
-    adapted = logits(model)
+    adapted, before = logits(model), base_weights(model)
     model.merge_adapter()
+    changed = {name for name, weight in base_weights(model).items() if not torch.equal(weight, before[name])}
+    assert {name.split(".")[-3] for name in changed} == set(LORA[family]["target_modules"])
+    assert len(changed) == 2 * DEPTH
     torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-5)
     model.unmerge_adapter()
+    torch.testing.assert_close(base_weights(model), before)
     with pytest.raises(ValueError, match=r"parameters cannot be folded.*drop_fusion=True"):
         model.merge_and_unload()
     torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-5)
+    without_fusion = attached(family, fusion="last", **LORA[family])
+    without_fusion.load_state_dict({n: w for n, w in model.state_dict().items() if "layer_fusion" not in n})
+    assert (logits(without_fusion) - adapted).abs().max() > 1e-3
     merged = model.merge_and_unload(drop_fusion=True)
     assert not any("layer_fusion" in n or "lora_" in n for n, _ in merged.named_modules())
+    torch.testing.assert_close(logits(merged), logits(without_fusion), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="cannot be active together"):
         two = attached(family)
         two.add_adapter("other", second_config())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
-from support import HEADS, LORA, attached, batch, disturb, logits, tiny, without_dropout
+from support import DEPTH, HEADS, LORA, attached, batch, disturb, layer_of, logits, tiny, without_dropout
 from transformers import BitsAndBytesConfig
 
 from fusion_adapters import FusionConfig, quantization_config
@@ -108,13 +108,25 @@ def test_train_and_eval_kernels_differ_on_the_cpu_within_a_known_bound(family, c
 def test_an_adapter_moves_between_8_bit_and_full_precision(family, checkpoint, tmp_path):
     model = disturb(attached(family, model=load(family, checkpoint, quantization_config(8))))
     model.save_pretrained(tmp_path / "adapter")
-    full = HEADS[family, "token"].from_pretrained(checkpoint, num_labels=5)
-    PeftModel.from_pretrained(full, tmp_path / "adapter")  # the fingerprint is the same
+    full = PeftModel.from_pretrained(HEADS[family, "token"].from_pretrained(checkpoint, num_labels=5), tmp_path / "adapter")
+    rounded, exact = logits(model), logits(full)
+    assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
+    full.save_pretrained(tmp_path / "back")
+    back = PeftModel.from_pretrained(load(family, checkpoint, quantization_config(8)), tmp_path / "back")
+    assert torch.equal(logits(back), rounded)
 
 
 def test_a_bfloat16_8_bit_backbone_keeps_its_dtype(family, checkpoint):
-    model = attached(family, model=load(family, checkpoint, quantization_config(8), torch.bfloat16)).train()
+    bare = load(family, checkpoint, quantization_config(8), torch.bfloat16)
+    dtypes = {n: p.dtype for n, p in bare.named_parameters() if "classifier" not in n and "score" not in n}
+    assert set(dtypes.values()) == {torch.int8, torch.bfloat16}
+    model = attached(family, model=bare, fusion_layers=list(range(DEPTH + 1))).train()
+    seen = []
+    layer_of(model).register_forward_pre_hook(lambda m, args: seen.extend(args[0]))
     model(**batch()).loss.backward()
+    assert {state.dtype for state in seen} == {torch.bfloat16} and len(seen) == DEPTH + 1
+    own = dict(model.get_base_model().named_parameters())
+    assert {n: own[n].dtype for n in dtypes} == dtypes
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
 
 

@@ -4,17 +4,22 @@ import json
 import re
 
 import pytest
+import torch
 import yaml
+from support import disturb
 from support_study import METHODS, refused, scores, write_study
 from support_text import save_model
 
-from fusion_adapters.alignment import encode
+from fusion_adapters import depth_weights
+from fusion_adapters.alignment import IGNORED, encode
 from fusion_adapters.cli import main
-from fusion_adapters.data import Example
+from fusion_adapters.data import Example, load_splits
+from fusion_adapters.features import LayerStateCache
 from fusion_adapters.study import load_study
 from fusion_adapters.study.examples import subset, training_sizes
-from fusion_adapters.study.single import Run, scale_lora_rate
-from fusion_adapters.training import Evaluation, adapter_config, load_attached, make_trainer
+from fusion_adapters.study.single import Run, depth_by_label, scale_lora_rate
+from fusion_adapters.study.states import prepare_states
+from fusion_adapters.training import Evaluation, adapter_config, load_attached, make_trainer, positions_for
 
 
 def test_one_method_of_an_alias_can_be_set(tmp_path):
@@ -79,6 +84,40 @@ def test_weights_over_depth_of_a_run_in_bfloat16(tmp_path):
     main(["compare", str(path), "--output", str(tmp_path / "out"), "--workers", "1"])
     (run,) = (json.loads(p.read_text()) for p in (tmp_path / "out" / "runs").rglob("*.json"))
     assert all(sum(weights) == pytest.approx(1, abs=0.02) for weights in run["depth"].values())
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["live", "cached"])
+def test_weights_over_depth_are_means_over_the_tokens_of_a_label(cached, tmp_path):
+    path = write_study(
+        tmp_path, methods={"dwatt": {"adapter": {"fusion": "dwatt", "fusion_heads": 4}}}, baseline="dwatt", reference=None
+    )
+    study = load_study(path)
+    recipe = study.recipe_of("toy", "dwatt", 1)
+    splits = load_splits(recipe.data, recipe.task, 1)
+    model, words = load_attached(recipe, adapter_config(recipe), splits.labels)
+    disturb(model, scale=0.5)
+    encoded = encode(splits.train, words, splits.labels, recipe.task, 64)
+    expected = {label: [] for label in splits.labels}
+    for row in encoded.rows:  # one by one: nothing is padded
+        ids = torch.tensor([row["input_ids"]])
+        weights = depth_weights(model, input_ids=ids)[0].mean(1)  # (T, heads, N) -> (T, N)
+        for label, weight in zip(row["labels"], weights, strict=True):
+            if label != IGNORED:
+                expected[splits.labels[label]].append(weight)
+
+    states = None
+    if cached:
+        prepare_states(study, tmp_path / "states")
+        states = LayerStateCache(tmp_path / "states" / "toy", model)
+    positions = positions_for(model, recipe.task, training=False) if cached else "all"
+    data = Evaluation(recipe.task, splits.labels, splits.train, encoded, states, positions)
+    trainer = make_trainer(model, words, recipe, data, data, tmp_path / "out")
+    found, layers = depth_by_label(model, trainer, data, splits.labels)
+    assert layers == [1, 2, 3, 4]
+    assert found.keys() == {label for label, weights in expected.items() if weights}
+    for label, weights in found.items():
+        assert weights == pytest.approx(torch.stack(expected[label]).mean(0).tolist(), abs=1e-3)
+        assert max(weights) - min(weights) > 0.01, "the weights are all alike, so the test shows nothing"
 
 
 def test_subsets_are_the_same_for_all_and_grow():

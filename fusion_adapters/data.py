@@ -88,10 +88,10 @@ def load_splits(recipe: DataRecipe, task: Task, seed: int) -> Splits:
         _check_labels(examples, labels, f"{recipe.path}, {split}")
     order = random.Random(seed)
     if "test" not in read and recipe.test_fraction is not None:
-        train, read["test"] = _cut(train, recipe.test_fraction)
+        train, read["test"] = _cut(train, recipe.test_fraction, "test")
     if "dev" not in read:
         # the same cut for every seed: runs of one recipe are compared on the same development data
-        train, read["dev"] = _cut(train, recipe.dev_fraction)
+        train, read["dev"] = _cut(train, recipe.dev_fraction, "dev")
     if recipe.limit is not None:
         if recipe.limit > len(train):
             raise ValueError(
@@ -323,11 +323,12 @@ def _check_labels(examples: list[Example], labels: list[str], source: str) -> No
         )
 
 
-def _cut(examples: list[Example], fraction: float) -> tuple[list[Example], list[Example]]:
+def _cut(examples: list[Example], fraction: float, part: str) -> tuple[list[Example], list[Example]]:
     size = max(1, round(fraction * len(examples)))
     if size >= len(examples):
         raise ValueError(
-            f"{len(examples)} training examples are too few to cut {size} of them off for development. Give data.dev."
+            f"{len(examples)} training examples are too few to cut {size} of them off as data.{part}_fraction={fraction} asks. "
+            f"Lower it, or name a file or split in data.{part}."
         )
     chosen = set(random.Random(0).sample(range(len(examples)), size))
     train = [e for i, e in enumerate(examples) if i not in chosen]

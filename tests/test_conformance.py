@@ -283,7 +283,7 @@ def test_23_a_bad_or_double_adapter_changes_nothing(make, batch, family, method,
     before = structure(model)
     with pytest.raises(ValueError, match="out of range"):
         model.add_adapter("bad", config_of(family, "dwatt", lora, fusion_layers=[99]))
-    with pytest.raises(ValueError, match="No modules were targeted|'no_such_module'"):
+    with pytest.raises(ValueError, match=r"No modules were targeted|'no_such_module'"):
         model.add_adapter("bad", config_of(family, method, False, target_modules=["no_such_module"]))
     with pytest.raises(ValueError, match="already exists"):
         model.add_adapter("default", config_of(family, method, lora))

@@ -223,3 +223,10 @@ def test_wikigold_as_its_source_counts_it():
 def test_banking77_as_its_source_counts_it():
     data = splits(REAL / "cls-banking77", TEXTS, train="train.csv", test="test.csv", label="category")
     assert (len(data.train) + len(data.dev), len(data.test), len(data.labels)) == (10003, 3080, 77)
+
+
+@pytest.mark.parametrize("part", ["dev", "test"])
+def test_too_few_examples_to_cut_a_part_off(part, tmp_path):
+    write(tmp_path, conll(SENTENCES[:1]))
+    with pytest.raises(ValueError, match=rf"1 training examples are too few to cut 1 .* data\.{part}_fraction=0\.5 asks"):
+        splits(tmp_path, **{f"{part}_fraction": 0.5})

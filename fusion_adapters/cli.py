@@ -178,6 +178,9 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     # peft still asks transformers 5 for it
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated.*")
+    for stream in (sys.stdin, sys.stdout):  # a pipe has the system's encoding, on Windows often cp1252
+        if not stream.isatty() and hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8")
     try:
         stopped = app(arguments, standalone_mode=False)
     except (ValueError, OSError, ImportError, SafetensorError) as error:  # the last for a full disk, say

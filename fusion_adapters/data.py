@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import random
 import re
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .recipe import DataRecipe, Task
+from .tags import is_tag, to_bio
 
 PACKAGED = "package:"
 FORMATS = {
@@ -67,12 +69,20 @@ def load_splits(recipe: DataRecipe, task: Task, seed: int) -> Splits:
             "The recipe sets data.label or data.labels, but task: masked_lm predicts pieces of the texts themselves and reads "
             "no labels. Remove them, or choose the task that has them."
         )
+    if task == "token_classification":
+        strange = [label for label in recipe.labels or () if label != "O" and label[:2] not in ("B-", "I-")]
+        if strange:
+            raise ValueError(
+                f"data.labels holds {', '.join(map(repr, strange[:5]))}; tags become BIO when they are read (BIOES and BILOU too). "
+                "Give O and, for each type, B-TYPE and I-TYPE."
+            )
     names = {"train": recipe.train, "dev": recipe.dev, "test": recipe.test}
     if recipe.path.startswith(PACKAGED):
         folder = Path(str(resources.files("fusion_adapters") / recipe.path.removeprefix(PACKAGED)))
     else:
         folder = Path(recipe.path)
-    if folder.is_dir() and any(n is not None and (folder / n).suffix for n in names.values()):
+    given = [folder / name for name in names.values() if name is not None]
+    if folder.is_dir() and (recipe.format is not None or any(path.suffix or path.is_file() for path in given)):
         read = {split: _read_file(folder / name, recipe, task) for split, name in names.items() if name is not None}
     else:
         read = _read_dataset(recipe, task, names)
@@ -104,10 +114,10 @@ def load_splits(recipe: DataRecipe, task: Task, seed: int) -> Splits:
 def read_conll(path: Path) -> list[Example]:
     """Reads a CoNLL file: a word and, in the last column, its tag on each line; blank lines between sentences.
 
-    Columns are separated by tabs, or by spaces where a line has no tab. IOB1 tags become BIO.
+    Columns are separated by tabs, or by spaces where a line has no tab. IOB1, BIOES and BILOU tags become BIO.
 
     Raises:
-        ValueError: If a line has no tag, or the tags are not of the forms `O`, `B-X`, `I-X`.
+        ValueError: If a line has no tag, or a tag is of none of these forms.
     """
     examples: list[Example] = []
     words: list[str] = []
@@ -129,7 +139,7 @@ def read_conll(path: Path) -> list[Example]:
         # split at blanks alone: a no-break space belongs to its word
         columns = line.rstrip("\r").split("\t") if "\t" in line else re.split(" +", line.strip(" \r"))
         word, tag = columns[0], columns[-1].strip()
-        if len(columns) < 2 or not (tag == "O" or tag[:2] in ("B-", "I-")):
+        if len(columns) < 2 or not is_tag(tag):
             raise ValueError(
                 f"{path}, line {number}: {line.strip()!r} is not a word and a tag. A CoNLL file has a word and, in its last "
                 "column, a tag (O, B-TYPE or I-TYPE) on each line, separated by a tab or spaces."
@@ -137,18 +147,7 @@ def read_conll(path: Path) -> list[Example]:
         words.append(word)
         tags.append(tag)
     finish()
-    return [Example(e.words, _to_bio(e.labels)) for e in examples]
-
-
-def _to_bio(tags: list[str]) -> list[str]:
-    """IOB1 to BIO: an entity begins with B-. BIO stays as it is."""
-    previous = "O"
-    result = []
-    for tag in tags:
-        begins = tag.startswith("I-") and previous[2:] != tag[2:]
-        result.append(f"B-{tag[2:]}" if begins else tag)
-        previous = tag
-    return result
+    return [Example(e.words, to_bio(e.labels)) for e in examples]
 
 
 def _text_of(path: Path) -> str:
@@ -194,6 +193,8 @@ def _read_file(path: Path, recipe: DataRecipe, task: Task) -> list[Example]:
 def _csv_columns(text: str, path: Path) -> dict[str, list[str]]:
     rows = list(csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True))
     header, rows = rows[0], [row for row in rows[1:] if row]
+    if twice := [name for name in header if header.count(name) > 1]:
+        raise ValueError(f"{path}: the header has the column {twice[0]!r} twice. Give every column a name of its own.")
     for number, row in enumerate(rows, start=1):
         if len(row) != len(header):
             raise ValueError(
@@ -262,19 +263,33 @@ def _label_name(feature: Any, value: Any, source: str) -> Any:
         ) from error
 
 
-def _check_complete(values: Iterable[Any], column: str, source: str) -> None:
+def _check_complete(values: Iterable[Any], column: str, source: str, lists: bool, empty: bool = True) -> None:
     for row, value in enumerate(values):
-        if value is None or (isinstance(value, list) and None in value):
-            raise ValueError(f"{source}, row {row}: column {column!r} has no value (null). Remove the row, or fill it in.")
+        parts = value if lists and isinstance(value, list) else [value]
+        if any(_is_missing(part) or (part == "" and not empty) for part in parts):
+            raise ValueError(
+                f"{source}, row {row}: column {column!r} has no value (null, NaN or empty). Remove the row, or fill it in."
+            )
+        if not lists and isinstance(value, (list, dict)):
+            raise ValueError(
+                f"{source}, row {row}: column {column!r} holds a {type(value).__name__} where one text belongs. Name another "
+                "column (data.text, data.label), or join its parts."
+            )
+
+
+def _is_missing(value: Any) -> bool:
+    """None, or NaN, which Python and pandas write for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _examples(columns: dict[str, Any], source: str, recipe: DataRecipe, task: Task) -> list[Example]:
     text = _column(columns, recipe.text, TEXT_NAMES[task], source, "data.text")
-    _check_complete(columns[text], text, source)
+    words = task == "token_classification"
+    _check_complete(columns[text], text, source, lists=words)
     if task == "masked_lm":
         return _texts(columns[text])
     label = _column(columns, recipe.label, LABEL_NAMES[task], source, "data.label")
-    _check_complete(columns[label], label, source)
+    _check_complete(columns[label], label, source, lists=words, empty=False)
     if task == "sequence_classification":
         return [Example([str(t)], [str(y)]) for t, y in zip(columns[text], columns[label], strict=True)]
     examples = []
@@ -283,8 +298,13 @@ def _examples(columns: dict[str, Any], source: str, recipe: DataRecipe, task: Ta
             raise ValueError(
                 f"{source}, row {row}: {text!r} and {label!r} must be lists of equal length, a tag for each word."
             )
+        if strange := next((tag for tag in tags if not is_tag(str(tag))), None):
+            raise ValueError(
+                f"{source}, row {row}: {strange!r} in column {label!r} is no tag of an entity (O, B-TYPE or I-TYPE). Where every "
+                f"word has a class of its own, as a part of speech, write B-{strange}: entity F1 then counts words."
+            )
         if words:
-            examples.append(Example([str(w) for w in words], _to_bio([str(t) for t in tags])))
+            examples.append(Example([str(w) for w in words], to_bio([str(t) for t in tags])))
     return examples
 
 

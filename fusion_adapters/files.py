@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+KINDS = {"run": "a run of fusion-adapters train", "bench": "a benchmark"}
 
 
-def check_output(path: str | Path, overwrite: bool = False) -> Path:
+def check_output(path: str | Path, overwrite: bool = False, kind: str = "run") -> Path:
     """Checks, before any work is done, that a folder may be written.
+
+    Args:
+        path: The folder.
+        overwrite: Whether an earlier result of the same kind may be replaced.
+        kind: What will be written: `run` or `bench`, as `run.json` names it.
 
     Returns:
         The folder, with links followed.
@@ -34,21 +44,34 @@ def check_output(path: str | Path, overwrite: bool = False) -> Path:
                 f"The output folder {str(path)!r} is not empty ({sum(1 for _ in path.iterdir())} entries). Give another "
                 "folder, or add --overwrite to replace it."
             )
-        if not (path / "run.json").is_file():
+        if (found := _kind_of(path)) != kind:
+            held = "no earlier run (no run.json)" if found is None else f"another thing ({KINDS[found]})"
             raise FileExistsError(
-                f"The output folder {str(path)!r} holds no earlier run (no run.json), so --overwrite does not delete it. "
-                "Give another folder, or empty it yourself."
+                f"The output folder {str(path)!r} holds {held}, so --overwrite does not delete it. Give another folder, or empty "
+                "it yourself."
             )
     return path
 
 
+def _kind_of(path: Path) -> str | None:
+    """What a folder holds by its `run.json`; None if there is none. A damaged one is a run's."""
+    try:
+        content = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return "run"
+    return "bench" if isinstance(content, dict) and content.get("kind") == "bench" else "run"
+
+
 @contextlib.contextmanager
-def written_aside(path: Path, overwrite: bool = False) -> Iterator[Path]:
+def written_aside(path: Path, overwrite: bool = False, kind: str = "run") -> Iterator[Path]:
     """Yields a new folder beside `path`, renamed to it when the body ends well, and removed when it does not.
 
     Args:
         path: As `check_output` returned it.
         overwrite: As it was given there; what has come into the folder since is not replaced without it.
+        kind: As it was given there.
 
     Raises:
         FileExistsError: If the folder cannot take its place. It is kept where it is, and the message says where.
@@ -62,7 +85,7 @@ def written_aside(path: Path, overwrite: bool = False) -> Iterator[Path]:
         raise
     os.chmod(aside, 0o755)
     try:
-        check_output(path, overwrite)
+        check_output(path, overwrite, kind)
         if path.exists():
             shutil.rmtree(path)
         aside.rename(path)
@@ -78,3 +101,16 @@ def write_text_whole(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(text, encoding="utf-8")
     aside.replace(path)
+
+
+def json_text(value: Any, indent: int = 2) -> str:
+    """A value as JSON, with null for what JSON has no number for: the loss of an epoch or a run that diverged."""
+    return json.dumps(_without_nan(value), indent=indent, allow_nan=False) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

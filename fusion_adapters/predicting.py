@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .alignment import decode_tags, encode
 from .data import Example
-from .loading import check_lengths, load_model, load_tokenizer
+from .loading import check_lengths, load_model, load_tokenizer, match_padding
 from .masking import mask_token_of
 from .recipe import Recipe, parse_recipe
 from .tuner import depth_weights, fusion_layers
@@ -53,7 +53,9 @@ def load_run(folder: str | Path) -> Run:
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{description} is damaged ({error}). Train again, or restore the file.") from error
     model = load_model(recipe.backbone, recipe.task, labels, recipe.adapter.get("modules_to_save") or ())
-    return Run(PeftModel.from_pretrained(model, folder / "adapter").eval(), load_tokenizer(recipe.backbone), recipe, labels)
+    tokenizer = load_tokenizer(recipe.backbone, recipe.task)
+    match_padding(model, tokenizer)
+    return Run(PeftModel.from_pretrained(model, folder / "adapter").eval(), tokenizer, recipe, labels)
 
 
 def predict(run: Run, texts: Sequence[str]) -> list[dict[str, Any]]:
@@ -120,6 +122,7 @@ def depth_map(run: Run, text: str) -> tuple[list[str], list[int], Tensor]:
     batch = run.tokenizer(text, truncation=True, max_length=run.recipe.data.max_length, return_tensors="pt").to(
         run.model.device
     )
+    check_lengths(run.model, [{"input_ids": row} for row in batch["input_ids"]])
     weights = depth_weights(run.model, **batch)[0]
     layers = [layer.active_fusion.layers for layer in fusion_layers(run.model) if layer.active_fusion is not None][-1]
     pieces = [str(piece) for piece in run.tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())]
@@ -143,6 +146,7 @@ def _fill(run: Run, text: str) -> dict[str, Any]:
     mask, written = mask_token_of(run.tokenizer), str(run.tokenizer.mask_token)
     length = run.recipe.data.max_length
     parts = run.tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True)["input_ids"]
+    check_lengths(run.model, [{"input_ids": pieces} for pieces in parts])
     found: list[int] = []
     masks = []
     for pieces in parts:

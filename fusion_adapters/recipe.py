@@ -19,7 +19,16 @@ Task = Literal["token_classification", "sequence_classification", "masked_lm"]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: PyYAML alone reads 1e-3 as text, because YAML 1.1 wants 1.0e-3."""
+    """YAML as people write it: PyYAML alone reads 1e-3 as text, because YAML 1.1 wants 1.0e-3, and drops repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key.value, str):
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -85,6 +94,8 @@ RESERVED_TRAINING = {
     "greater_is_better",
     "label_names",
     "push_to_hub",  # the folder of the Trainer is not the run's
+    "prediction_loss_only",  # scores are of predictions
+    "eval_do_concat_batches",
 }
 RESERVED_ADAPTER = {"task_type", "peft_type", "inference_mode"}
 
@@ -144,6 +155,11 @@ def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
     training_fields = arguments.keys() - RESERVED_TRAINING
     _check_keys(source, "adapter", recipe.adapter, adapter_fields, RESERVED_ADAPTER)
     _check_keys(source, "training", recipe.training, training_fields, RESERVED_TRAINING)
+    if recipe.task == "masked_lm" and recipe.training.get("label_smoothing_factor"):
+        raise ValueError(
+            f"The recipe {source!r} sets training.label_smoothing_factor, which task: masked_lm does not know: its loss is the "
+            "likelihood of the hidden pieces. Remove it."
+        )
     # YAML reads a bare no as false
     strategies = {k: "no" for k, v in recipe.training.items() if v is False and k.endswith("_strategy")}
     recipe.training.update(strategies)

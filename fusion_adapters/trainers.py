@@ -17,10 +17,28 @@ from .alignment import IGNORED
 
 
 class OrderedTrainer(Trainer):
-    """A Trainer that evaluates in the order of the dataset, whatever the sampling of the training data."""
+    """A Trainer that evaluates every row, in the order of the dataset, whatever the sampling of the training data.
+
+    The loss of an optimizer step is the mean over its batches. Left to itself, Trainer leaves the division by their number
+    to every model whose forward takes further arguments, and BERT's heads take them and do not divide.
+    """
+
+    divides_by_items = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = self.divides_by_items
 
     def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
         return SequentialSampler(eval_dataset)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        drops = self.args.dataloader_drop_last  # in training; a score is of all rows
+        self.args.dataloader_drop_last = drops and kwargs.get("is_training", False)
+        try:
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drops
 
 
 class MaskedLMTrainer(OrderedTrainer):
@@ -29,6 +47,8 @@ class MaskedLMTrainer(OrderedTrainer):
     The head, a product with the whole vocabulary, runs at labelled positions alone, also where a fusion that mixes
     positions, LoRA or a live backbone needs all of them. An evaluation keeps two numbers a position, not the logits.
     """
+
+    divides_by_items = True
 
     def compute_loss(
         self,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import platform
 import shutil
 import time
 from collections.abc import Sequence
@@ -13,12 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import numpy as np
-import peft
-import psutil
 import torch
-import transformers
 import yaml
 from accelerate import PartialState
 from datasets import Dataset
@@ -33,14 +28,14 @@ from transformers import (
     set_seed,
 )
 
-from . import __version__
 from .alignment import IGNORED, MAIN_SCORE, Encoded, decode_tags, encode, main_score, score
 from .budget import count_trainable
 from .config import FusionConfig
 from .data import Example, Splits, load_splits
 from .features import LayerStateCache, cache_layer_states
-from .files import check_output, written_aside
-from .loading import PEFT_TASKS, check_lengths, load_model, load_tokenizer
+from .files import check_output, json_text, written_aside
+from .loading import PEFT_TASKS, check_lengths, load_model, load_tokenizer, match_padding
+from .machine import peak_of_process, versions
 from .recipe import Recipe, Task
 from .reporting import model_card
 from .trainers import MaskedLMTrainer, OrderedTrainer
@@ -167,13 +162,16 @@ def run_recipe(
         (folder / "adapter").mkdir()
         (folder / "adapter" / "README.md").write_text(model_card(recipe, metrics, splits.labels), encoding="utf-8")
         model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
-        metrics["reload_difference"] = reload_difference(model, folder / "adapter", tokenizer, splits.dev, recipe.task)
+        length = min(64, recipe.data.max_length)  # a look at the beginnings is enough
+        metrics["reload_difference"] = reload_difference(
+            model, folder / "adapter", tokenizer, splits.dev, recipe.task, length
+        )
         metrics["bytes"] = {p.name: p.stat().st_size for p in sorted((folder / "adapter").iterdir())}
         metrics["seconds"]["total"] = round(time.perf_counter() - started, 2)
         run = {"recipe": recipe.model_dump(), "labels": splits.labels}
         (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False), encoding="utf-8")
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        (folder / "metrics.json").write_text(json_text(metrics), encoding="utf-8")
     return metrics
 
 
@@ -213,15 +211,14 @@ def load_attached(recipe: Recipe, config: FusionConfig, labels: list[str]) -> tu
     if not torch.cuda.is_available():
         # sharp softmaxes over depth make denormal numbers, on which a CPU is several times slower
         torch.set_flush_denormal(True)
-    tokenizer = load_tokenizer(recipe.backbone)
+    tokenizer = load_tokenizer(recipe.backbone, recipe.task)
     backbone = load_model(recipe.backbone, recipe.task, labels, config.modules_to_save or ())
     return attach(backbone, config, tokenizer), tokenizer
 
 
 def attach(model: nn.Module, config: FusionConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Attaches the adapter, and tells a model without padding token which one the tokenizer uses."""
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
+    """Attaches the adapter, and tells the model which padding token the tokenizer uses."""
+    match_padding(model, tokenizer)
     return get_peft_model(model, config)  # type: ignore[arg-type]
 
 
@@ -263,6 +260,7 @@ def train(
     begun = time.perf_counter()
     trainer.train()
     trained = time.perf_counter()
+    _check_finite(model, trainer.args.learning_rate)
     trainer.compute_metrics = None  # it scores the development set
     scores = {}
     for name in ("dev", "test"):
@@ -283,17 +281,21 @@ def train(
         "examples": {name: len(s.examples) for name, s in sets.items()},
         "notes": {name: s.encoded.notes for name, s in sets.items()},
         "seconds": {"train": round(trained - begun, 2)},
-        "peak_memory_mib": _peak_memory(),
+        "peak_memory_mib": peak_of_process(),
         "device": str(trainer.args.device),
         "seed": recipe.seed,
         "versions": versions(),
     }
 
 
-def versions() -> dict[str, str]:
-    """What a result was made with: python, this package and those that compute."""
-    libraries = {m.__name__: m.__version__ for m in (torch, transformers, peft, accelerate)}
-    return {"python": platform.python_version(), "fusion_adapters": __version__, **libraries}
+def _check_finite(model: nn.Module, rate: float) -> None:
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    broken = [n for n, p in trained.items() if not bool(p.detach().isfinite().all())]
+    if broken:
+        raise ValueError(
+            f"The training diverged: {len(broken)} of {len(trained)} trained tensors hold values that are not finite. Lower "
+            f"training.learning_rate ({rate:g}), or give more training.warmup_steps."
+        )
 
 
 def positions_for(model: nn.Module, task: Task, training: bool) -> str:
@@ -347,9 +349,9 @@ def make_trainer(
 
 
 def reload_difference(
-    model: Any, folder: Path, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], task: Task
+    model: Any, folder: Path, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], task: Task, length: int
 ) -> float:
-    """Loads a saved adapter beside the one in the model and compares their answers.
+    """Loads a saved adapter beside the one in the model and compares their answers to texts cut at `length` pieces.
 
     Returns:
         The largest difference of a logit over the first examples; 0 if everything came back.
@@ -360,7 +362,7 @@ def reload_difference(
         texts if words else [t[0] for t in texts],
         is_split_into_words=words,
         truncation=True,
-        max_length=64,
+        max_length=length,
         padding=True,
         return_tensors="pt",
     )
@@ -375,15 +377,3 @@ def reload_difference(
     model.set_adapter(active)
     model.delete_adapter("reloaded")
     return float((after - before).abs().max())
-
-
-def _peak_memory() -> float:
-    """Peak memory in MiB: of the allocator on CUDA, else of the process."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    if platform.system() == "Windows":
-        return round(psutil.Process().memory_info().peak_wset / 2**20, 1)  # type: ignore[attr-defined]
-    import resource
-
-    per_mib = 2**20 if platform.system() == "Darwin" else 1024  # macOS counts bytes, Linux KiB
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_mib, 1)

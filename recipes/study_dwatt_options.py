@@ -64,7 +64,7 @@ def load_wnut(folder: Path) -> tuple[list[Example], list[Example]]:
 
 def states_of(examples: list[Example], labels: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """For each sentence the states z_0 .. z_L at the first pieces of its words, (words, L + 1, d), and the labels."""
-    tokenizer = load_tokenizer(BACKBONE)
+    tokenizer = load_tokenizer(BACKBONE, "token_classification")
     model = load_model(BACKBONE, "token_classification", labels).eval()
     encoded = encode(examples, tokenizer, labels, "token_classification", 256)
     result: list[Any] = [None] * len(encoded.rows)

@@ -41,7 +41,17 @@ METHODS = {name: {"fusion": name} for name in FUSIONS} | {
 }
 
 
-def tiny(family="bert", head="token", seed=0, width=WIDTH, depth=DEPTH, dtype=torch.float32, dropout=0.1, labels=LABELS):
+def tiny(
+    family="bert",
+    head="token",
+    seed=0,
+    width=WIDTH,
+    depth=DEPTH,
+    dtype=torch.float32,
+    dropout=0.1,
+    labels=LABELS,
+    **settings,
+):
     """A random model of 4 blocks of width 32 with a task head; the same weights for the same arguments."""
     torch.manual_seed(seed)
     shared = {
@@ -54,9 +64,9 @@ def tiny(family="bert", head="token", seed=0, width=WIDTH, depth=DEPTH, dtype=to
         "pad_token_id": 0,
     }
     if family == "bert":
-        config = BertConfig(**shared, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+        config = BertConfig(**shared, **settings, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     else:
-        config = LlamaConfig(**shared, num_key_value_heads=2, attention_dropout=dropout)
+        config = LlamaConfig(**shared, **settings, num_key_value_heads=2, attention_dropout=dropout)
     return HEADS[family, head](config).to(dtype).eval()
 
 

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import dying_run
 import pytest
 import torch
+from support import tiny
 from support_text import SENTENCES, conll, save_model
 
-from fusion_adapters.bench import load_bench, workers
+from fusion_adapters.bench import large, load_bench, run_bench, workers
 from fusion_adapters.bench.cases import EPOCHS, EXTRACTIONS, FORWARDS, ROUNDS, Setting, epoch_cases
 from fusion_adapters.bench.large import measure_large
 from fusion_adapters.bench.runner import compare_with_bars, measure_checkpoints, ratio
@@ -120,6 +121,7 @@ def summary_of(recipe, tmp_path):
     return {
         "machine": {"cores": 2, "gpu": None, "torch": "2", "transformers": "5", "peft": "0"},
         "recipe": recipe.model_dump(),
+        "examples": setting.examples,
         "tokens_per_epoch": setting.tokens,
         "seconds": rounds,
         "memory_mib": {c: {"training": 30.0, "inference": 20.0} for c in ("LoRA", "DWAtt, live")},
@@ -164,6 +166,29 @@ def test_the_whole_benchmark_from_the_command_line(recipe, tmp_path, capsys):
     found = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert found == ["epochs.png", "memory.png", "results.csv", "scaling.png", "summary.json", "summary.md"]
     assert "LoRA epoch / cached DWAtt epoch" in capsys.readouterr().out
+
+
+def test_a_large_model_that_does_not_fit_costs_no_other_result(recipe, tmp_path, monkeypatch):
+    summary = summary_of(recipe, tmp_path)
+    real = large._model
+
+    def full(recipe, precision, device):
+        if precision == "bf16":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(recipe, precision, device)
+
+    monkeypatch.setattr(large, "_model", full)
+    rows = measure_large(recipe, lambda what: None, device="cpu")
+    assert [r["tokens_per_second"] is None for r in rows if r["precision"] == "bf16"] == [True, True]
+    write_bench_report({**summary, "large": rows, "bars": compare_with_bars(summary)}, tmp_path)
+    assert "| DWAtt, bf16 | does not fit into memory | - | - | - |" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_backbone_whose_head_the_bare_loop_cannot_call_is_refused_first(recipe, tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"LlamaForTokenClassification of .* has no such head"):
+        run_bench(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_exponents_are_those_of_the_fit():

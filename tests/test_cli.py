@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from support_text import save_model, tokenizer, write_recipe
+from support import tiny
+from support_text import SENTENCES, conll, save_model, tokenizer, write_recipe
 from transformers import AutoTokenizer
 
 from fusion_adapters.cli import main
-from fusion_adapters.files import check_output, written_aside
+from fusion_adapters.files import check_output, json_text, written_aside
 from fusion_adapters.predicting import Run, predict, word_spans
 
 
@@ -280,3 +282,83 @@ def test_entities_follow_their_tags():
     told = [(e["type"], e["text"], text[e["start"] : e["end"]]) for e in found["entities"]]
     expected = [("PER", "Anna Bob"), ("PER", "Man"), ("LOC", "Oslo"), ("LOC", "Rome Corp"), ("PER", "Man")]
     assert told == [(kind, words, words) for kind, words in expected]
+
+
+def test_a_training_that_diverges_is_no_run(tmp_path, capsys):
+    recipe = write_recipe(tmp_path, training={"learning_rate": 1e30, "num_train_epochs": 3})
+    error = fails(capsys, "train", recipe, "--output", tmp_path / "run")
+    assert "The training diverged" in error and "training.learning_rate (1e+30)" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_epoch_without_a_loss_is_null_in_the_metrics(tmp_path):
+    assert json.loads(json_text({"a": [1.5, float("nan")], "b": {"c": float("inf")}})) == {
+        "a": [1.5, None],
+        "b": {"c": None},
+    }
+
+
+def test_all_rows_are_scored_whatever_training_drops(tmp_path):
+    recipe = write_recipe(tmp_path, training={"per_device_eval_batch_size": 2})
+    scores = []
+    for drops in ("false", "true"):
+        out = tmp_path / drops
+        run("train", recipe, "--output", out, "--set", f"training.dataloader_drop_last={drops}")
+        scores.append(json.loads((out / "metrics.json").read_text()))
+    assert scores[0]["examples"]["test"] == scores[1]["examples"]["test"] == 3
+    assert scores[1]["scores"]["test"].keys() == scores[0]["scores"]["test"].keys()
+
+
+@pytest.mark.parametrize("head", ["token", "sequence"])
+def test_accumulated_batches_weigh_as_one(tmp_path, head):
+    # rows of one length and, with the dropout off, the same batch in one piece or four
+    recipe = write_recipe(tmp_path, head=head)
+    save_model(tmp_path / "model", head, dropout=0.0)
+    if head == "token":
+        (tmp_path / "train.conll").write_text(conll(SENTENCES[:1] * 9), encoding="utf-8")
+    weights = []
+    for size, steps, rate in ((8, 1, 0.1), (2, 4, 0.1), (8, 1, 0.2)):
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
+        settings |= {"optim": "sgd", "learning_rate": rate, "warmup_steps": 0, "max_grad_norm": 0}
+        asks = [part for key, value in settings.items() for part in ("--set", f"training.{key}={value}")]
+        out = tmp_path / f"run{size}-{rate}"
+        run("train", recipe, "--output", out, *asks, "--set", "data.test=null")
+        weights.append(load_file(out / "adapter" / "adapter_model.safetensors"))
+    once, accumulated, further = weights
+    assert max(float((further[name] - once[name]).abs().max()) for name in once) > 1e-3, "nothing moved"
+    torch.testing.assert_close(accumulated, once, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("setting", ["prediction_loss_only=true", "eval_do_concat_batches=false"])
+def test_arguments_without_which_nothing_is_scored_are_not_to_be_set(tmp_path, capsys, setting):
+    error = fails(capsys, "train", write_recipe(tmp_path), "--output", tmp_path / "run", "--set", f"training.{setting}")
+    assert setting.split("=")[0] in error
+
+
+def test_positions_are_checked_wherever_a_text_goes_in(tmp_path, capsys):
+    recipe = write_recipe(tmp_path)
+    few = tiny("bert", max_position_embeddings=20)
+    few.save_pretrained(tmp_path / "model")
+    long = "oslo " * 40
+    (tmp_path / "test.conll").write_text(conll([[("oslo", "B-LOC")] * 40, *SENTENCES * 6]), encoding="utf-8")
+    (tmp_path / "train.conll").write_text((tmp_path / "test.conll").read_text(), encoding="utf-8")
+    run("train", recipe, "--output", tmp_path / "run", "--set", "data.max_length=20")
+    kept = json.loads((tmp_path / "run" / "run.json").read_text())
+    kept["recipe"]["data"]["max_length"] = 256
+    (tmp_path / "run" / "run.json").write_text(json.dumps(kept))
+    error = fails(capsys, "inspect", tmp_path / "run", "--text", long, "--output", tmp_path / "depth.png")
+    assert "has 42 pieces, but the backbone has 20 positions" in error
+
+
+def test_a_benchmark_does_not_replace_a_run(trained, capsys):
+    error = fails(capsys, "bench", "--quick", "--output", trained, "--overwrite")
+    assert "holds another thing (a run of fusion-adapters train)" in error
+    assert (trained / "adapter").is_dir()
+
+
+def test_pipes_are_utf_8_whatever_the_system_says(trained):
+    command = [sys.executable, "-c", "from fusion_adapters.cli import main; main()", "predict", str(trained), "--json"]
+    said = "Zo\u00eb lives in \u00d6slo.\n"
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, input=said.encode(), capture_output=True, check=True, env=environment)
+    assert json.loads(done.stdout.decode("utf-8").splitlines()[-1])["text"] == said.strip()

@@ -230,3 +230,56 @@ def test_too_few_examples_to_cut_a_part_off(part, tmp_path):
     write(tmp_path, conll(SENTENCES[:1]))
     with pytest.raises(ValueError, match=rf"1 training examples are too few to cut 1 .* data\.{part}_fraction=0\.5 asks"):
         splits(tmp_path, **{f"{part}_fraction": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("tags", "bio"),
+    [
+        ("B-PER I-PER O I-PER", "B-PER I-PER O B-PER"),
+        ("I-PER I-PER B-PER I-LOC", "B-PER I-PER B-PER B-LOC"),  # IOB1
+        ("B-PER E-PER S-PER S-PER O", "B-PER I-PER B-PER B-PER O"),  # BIOES
+        ("B-PER I-PER L-PER U-LOC U-LOC", "B-PER I-PER I-PER B-LOC B-LOC"),  # BILOU
+        ("E-PER O L-PER", "B-PER O B-PER"),
+    ],
+)
+def test_every_scheme_becomes_bio(tags, bio, tmp_path):
+    tags = tags.split()
+    path = write(tmp_path, "".join(f"w\t{tag}\n" for tag in tags))
+    assert read_conll(path)[0].labels == bio.split()
+    Dataset.from_list([{"tokens": ["w"] * len(tags), "tags": tags}] * 3).to_json(tmp_path / "train.jsonl")
+    assert splits(tmp_path, train="train.jsonl").train[0].labels == bio.split()
+
+
+def test_tags_of_no_scheme_are_refused(tmp_path):
+    Dataset.from_list([{"tokens": ["a", "b"], "tags": ["NN", "IN"]}] * 3).to_json(tmp_path / "train.jsonl")
+    with pytest.raises(ValueError, match=r"row 0: 'NN' in column 'tags' is no tag of an entity.*write B-NN"):
+        splits(tmp_path, train="train.jsonl")
+    write(tmp_path, conll(SENTENCES))
+    with pytest.raises(ValueError, match=r"data\.labels holds 'E-PER', 'NN'"):
+        splits(tmp_path, labels=["O", "B-PER", "E-PER", "NN"])
+
+
+def test_files_without_an_ending(tmp_path):
+    write(tmp_path, conll(SENTENCES * 2), "train")
+    Dataset.from_list([{"tokens": ["wrong"], "tags": ["O"]}] * 6).to_json(tmp_path / "train.jsonl")
+    data = splits(tmp_path, train="train", format="conll")
+    assert {e.words[0] for e in data.train + data.dev} == {"Anna", "Bob", "the"}
+    with pytest.raises(ValueError, match=r"format .* cannot be told from its name"):
+        splits(tmp_path, train="train")
+    with pytest.raises(FileNotFoundError, match=r"There is no file .*folder holds"):
+        splits(tmp_path, train="training", format="conll")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train.csv", "text,label\na,x\nb,\n", r"row 1: column 'label' has no value"),
+        ("train.json", '[{"text": "a", "label": "x"}, {"text": "b", "label": NaN}]', r"row 1: column 'label' has no value"),
+        ("train.json", '[{"text": ["a", "b"], "label": "x"}]', r"row 0: column 'text' holds a list where one text belongs"),
+        ("train.csv", "text,label,label\na,x,y\n", r"the header has the column 'label' twice"),
+    ],
+)
+def test_what_is_no_text_and_no_label(name, content, message, tmp_path):
+    write(tmp_path, content, name)
+    with pytest.raises(ValueError, match=message):
+        splits(tmp_path, TEXTS, train=name)

@@ -34,7 +34,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     if folder == MINILM:
         pytest.skip("the package with the MiniLM weights is not installed (extra: demo)")
     monkeypatch.chdir(tmp_path)
-    tokenizer = load_tokenizer(BackboneRecipe(model=MINILM))
+    tokenizer = load_tokenizer(BackboneRecipe(model=MINILM), "token_classification")
     rows = [
         {**tokenizer(text), "labels": [0] * len(tokenizer(text)["input_ids"])} for text in ("A short text.", "And another.")
     ]

@@ -65,3 +65,10 @@ def test_bad_settings(tmp_path, setting):
 def test_no_such_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no recipe"):
         load_recipe(tmp_path / "none.yaml")
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(GOOD + "seed: 3\nseed: 4\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"not valid YAML: the key 'seed' stands twice"):
+        load_recipe(path)

@@ -3,8 +3,10 @@
 import json
 import math
 import platform
+import shutil
 
 import pytest
+import transformers
 from safetensors.torch import load_file, save_file
 from support_study import METHODS, refused, scores, write_study
 
@@ -150,6 +152,54 @@ def test_versions_that_changed_between_runs_are_told(tmp_path):
     main(["compare", str(path), "--output", str(out), "--workers", "1"])
     said = (out / "summary.md").read_text()
     assert "**Runs were made with 2 sets of versions:**" in said and "torch 1.0" in said
+
+
+def test_a_comparison_goes_on_with_other_versions(tmp_path):
+    path, out = write_study(tmp_path, sizes=[4], rates=[1e-3]), tmp_path / "out"
+    main(["compare", str(path), "--output", str(out), "--workers", "1"])
+    before = scores(out)
+    manifest = out / "states" / "toy" / "manifest.json"
+    kept = json.loads(manifest.read_text())
+    kept["key"]["transformers"] = "5.0.0"
+    manifest.write_text(json.dumps(kept))
+    # nothing is left to do: the states are not even looked at
+    main(["compare", str(path), "--output", str(out), "--workers", "1"])
+    assert json.loads(manifest.read_text())["key"]["transformers"] == "5.0.0" and scores(out) == before
+    shutil.rmtree(out / "states")
+    main(["compare", str(path), "--output", str(out), "--workers", "1"])
+    assert not (out / "states").exists() and scores(out) == before
+    # a seed more: states of the versions that are here now
+    path = write_study(tmp_path, sizes=[4], rates=[1e-3], seeds=[1, 2, 3])
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text(json.dumps(kept))
+    main(["compare", str(path), "--output", str(out), "--workers", "1"])
+    assert json.loads(manifest.read_text())["key"]["transformers"] == transformers.__version__
+    assert {r["seed"] for r in scores(out)} == {"1", "2", "3"}
+
+
+def test_settings_of_the_quick_form(tmp_path):
+    path = write_study(tmp_path)
+    assert load_study(path, ["quick.seeds=[7]"], quick=True).seeds == [7]
+    assert load_study(path, ["quick.seeds=[7]"]).seeds == [1, 2]
+    assert load_study(path, ["quick.seeds=[7]", "seeds=[8]"], quick=True).seeds == [8]
+
+
+@pytest.mark.parametrize(
+    ("here", "message"),
+    [
+        ({"lora_alpha": 64}, "lora_alpha is 64 here and 8 there"),
+        ({"use_rslora": True}, "use_rslora is True here and False there"),
+        ({"fusion_heads": 2}, "fusion_heads is 2 here and 8 there"),
+        ({"fusion_scale": False}, "fusion_scale is False here and True there"),
+    ],
+)
+def test_a_start_from_weights_that_would_mean_something_else(here, message, tmp_path, capsys):
+    both = {"fusion": "dwatt", "fusion_bottleneck": 8, "r": 4, "target_modules": ["query"]}
+    methods = {"deeper": METHODS["deeper"], "concat": METHODS["concat"], "both": {"adapter": both}}
+    methods["again"] = {"adapter": {**both, **here}, "start_from": "both"}
+    told = refused([write_study(tmp_path, methods=methods), "--output", tmp_path / "out"], capsys)
+    assert f"Method 'again' starts from 'both', but {message}" in told
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_loss_that_diverged_leaves_a_table(tmp_path):

@@ -79,8 +79,9 @@ class Setting:
         self.folder = folder
         splits = load_splits(recipe.data, TASK, seed=0)
         self.labels = splits.labels
-        self.tokenizer = load_tokenizer(recipe.backbone)
+        self.tokenizer = load_tokenizer(recipe.backbone, TASK)
         examples = splits.train[: recipe.examples]
+        self.examples = len(examples)
         self.rows = encode(examples, self.tokenizer, self.labels, TASK, recipe.data.max_length).rows
         self.tokens = sum(len(row["input_ids"]) for row in self.rows)
         self.collator = DataCollatorForTokenClassification(self.tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
 import tempfile
@@ -22,6 +23,7 @@ from .settings import BenchRecipe
 RANK = 16
 WARM_UP, STEPS = 2, 5
 LARGEST_BATCH = 256
+MEASURED = ("parameters", "tokens_per_second", "peak_gib", "largest_batch")
 
 
 def measure_large(recipe: BenchRecipe, advance: Callable[[str], None], device: str = "cuda") -> list[dict[str, Any]]:
@@ -34,7 +36,8 @@ def measure_large(recipe: BenchRecipe, advance: Callable[[str], None], device: s
 
     Returns:
         A row for each method and precision: `parameters`, `tokens_per_second`, `peak_gib` (both at batch 1), and
-        `largest_batch`, the largest power of two that trains without running out of memory.
+        `largest_batch`, the largest power of two that trains without running out of memory. All None if not even a batch
+        of one fits into the GPU.
     """
     rows = []
     precisions = ["bf16"]
@@ -43,15 +46,19 @@ def measure_large(recipe: BenchRecipe, advance: Callable[[str], None], device: s
     for precision in precisions:
         for method in ("LoRA", "DWAtt"):
             advance(f"large, {method}, {precision}")
-            model = _attach(_model(recipe, precision, device), method)
-            row = {"method": method, "precision": precision, "parameters": count_trainable(model)["total"]}
-            row |= _measure(model, recipe, device)
+            row: dict[str, Any] = {"method": method, "precision": precision, **dict.fromkeys(MEASURED)}
+            with contextlib.suppress(torch.OutOfMemoryError):  # the row then says so, and what was measured before it stays
+                row |= _measure_case(recipe, method, precision, device)
             rows.append(row)
-            del model
             gc.collect()
             if device == "cuda":
                 torch.cuda.empty_cache()
     return rows
+
+
+def _measure_case(recipe: BenchRecipe, method: str, precision: str, device: str) -> dict[str, Any]:
+    model = _attach(_model(recipe, precision, device), method)
+    return {"parameters": count_trainable(model)["total"], **_measure(model, recipe, device)}
 
 
 def _model(recipe: BenchRecipe, precision: str, device: str) -> nn.Module:

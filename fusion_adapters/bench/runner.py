@@ -18,12 +18,13 @@ from tqdm.auto import tqdm
 from ..budget import count_trainable
 from ..config import FusionConfig
 from ..files import check_output, written_aside
+from ..machine import cores
 from ..reporting.bench import write_bench_report
 from .cases import EXTRACTIONS, FORWARDS, Setting, epoch_cases
 from .large import measure_large
 from .scaling import exponents, measure_scaling
 from .settings import BenchRecipe
-from .workers import DEEP_CASES, MEMORY_CASES, alternate, cores, deep_inference_memory, peak_memory
+from .workers import DEEP_CASES, MEMORY_CASES, alternate, deep_inference_memory, peak_memory
 
 LOAD_PARAMETERS = 10_000_000
 
@@ -43,7 +44,7 @@ def run_bench(recipe: BenchRecipe, output: str | Path, overwrite: bool = False) 
         ChildProcessError: If a case fails.
         OSError: If data, model or folder cannot be read or written.
     """
-    output = check_output(output, overwrite)
+    output = check_output(output, overwrite, "bench")
     epochs = epoch_cases()
     rounds = len([*epochs, *FORWARDS, *EXTRACTIONS]) * (recipe.repeats + 1)
     bar = tqdm(total=rounds + 2 * len(MEMORY_CASES) + len(DEEP_CASES) + 4 + 1, desc="benchmark", unit="measurement")
@@ -52,10 +53,15 @@ def run_bench(recipe: BenchRecipe, output: str | Path, overwrite: bool = False) 
         bar.set_postfix_str(what)
         bar.update()
 
-    with written_aside(output, overwrite) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch, bar:
+    with written_aside(output, overwrite, "bench") as folder, tempfile.TemporaryDirectory(dir=folder) as scratch, bar:
         transformers.utils.logging.disable_progress_bar()  # "Loading weights", within ours
         setting = Setting(recipe, Path(scratch))
         model = setting.bare()
+        if not hasattr(model, "classifier") or not hasattr(model, "dropout"):
+            raise ValueError(
+                f"The benchmark compares with a bare loop that calls the head by hand, as BERT's: dropout, then classifier. "
+                f"{type(model).__name__} of {recipe.backbone.model!r} has no such head. Take a BERT or MiniLM as backbone.model."
+            )
         setting.cache(model)
         backbone_parameters = _without_embeddings(model)
         del model
@@ -73,6 +79,7 @@ def run_bench(recipe: BenchRecipe, output: str | Path, overwrite: bool = False) 
         summary = {
             "machine": describe_machine(),
             "recipe": recipe.model_dump(),
+            "examples": setting.examples,
             "tokens_per_epoch": setting.tokens,
             "seconds": {case: {"median": statistics.median(s), "rounds": s} for case, s in seconds.items()},
             "memory_mib": memory,
@@ -169,7 +176,7 @@ def measure_checkpoints(setting: Setting, folder: Path) -> dict[str, dict[str, A
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, GPU and versions."""
+    """Processor, GPU and versions."""
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": cores(),

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from ..config import FusionConfig
-from ..memory import PeakMemory
+from ..machine import PeakMemory
 from ..tuner import fusion_layers
 from .cases import ROUNDS, Setting
 from .settings import BenchRecipe
@@ -185,8 +185,3 @@ def _inference(model: nn.Module, batch: dict[str, Any], step: bool) -> None:
     model.eval()
     with torch.no_grad():
         model(**batch)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

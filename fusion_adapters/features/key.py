@@ -82,6 +82,14 @@ def key_differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> lis
     return [f"{n}: {stored[n]} in the cache, {wanted[n]} now" for n in names if stored[n] != wanted[n]]
 
 
+def made_by_other_versions(stored: Mapping[str, Any]) -> bool:
+    """Whether the states of a key were computed with other versions of the libraries than those that are here."""
+    now = {"torch": torch.__version__, "transformers": version("transformers")}
+    if "quantization library" in stored:
+        now["quantization library"] = _library_version(stored["quantization"])
+    return any(stored.get(name) != here for name, here in now.items())
+
+
 def input_names(backbone: Backbone, columns: Iterable[str]) -> list[str]:
     """Those of the columns that the backbone is called with; labels and columns that it does not know are none."""
     known = set(known_inputs(backbone))

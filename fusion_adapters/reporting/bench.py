@@ -54,7 +54,7 @@ def bench_text(summary: dict[str, Any]) -> str:
         "# Benchmark",
         "",
         f"{machine['cores']} cores, {machine['gpu'] or 'no GPU'}; torch {machine['torch']}, transformers {machine['transformers']}, peft "
-        f"{machine['peft']}. {recipe['backbone']['model']}, {recipe['examples']} examples ({tokens:,} tokens), batch "
+        f"{machine['peft']}. {recipe['backbone']['model']}, {summary['examples']} examples ({tokens:,} tokens), batch "
         f"{recipe['batch_size']}, {recipe['repeats']} rounds.",
         "",
         *(
@@ -97,14 +97,18 @@ def bench_text(summary: dict[str, Any]) -> str:
         lines += [
             "| large case | parameters | tokens per second | peak GiB | largest batch |",
             "| --- | --- | --- | --- | --- |",
-            *(
-                f"| {r['method']}, {r['precision']} | {r['parameters']:,} | {r['tokens_per_second']:,.0f} | "
-                + (f"{r['peak_gib']:.1f} | {r['largest_batch']} |" if r["peak_gib"] is not None else "- | - |")
-                for r in summary["large"]
-            ),
+            *map(_large_line, summary["large"]),
             "",
         ]
     return "\n".join(lines)
+
+
+def _large_line(row: dict[str, Any]) -> str:
+    case = f"| {row['method']}, {row['precision']} |"
+    if row["tokens_per_second"] is None:
+        return f"{case} does not fit into memory | - | - | - |"
+    measured = "- | - |" if row["peak_gib"] is None else f"{row['peak_gib']:.1f} | {row['largest_batch']} |"
+    return f"{case} {row['parameters']:,} | {row['tokens_per_second']:,.0f} | {measured}"
 
 
 def _draw_epochs(summary: dict[str, Any], path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text_whole
+from ..files import json_text, write_text_whole
 from .figures import draw_budget, draw_depth, draw_losses, draw_samples, draw_steps, trained_parameters
 
 COLUMNS = (
@@ -54,7 +54,7 @@ def write_report(study: Any, runs: Sequence[dict[str, Any]], summary: dict[str, 
         flat = {**run, **parts, "adapter": json.dumps(run["adapter"], sort_keys=True)}
         writer.writerow({name: flat.get(name, "") for name in COLUMNS})
     write_text_whole(output / "results.csv", table.getvalue())
-    write_text_whole(output / "summary.json", json.dumps(_without_nan(summary), indent=1, allow_nan=False) + "\n")
+    write_text_whole(output / "summary.json", json_text(summary, indent=1))
     write_text_whole(output / "summary.md", summary_text(summary))
     draw_samples(summary, output / "samples.png")
     draw_budget(summary, output / "budget.png")
@@ -67,15 +67,6 @@ def write_report(study: Any, runs: Sequence[dict[str, Any]], summary: dict[str, 
         draw_losses(traced, output / "loss.png")
     if depths:
         draw_depth(depths, output / "depth.png")
-
-
-def _without_nan(value: Any) -> Any:
-    """A copy with null for what JSON has no number for: the loss of a run that diverged."""
-    if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _constant(depth: dict[str, list[float]]) -> bool:

@@ -72,7 +72,7 @@ def backbone_signatures(study: StudyRecipe) -> dict[str, str]:
     recipes = [study.recipe_of(data, method) for method in study.methods]
     configs = [adapter_config(recipe) for recipe in recipes]
     named = next((config.fusion_blocks for config in configs if config.fusion_blocks), None)
-    found = {"tokenizer": tokenizer_signature(load_tokenizer(study.backbone))}
+    found = {"tokenizer": tokenizer_signature(load_tokenizer(study.backbone, study.task))}
     for recipe, config in zip(recipes, configs, strict=True):
         bits = recipe.backbone.bits
         part = "weights" if bits is None else f"weights in {bits} bits"

@@ -19,7 +19,7 @@ from .recipe import ALL, StudyRecipe
 def encoded_part(data_json: str, task: Any, tokenizer_json: str, name: str) -> Encoded:
     """Development or test data in word pieces; they are the same in every run of a process."""
     splits = _splits(data_json, task)
-    tokenizer = load_tokenizer(BackboneRecipe.model_validate_json(tokenizer_json))
+    tokenizer = load_tokenizer(BackboneRecipe.model_validate_json(tokenizer_json), task)
     length = DataRecipe.model_validate_json(data_json).max_length
     return encode(getattr(splits, name), tokenizer, splits.labels, task, length)
 

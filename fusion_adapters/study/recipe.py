@@ -105,9 +105,11 @@ def load_study(path: str | Path, settings: list[str] | None = None, quick: bool 
         ValueError: If a key or a value does not fit.
     """
     values = read_yaml(path)
+    of_quick = [s for s in settings or [] if s.strip().startswith("quick.")]
+    apply_settings(values, of_quick)
     if quick and isinstance(values.get("quick"), dict):  # anything else is refused below
         values = {**values, **values["quick"]}
-    apply_settings(values, settings)
+    apply_settings(values, [s for s in settings or [] if s not in of_quick])
     study = validated(StudyRecipe, values, str(path))
     if study.per_class and study.task != "sequence_classification":
         raise ValueError(

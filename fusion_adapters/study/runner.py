@@ -19,8 +19,11 @@ import torch
 from tqdm.auto import tqdm
 
 from ..budget import settle_budget, skeleton
+from ..config import FusionConfig
 from ..files import write_text_whole
+from ..fusions import fusion_options
 from ..loading import MODEL_CLASSES, resolve_model
+from ..machine import cores
 from ..reporting.study import write_report
 from ..training import adapter_config
 from .claim import claim
@@ -29,6 +32,10 @@ from .recipe import StudyRecipe
 from .single import Run, run_single
 from .states import prepare_states
 from .statistics import summarise
+
+LORA_FIELDS = ("lora_alpha", "use_rslora", "use_dora")
+FUSION_FIELDS = ("fusion_heads", "fusion_scale", "fusion_weights", "fusion_temperature", "fusion_init", "fusion_layers")
+MOST_WORKERS = 61  # Windows cannot wait for more
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ def run_study(study: StudyRecipe, output: str | Path, workers: int | None = None
     forget()
     sizes = training_sizes(study)
     check_budgets(study)
+    check_starts(study)
     claim(study, output)
     cells = [
         Cell(data, method, size)
@@ -68,12 +76,13 @@ def run_study(study: StudyRecipe, output: str | Path, workers: int | None = None
         if size in sizes[data]
         for method in study.methods
     ]
-    prepare_states(study, output / "states")
     if workers is None:
-        workers = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+        workers = 1 if torch.cuda.is_available() else min(cores(), MOST_WORKERS)
     # those that others wait for come first: where a rate is chosen, and whose weights others start from
     cells.sort(key=lambda cell: (rate_size(study, cell) != cell.size, study.methods[cell.method].start_from is not None))
     todo = [cell for cell in cells if not _is_done(study, cell, output)]
+    if todo:
+        prepare_states(study, output / "states")
     steps = {cell: _steps(study, cell) for cell in cells}
     bar = tqdm(total=sum(steps.values()), initial=sum(steps[c] for c in cells if c not in todo), unit="step", desc="runs")
     with bar:
@@ -209,6 +218,36 @@ def check_budgets(study: StudyRecipe) -> None:
             model = skeleton(name)
         for config in budgeted:
             settle_budget(config, model)
+
+
+def check_starts(study: StudyRecipe) -> None:
+    """Checks that a method computes with the weights that it starts from as the method that trained them.
+
+    Names and shapes are checked when they are loaded; scales and switches leave no trace in them.
+
+    Raises:
+        ValueError: If a setting of the part that both have differs.
+    """
+    data = next(iter(study.data))
+    for name, method in study.methods.items():
+        if method.start_from is None:
+            continue
+        own, source = (adapter_config(study.recipe_of(data, n)) for n in (name, method.start_from))
+        fields = LORA_FIELDS if own.has_lora and source.has_lora else ()
+        if own.fusion == source.fusion != "last":
+            fields = (*fields, *FUSION_FIELDS)
+        for field in fields:
+            here, there = (_setting(config, field) for config in (own, source))
+            if here != there:
+                raise ValueError(
+                    f"Method {name!r} starts from {method.start_from!r}, but {field} is {here} here and {there} there, so the same "
+                    "weights would mean something else. Give both the same."
+                )
+
+
+def _setting(config: FusionConfig, field: str) -> Any:
+    value = getattr(config, field)
+    return fusion_options(config.fusion).get(field.removeprefix("fusion_")) if value is None else value
 
 
 def _begin_worker(alive: Connection) -> None:

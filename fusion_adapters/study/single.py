@@ -20,9 +20,9 @@ from ..alignment import IGNORED, MAIN_SCORE, encode
 from ..budget import count_trainable
 from ..features import LayerStateCache
 from ..loading import check_lengths
-from ..memory import PeakMemory
+from ..machine import PeakMemory, versions
 from ..trainers import labelled_logits
-from ..training import TRAINING_DEFAULTS, Evaluation, adapter_config, load_attached, make_trainer, positions_for, versions
+from ..training import TRAINING_DEFAULTS, Evaluation, adapter_config, load_attached, make_trainer, positions_for
 from ..tuner import fusion_layers
 from .examples import encoded_part, splits_of, subset
 from .recipe import StudyRecipe

@@ -12,6 +12,7 @@ from transformers import DataCollatorWithPadding
 from ..alignment import encode
 from ..backbone import find_backbones
 from ..features import cache_layer_states
+from ..features.key import made_by_other_versions
 from ..features.storage import MANIFEST, read_manifest
 from ..fusions import resolve_layers
 from ..loading import check_lengths, load_model, load_tokenizer
@@ -37,15 +38,19 @@ def prepare_states(study: StudyRecipe, root: Path) -> None:
                 folders.setdefault(states_folder(study, data, method, root), []).append(method)
         for folder, methods in folders.items():
             recipe = study.recipe_of(data, methods[0])
-            tokenizer = load_tokenizer(recipe.backbone)
+            tokenizer = load_tokenizer(recipe.backbone, recipe.task)
             fresh = adapter_config(recipe).modules_to_save or ()
             model = load_model(recipe.backbone, recipe.task, splits.labels, fresh)
             if recipe.backbone.bits is None:  # a quantised model is where it was loaded
                 model.to(PartialState().device)
             layers = {i for m in methods for i in _layers(study.recipe_of(data, m), model)}
             if (folder / MANIFEST).is_file():
-                there = set(read_manifest(folder)["layers"])
-                if layers <= there:  # methods were left out
+                manifest = read_manifest(folder)
+                there = set(manifest["layers"])
+                if made_by_other_versions(manifest["key"]):  # the runs that are done say theirs, and stay
+                    layers |= there
+                    shutil.rmtree(folder)
+                elif layers <= there:  # methods were left out
                     layers = there
                 else:  # methods were added that read more; the states of the others come out as before
                     layers |= there

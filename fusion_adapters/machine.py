@@ -1,14 +1,21 @@
-"""The peak of memory while something runs, above what was there before."""
+"""What runs here: versions, cores, and the peak of memory while something runs."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import platform
 import threading
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import peft
 import psutil
 import torch
+import transformers
+
+from . import __version__
 
 INTERVAL = 0.005  # seconds between two looks, where the system keeps no peak
 # Linux: writing 5 makes the process's peak its present size (man 5 proc).
@@ -65,3 +72,26 @@ def _reset_peak() -> bool:
 def _peak() -> int:
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
     return 1024 * int(line.split()[1])
+
+
+def peak_of_process() -> float:
+    """Peak memory in MiB: of the allocator on CUDA, else of the process."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    if platform.system() == "Windows":
+        return round(psutil.Process().memory_info().peak_wset / 2**20, 1)  # type: ignore[attr-defined]
+    import resource
+
+    per_mib = 2**20 if platform.system() == "Darwin" else 1024  # macOS counts bytes, Linux KiB
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_mib, 1)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+    """What a result was made with: python, this package and those that compute."""
+    libraries = {m.__name__: m.__version__ for m in (torch, transformers, peft, accelerate)}
+    return {"python": platform.python_version(), "fusion_adapters": __version__, **libraries}

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 LAYER_NAME = "layer_fusion"  # where a fusion hangs in the module tree: a child of the backbone
 HIDDEN_SIZE_NAMES = ("hidden_size", "d_model", "n_embd", "dim")
 STACKS = ("encoder", "decoder")
+SEES_BOTH_WAYS = ("xlnet",)  # of the families that transformers knows for causal language modelling alone
 # How configurations of encoder-decoders name the depth of each stack, the first that is there.
 DEPTH_NAMES = {
     "encoder": ("encoder_layers", "num_layers", "num_hidden_layers"),
@@ -116,6 +118,12 @@ def find_backbones(model: nn.Module, blocks_name: str | None = None, stack: str 
         return [_backbone(model, base, name, list(blocks))]
     stacks = _stacks(model, base, config)
     if not stacks:
+        if stack is not None and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ValueError(
+                f"fusion_stack={stack!r}: the stacks of {type(model).__name__}, whose encoder and decoder are models of their own, "
+                f"cannot be told apart. {_describe(_outermost(_candidates(base)))} Name the blocks of one, fusion_blocks='...', and "
+                "leave fusion_stack unset."
+            )
         if stack is not None:
             raise ValueError(
                 f"fusion_stack={stack!r}: {type(model).__name__} is not an encoder-decoder, its blocks are one stack. Leave "
@@ -154,7 +162,7 @@ def _backbone(model: nn.Module, base: nn.Module, name: str, blocks: list[nn.Modu
         blocks_name=inner,
         hidden_size=hidden_size,
         model_type=getattr(getattr(model, "config", None), "model_type", None) or type(root).__name__,
-        causal=_is_causal(root, blocks),
+        causal=_is_causal(root, blocks, getattr(text_config, "model_type", None), stack),
         stack=stack,
         path=name,
     )
@@ -234,12 +242,21 @@ def _describe(candidates: dict[str, nn.ModuleList]) -> str:
     return "Its lists of modules are: " + ", ".join(f"{n!r} ({len(m)} members)" for n, m in candidates.items()) + "."
 
 
-def _is_causal(root: nn.Module, blocks: Sequence[nn.Module]) -> bool:
-    """Decoders mark their attention modules with `is_causal`; encoders mark them false; state-space models have none."""
+def _is_causal(root: nn.Module, blocks: Sequence[nn.Module], model_type: str | None, stack: str | None) -> bool:
+    """Whether a position sees only those before it.
+
+    Attention modules that say so are believed (`is_causal`). Without a word of theirs the family decides: one for causal
+    language modelling alone (BLOOM, MPT), or, where it has both (BERT), its configuration. State-space models are causal.
+    """
+    if stack is not None:
+        return stack == "decoder"
     modules = list(blocks[-1].modules())
     flags = [m.is_causal for m in modules if isinstance(getattr(m, "is_causal", None), bool)]
     if flags:
         return any(flags)
-    if any("attention" in type(m).__name__.lower() for m in modules):
-        return bool(getattr(getattr(root, "config", None), "is_decoder", False))
-    return True
+    if not any("attention" in type(m).__name__.lower() for m in modules):
+        return True
+    if bool(getattr(getattr(root, "config", None), "is_decoder", False)):
+        return True
+    both_ways = model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or model_type in SEES_BOTH_WAYS
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not both_ways

@@ -91,9 +91,22 @@ def count_config(config: FusionConfig, model: nn.Module) -> dict[str, int]:
         config: Any config; it is not changed.
         model: A model with or without weights, see `skeleton`.
     """
+    config = copy.deepcopy(config)
+    config.init_lora_weights = True  # others refuse some ranks, or compute with weights that are not there
     with init_empty_weights(), torch.device("meta"):
-        empty = copy.deepcopy(model) if _is_empty(model) else type(model)(model.config)  # type: ignore[call-arg]
-        return count_trainable(get_peft_model(empty, copy.deepcopy(config), low_cpu_mem_usage=True))
+        return count_trainable(get_peft_model(_empty_copy(model), config, low_cpu_mem_usage=True))
+
+
+def _empty_copy(model: nn.Module) -> nn.Module:
+    """A copy without weights, and without the adapters of a model that has some."""
+    if _is_empty(model):
+        return copy.deepcopy(model)
+    try:
+        return type(model)(model.config)  # type: ignore[call-arg]
+    except (AttributeError, TypeError):  # a class of somebody's own, with other arguments or no configuration
+        weights = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+        buffers: dict[int, Any] = {id(b): b.to("meta") for b in model.buffers()}
+        return copy.deepcopy(model, {**weights, **buffers})
 
 
 def fit_budget(config: FusionConfig, model: nn.Module, parameters: int) -> FusionConfig:
@@ -215,7 +228,12 @@ def _fit_rank(config: FusionConfig, model: nn.Module, parameters: int) -> Fusion
             f"A budget of {parameters:,} parameters chooses LoRA's rank, but rank_pattern sets the rank of every module "
             f"({one:,} parameters). Leave out rank_pattern or the budget."
         )
-    return replace(config, r=1 + (parameters - one) // (two - one))
+    rank = 1 + (parameters - one) // (two - one)
+    if str(config.init_lora_weights).lower() == "orthogonal" and rank % 2:  # peft halves the rank there
+        rank -= 1
+        if not rank:
+            raise BudgetTooSmallError("LoRA of rank 2, the least with init_lora_weights='orthogonal',", two, parameters)
+    return replace(config, r=rank)
 
 
 def _fit_copies(config: FusionConfig, model: nn.Module, parameters: int) -> FusionConfig:

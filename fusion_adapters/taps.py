@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .calls import CACHE_NAMES, cached_positions, left_over, running_forwards, wants_gradient, with_block_inputs
 from .fusions import Context
 
-CACHE_NAMES = ("past_key_values", "cache_params")
 _STAND_INS = threading.Lock()  # held while blocks get a stand-in or lose it
 
 
@@ -46,6 +46,7 @@ class Frame:
         kept: See `Fusion.absorb`.
         given: States that stand for the blocks in this call.
         cuts: Whether the states are kept without the graph behind them.
+        caller: Python's frame of a `root.forward(...)` that somebody called past the hooks of the root.
     """
 
     wanted: frozenset[int] | None
@@ -56,6 +57,7 @@ class Frame:
     kept: Any = None
     given: GivenStates | None = None
     cuts: bool = False
+    caller: FrameType | None = None
 
 
 class _Frames(threading.local):
@@ -89,6 +91,7 @@ class Taps:
         self.fuse = fuse
         self.causal = causal
         self.depth = len(blocks)
+        self._root = root
         self.cut_graph: Callable[[], bool] | None = None
         self._blocks = list(dict.fromkeys(blocks))
         self._replaced: list[Any] = []  # the blocks' own `forward`, while stand-ins are in place
@@ -120,9 +123,9 @@ class Taps:
 
     def _begin_replay(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         frames, replays = self._frames, self._frames.replays
-        for _ in range(_left_over(model, replays)):
+        for _ in range(left_over(model, replays)):
             self._end_replay(model, (), None)
-        if frames.differentiates != (wanted := _wants_gradient(*args, *kwargs.values())):
+        if frames.differentiates != (wanted := wants_gradient(*args, *kwargs.values())):
             frames.differentiates = wanted
         replays.append(None)
         if kwargs.get("layer_states") is None:
@@ -207,8 +210,8 @@ class Taps:
                 "(CUDA_VISIBLE_DEVICES=0), or start one process per GPU with 'accelerate launch' or 'torchrun'."
             )
         frame, frames = Frame(self.fuse.wanted_layers(), [None] * (self.depth + 1), Context()), self._frames
-        if left_over := _left_over(root, frames.stack):
-            del frames.stack[-left_over:]
+        if over := left_over(root, frames.stack):
+            del frames.stack[-over:]
         frames.stack.append(frame)
         if frame.wanted is None:
             return None
@@ -221,14 +224,14 @@ class Taps:
         # where the backbone runs, computing a small part of the fusion twice is cheap, and its memory is what counts
         frame.context = Context(named.get("attention_mask"), self.causal, recompute=cuts)
         if self.fuse.mixes_positions:
-            frame.context.cached_positions = max(_cached_positions(named.get(name)) for name in CACHE_NAMES)
+            frame.context.cached_positions = max(cached_positions(named.get(name)) for name in CACHE_NAMES)
         frame.absorbs = not torch.is_grad_enabled() and frame.given is None and self.fuse.absorbs()
         if not cuts:
             return None
         encoded = named.pop("encoder_hidden_states", None)
         # not what the caller wants a gradient of, such as a soft prompt's embeddings
-        frame.cuts = not (frames.differentiates or _wants_gradient(*named.values()))
-        if frame.cuts and "encoder_hidden_states" in kwargs and _wants_gradient(encoded):
+        frame.cuts = not (frames.differentiates or wants_gradient(*named.values()))
+        if frame.cuts and "encoder_hidden_states" in kwargs and wants_gradient(encoded):
             return args, {**kwargs, "encoder_hidden_states": encoded.detach()}
         return None
 
@@ -242,7 +245,27 @@ class Taps:
                 "its configuration skips blocks in training (layerdrop), load it with layerdrop=0.0."
             )
 
+    def _open_past_hooks(self) -> None:
+        """Opens a frame at the first block of a `root.forward(...)`, which sentence-transformers calls instead of the root.
+
+        The last block closes it. One whose call failed before is left, until the next call, and replaced.
+        """
+        if torch.compiler.is_compiling() or self.fuse.wanted_layers() is None:
+            return
+        running = running_forwards(self._root)
+        stack = self._frames.stack
+        while stack and stack[-1].caller is not None and not any(stack[-1].caller is f for f in running):
+            stack.pop()
+        # within a call that the hooks have seen, the innermost frame is its own
+        if not running or (stack and (stack[-1].caller is None or stack[-1].caller is running[0])):
+            return
+        inputs = {name: running[0].f_locals[name] for name in self._parameters if name in running[0].f_locals}
+        self._open(self._root, (), inputs)
+        stack[-1].caller = running[0]
+
     def _keep_input(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._frame is None or self._frame.caller is not None:
+            self._open_past_hooks()
         frame = self._frame
         if frame is None or frame.wanted is None or frame.reached:
             return None
@@ -261,6 +284,10 @@ class Taps:
         if frame.wanted is None:
             return None
         frame.reached += 1
+        if frame.caller is not None and frame.reached == self.depth:
+            self._frames.stack.pop()
+        if isinstance(output, list):  # the first GPT's blocks
+            output = tuple(output)
         state = output[0] if isinstance(output, tuple) else output
         if frame.given is not None:
             return (
@@ -285,7 +312,7 @@ class Taps:
             fused = self.fuse.finish(kept, last)
             return (fused, *output[1:]) if isinstance(output, tuple) else fused
         states, frame.states = frame.states, []
-        context = _with_block_inputs(frame.context, args, kwargs)
+        context = with_block_inputs(frame.context, args, kwargs)
         # a backbone spread over devices: the fusion sits where the last block computes
         states = [s if s is None or s.device == last.device else s.to(last.device) for s in states]
         fused = self.fuse(states, last, context)
@@ -308,7 +335,7 @@ class Taps:
         if self.fuse.mixes_positions:
             padded = packed.new_zeros(count, shown.shape[0] * shown.shape[1], size).index_copy(1, place, packed)
             packed = padded.unflatten(1, shown.shape[:2])  # (N, B, T, d)
-            context = _with_block_inputs(frame.context, args, kwargs)
+            context = with_block_inputs(frame.context, args, kwargs)
         else:  # no arithmetic for padding
             packed = packed.unsqueeze(1)  # (N, 1, tokens, d)
             context = Context(causal=self.causal)
@@ -351,39 +378,3 @@ class _StandIn:
         state = args[0] if args else kwargs["hidden_states"]
         length = answers[self.kind]
         return state if length is None else (state, *([None] * (length - 1)))
-
-
-def _left_over(module: nn.Module, noted: list[Any]) -> int:
-    """How many of the calls noted for a module, in one of its own, are over without a word.
-
-    After a KeyboardInterrupt torch runs no hooks, also not those that run always. What is under way still stands in
-    Python's stack, looked at only where something is noted: in a call within a call, and after an interrupt.
-    """
-    if not noted or torch.compiler.is_compiling():
-        return 0
-    running, python = 0, sys._getframe()
-    while python is not None:
-        running += python.f_code is nn.Module._call_impl.__code__ and python.f_locals.get("self") is module
-        python = python.f_back  # type: ignore[assignment]
-    return max(0, len(noted) + 1 - running) if running else 0  # the last of those that run is not noted yet
-
-
-def _wants_gradient(*inputs: Any) -> bool:
-    return any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
-
-
-def _with_block_inputs(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context:
-    """Adds the inputs of the last block, without the KV cache, which belongs to the backbone's own blocks."""
-    context.block_args = tuple(None if hasattr(a, "get_seq_length") else a for a in args[1:])
-    context.block_kwargs = {k: v for k, v in kwargs.items() if k not in ("hidden_states", *CACHE_NAMES)}
-    return context
-
-
-def _cached_positions(cache: Any) -> int:
-    """How many positions a KV cache holds; 1 for a state-space model's cache that has seen some, it does not count."""
-    if cache is None or not hasattr(cache, "get_seq_length"):
-        return 0
-    try:
-        return int(cache.get_seq_length())
-    except ValueError:  # no attention layer in it
-        return int(cache.has_previous_state())

@@ -61,7 +61,7 @@ class GatedCopy(nn.Module):
 
     def forward(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         answer = self.block(x, *args, **kwargs)
-        answer = answer[0] if isinstance(answer, tuple) else answer
+        answer = answer[0] if isinstance(answer, (tuple, list)) else answer
         return answer if self.gate is None else x + self.gate * (answer - x)
 
 
@@ -155,9 +155,17 @@ def attention_bias(context: Context, states: Tensor) -> Tensor | None:
         mask, true where attention is allowed; or the backbone's own 4-D additive mask.
     """
     mask, length = context.attention_mask, states.shape[1]
-    if mask is not None and mask.shape[-1] != length:
-        # sound models: the mask counts samples, the states are frames; the backbone has made a mask of frames
-        mask = (context.block_kwargs or {}).get("attention_mask")
+    own = (context.block_kwargs or {}).get("attention_mask")  # what the backbone made for its last block
+    if mask is None and isinstance(own, Tensor) and own.dim() == 4:
+        mask = own  # of rows that hold several texts, say, told apart by positions that begin again
+        if mask.dtype == torch.bool and mask.shape[-2] == length:
+            # a position sees itself, which tells whether true means allowed, as for most, or masked (MPT)
+            mask = mask == mask.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    elif mask is not None and mask.shape[-1] != length:
+        # sound models: the mask counts samples, the states are frames; or the backbone padded (Longformer)
+        mask = own
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.is_floating_point():
+            mask = mask >= 0  # an additive one
     if mask is None:
         return None
     if mask.dim() == 4:

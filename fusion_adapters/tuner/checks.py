@@ -71,6 +71,26 @@ def check_adapter_name(name: str, fusion: Fusion) -> None:
         )
 
 
+def check_saved_names(names: Sequence[str] | None, fusions: Sequence[nn.Module]) -> None:
+    """Raises ValueError if a name in `modules_to_save`, which peft looks for at the end of names, finds a part of a fusion."""
+    for name in names or ():
+        for fusion in fusions:
+            part = next((n for n, _ in fusion.named_modules() if n and f".{n}".endswith(f".{name}")), None)
+            if part is not None:
+                raise ValueError(
+                    f"modules_to_save={name!r} is also the end of the name of a part of the fusion ({part}), which peft would wrap "
+                    f"and save in its place. Write more of the name of the module that is meant, for example 'self.{name}'."
+                )
+
+
+def without_embeddings(model: nn.Module, given: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file without those that peft adds of embeddings (`save_embedding_layers`) beside what was trained."""
+    getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
+    layers = [getter() for getter in getters if getter is not None]
+    names = tuple(f"{n}." for n, m in model.named_modules() if any(m is layer for layer in layers))
+    return {k: v for k, v in given.items() if k in expected or not k.startswith(names or ("\0",))}
+
+
 def warn_if_compiled(model: nn.Module) -> None:
     """Warns if the model was compiled already: code that torch compiled earlier does not see hooks that come later."""
     compiled = [n for n, m in model.named_modules() if m._compiled_call_impl is not None]
@@ -166,7 +186,7 @@ def compare_tensors(expected: dict[str, Tensor], given: dict[str, Tensor]) -> No
     raise ValueError(
         f"The adapter's file does not fit its config and this model: {'; '.join(found)}. Nothing was loaded. Check that "
         "adapter_config.json and adapter_model.safetensors come from the same save, and that the model has the head "
-        "(class and number of labels) that the adapter was trained with."
+        "(class and number of labels) that the adapter was trained with (ignore_mismatched_sizes does not help here)."
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -35,6 +37,7 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
     def __init__(self, backbone: Backbone, adapter_name: str, fusion: Fusion) -> None:
         super().__init__(nn.Identity(), adapter_name, fusion=fusion)
         self._active_adapter: list[str] = []
+        self.training = backbone.root.training
         # plain attributes of a plain object: registered, the backbone would become a child of its own child
         self.backbone = backbone
         self.fingerprint = fingerprint(backbone)  # now: a training may change what it samples (bias='all')
@@ -129,6 +132,15 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
                 # most blocks have gone with the child of the root that holds them
                 frozen.add(module.eval() if module.training else module)
         keep_unpacked(modules_in([self.backbone.base], without=frozen))
+        embeddings: Any = None
+        with contextlib.suppress(NotImplementedError, AttributeError):  # sound has none, a class of one's own no such method
+            embeddings = self.backbone.base.get_input_embeddings()  # type: ignore[operator]
+        if frozen and getattr(embeddings, "neftune_noise_alpha", None) and not embeddings.training:
+            warnings.warn(
+                "neftune_noise_alpha adds no noise here: nothing trains inside the backbone, which therefore stays in evaluation "
+                "mode, embeddings included. Leave it out, or add LoRA.",
+                stacklevel=2,
+            )
         return self
 
     def _cuts_graph(self) -> bool:
@@ -172,6 +184,8 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
             fusion.requires_grad_(name == chosen and not inference_mode)
         self._trainable.clear()  # enabling again must not undo this
         self._active_adapter = [] if chosen is None else [chosen]
+        if self.training:  # another adapter may train inside the backbone where this one does not
+            self.backbone.root.train()
 
     def enable_adapters(self, enabled: bool) -> None:
         if enabled == (not self._disable_adapters):

@@ -13,8 +13,9 @@ from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_peft_model_state_dict
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, PeftType, get_peft_model_state_dict
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 
 from ..backbone import LAYER_NAME, Backbone, find_backbones
@@ -28,12 +29,14 @@ from .checks import (
     bind,
     check_adapter_name,
     check_layer_drop,
+    check_saved_names,
     check_wrapped_tensors,
     compare_tensors,
     has_own_width,
     read_weights,
     warn_if_compiled,
     warn_if_large,
+    without_embeddings,
     wrapped_keys,
 )
 from .heads import check_head, name_task_heads, remove_float32_hook, train_head_in_float32
@@ -69,6 +72,9 @@ class FusionModel(LoraModel):
             )
         own_width = has_own_width(config)
         settle_budget(config, model)
+        if config.has_lora:
+            with _as_lora(config):  # peft renames targets in models that transformers 5 built anew, for LoRA alone
+                convert_peft_config_for_transformers(config, model, None)
         backbones = find_backbones(model, config.fusion_blocks, config.fusion_stack)
         layers = {id(layer.backbone.root): layer for layer in fusion_layers(model)}
         if not layers:
@@ -84,6 +90,8 @@ class FusionModel(LoraModel):
             fusions = [_fusion_for(backbone, config) for backbone in backbones]
         if not own_width:
             warn_if_large(config, fusions)
+        there = [fusion for layer in layers.values() for fusion in layer.fusions.values()]
+        check_saved_names(config.modules_to_save, [*fusions, *there])
         for backbone, fusion in zip(backbones, fusions, strict=True):
             check_adapter_name(adapter_name, fusion)
             if not any(p.is_meta for p in fusion.parameters()):
@@ -108,8 +116,9 @@ class FusionModel(LoraModel):
                 check_layer_drop(layer)
             if weights is not None:
                 check_wrapped_tensors(model, adapter_name, weights)
+        config.source = None  # checked: a copy of the config stands for another adapter, and the folder may go
         for layer in fusion_layers(model):
-            layer.train(layer.backbone.root.training)
+            layer.train(layer.training)
 
     def forward(self, *args: Any, layer_states: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         """Calls the model; with `layer_states` (see `fusion_adapters.features`) the blocks do not run.
@@ -196,6 +205,20 @@ class FusionModel(LoraModel):
                 head.to(dtype)
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        with _as_lora(peft_config):
+            super()._check_target_module_compatiblity(peft_config, model, target_name)
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(
+        cls, peft_model: Any, peft_config: Any, path: str, output_state_dict: dict[str, Tensor], kwargs: Any
+    ) -> dict[str, Tensor]:
+        # PiSSA and its like: peft prepares the initial adapter for its own type of LoRA, and carries nothing but LoRA over
+        peft_config.init_lora_weights = True
+        peft_config.save_pretrained(path)
+        converted = super()._convert_state_dict_for_initial_model(peft_model, peft_config, path, output_state_dict, kwargs)
+        return {**{k: v for k, v in output_state_dict.items() if "lora_" not in k}, **converted}
+
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         # Every save passes here, with the PeftModel. Trainer.push_to_hub writes the card anew after saving, by peft's
@@ -219,6 +242,7 @@ class FusionModel(LoraModel):
         # transformers' own load has no prefix in the model, but the file has
         if not any(k.startswith(MODEL_PREFIX) for k in expected):
             given = {k.removeprefix(MODEL_PREFIX): v for k, v in given.items()}
+        given = without_embeddings(model, given, expected)
         compare_tensors(expected, given)
         return super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
@@ -272,6 +296,16 @@ def _marked_lora_free(config: FusionConfig) -> Iterator[None]:
         yield
     finally:
         config.target_modules = None
+
+
+@contextlib.contextmanager
+def _as_lora(config: Any) -> Iterator[None]:
+    """In the body, the config's type is LoRA's, for what peft does by the type."""
+    own, config.peft_type = config.peft_type, PeftType.LORA
+    try:
+        yield
+    finally:
+        config.peft_type = own
 
 
 @contextlib.contextmanager

@@ -76,11 +76,12 @@ def check_saved_names(names: Sequence[str] | None, fusions: Sequence[nn.Module])
     """Raises ValueError if a name in `modules_to_save`, which peft looks for at the end of names, finds a part of a fusion."""
     for name in names or ():
         for fusion in fusions:
-            part = next((n for n, _ in fusion.named_modules() if n and f".{n}".endswith(f".{name}")), None)
+            part = next((n for n, _ in fusion.named_modules() if n.endswith(name)), None)
             if part is not None:
                 raise ValueError(
                     f"modules_to_save={name!r} is also the end of the name of a part of the fusion ({part}), which peft would wrap "
-                    f"and save in its place. Write more of the name of the module that is meant, for example 'self.{name}'."
+                    "and save in its place. Write the module that is meant with the name of what holds it before its own, as in "
+                    "'self.query'."
                 )
 
 

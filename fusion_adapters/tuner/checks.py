@@ -190,7 +190,8 @@ def compare_tensors(expected: dict[str, Tensor], given: dict[str, Tensor]) -> No
     raise ValueError(
         f"The adapter's file does not fit its config and this model: {'; '.join(found)}. Nothing was loaded. Check that "
         "adapter_config.json and adapter_model.safetensors come from the same save, and that the model has the head "
-        "(class and number of labels) that the adapter was trained with (ignore_mismatched_sizes does not help here)."
+        "(class and number of labels) that the adapter was trained with."
+        + (" ignore_mismatched_sizes does not help here." if shapes else "")
     )
 
 

@@ -164,7 +164,7 @@ def test_the_whole_benchmark_from_the_command_line(recipe, tmp_path, capsys):
     assert set(summary["seconds"]) >= {*epoch_cases(), *FORWARDS, *EXTRACTIONS}
     assert all(len(s["rounds"]) == recipe.repeats for s in summary["seconds"].values())
     found = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert found == ["epochs.png", "memory.png", "results.csv", "scaling.png", "summary.json", "summary.md"]
+    assert found == ["epochs.png", "memory.png", "results.csv", "run.json", "scaling.png", "summary.json", "summary.md"]
     assert "LoRA epoch / cached DWAtt epoch" in capsys.readouterr().out
 
 

@@ -42,9 +42,9 @@ def train(
     ] = None,
 ) -> None:
     """Train an adapter and write adapter/, metrics.json and run.json."""
-    from .recipe import load_recipe
-    from .reporting import metrics_table
-    from .training import run_recipe
+    from .runs.recipe import load_recipe
+    from .runs.tables import metrics_table
+    from .runs.training import run_recipe
 
     metrics = run_recipe(load_recipe(recipe, settings), output, overwrite, cache_folder)
     console = Console()
@@ -62,8 +62,8 @@ def cache(
     dtype: Annotated[str, typer.Option(help="float16, bfloat16, float32, or int8 (half the bytes).")] = "float16",
 ) -> None:
     """Compute the layer states of a recipe's data once; train --cache then runs without the backbone."""
-    from .recipe import load_recipe
-    from .training import cache_recipe
+    from .runs.recipe import load_recipe
+    from .runs.training import cache_recipe
 
     print(cache_recipe(load_recipe(recipe, settings), output, dtype))
 
@@ -117,9 +117,9 @@ def predict(
     texts = text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not texts:
         raise ValueError("There is no text to predict. Give --text '...', or lines on standard input.")
-    from .predicting import load_run
-    from .predicting import predict as predict_texts
-    from .reporting import prediction_lines
+    from .runs.predicting import load_run
+    from .runs.predicting import predict as predict_texts
+    from .runs.tables import prediction_lines
 
     console = Console()
     for prediction in predict_texts(load_run(folder), texts):
@@ -136,8 +136,8 @@ def inspect(
     output: Annotated[Path, typer.Option(help="The picture to write, a .png.")],
 ) -> None:
     """Draw which layers each token reads, as a heatmap of tokens against depth."""
-    from .predicting import depth_map, load_run
-    from .reporting import draw_depth_map
+    from .runs.heatmap import draw_depth_map
+    from .runs.predicting import depth_map, load_run
 
     run = load_run(folder)
     tokens, layers, weights = depth_map(run, text)
@@ -157,10 +157,10 @@ def budget(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Fit methods to one budget of trainable parameters and print what each then costs."""
-    from .budget import compare_budgets, skeleton
-    from .counts import read_count
-    from .loading import resolve_model
-    from .reporting import budget_table
+    from .runs.loading import resolve_model
+    from .runs.tables import budget_table
+    from .tuner.budget import compare_budgets, skeleton
+    from .tuner.sizes import read_count
 
     names, modules = ([n.strip() for n in given.split(",") if n.strip()] for given in (methods, lora or ""))
     rows = compare_budgets(skeleton(resolve_model(model)), names, read_count(parameters), modules)

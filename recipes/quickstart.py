@@ -15,10 +15,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fusion_adapters.predicting import depth_map, load_run, predict
-from fusion_adapters.recipe import load_recipe
-from fusion_adapters.reporting import draw_depth_map, prediction_lines
-from fusion_adapters.training import run_recipe
+from fusion_adapters.runs.heatmap import draw_depth_map
+from fusion_adapters.runs.predicting import depth_map, load_run, predict
+from fusion_adapters.runs.recipe import load_recipe
+from fusion_adapters.runs.tables import prediction_lines
+from fusion_adapters.runs.training import run_recipe
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 # The head alone learns best at a higher rate (chosen on a part of the training sentences, like the recipe's own).

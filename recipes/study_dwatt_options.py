@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fusion_adapters.alignment import IGNORED, encode, score
-from fusion_adapters.data import Example, load_splits, read_conll
 from fusion_adapters.fusions import FUSIONS, build_fusion
-from fusion_adapters.loading import load_model, load_tokenizer
-from fusion_adapters.recipe import BackboneRecipe, DataRecipe
+from fusion_adapters.runs.loading import load_model, load_tokenizer
+from fusion_adapters.runs.recipe import BackboneRecipe, DataRecipe
+from fusion_adapters.tasks.alignment import IGNORED, encode, score
+from fusion_adapters.tasks.data import Example, load_splits, read_conll
 
 BACKBONE = BackboneRecipe(model="sentence-transformers/all-MiniLM-L6-v2")
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

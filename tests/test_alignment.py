@@ -7,9 +7,9 @@ import torch
 from support_text import SENTENCES, WORDS, tokenizer
 from transformers import AutoModel, BertConfig, GPT2Config, LlamaConfig, OPTConfig, RobertaConfig
 
-from fusion_adapters.alignment import IGNORED, decode_tags, encode, score
-from fusion_adapters.data import Example
-from fusion_adapters.loading import check_lengths
+from fusion_adapters.runs.loading import check_lengths
+from fusion_adapters.tasks.alignment import IGNORED, decode_tags, encode, score
+from fusion_adapters.tasks.data import Example
 
 LABELS = ["O", "B-LOC", "I-LOC", "B-ORG", "I-ORG", "B-PER", "I-PER"]
 TOKENS, TEXTS = "token_classification", "sequence_classification"
@@ -76,7 +76,7 @@ def test_scores_against_values_worked_out_by_hand():
 
 
 def test_predictions_in_another_order_are_noticed():
-    from fusion_adapters.training import Evaluation
+    from fusion_adapters.runs.training import Evaluation
 
     encoded = encode(examples(), tokenizer(), LABELS, TOKENS, 32)
     evaluation = Evaluation(TOKENS, LABELS, examples(), encoded)

@@ -4,13 +4,13 @@ import pytest
 from safetensors.torch import load_file
 from support_masked import TASK, write_files, write_study
 
-from fusion_adapters.alignment import encode
-from fusion_adapters.data import load_splits
-from fusion_adapters.recipe import load_recipe
+from fusion_adapters.runs.recipe import load_recipe
+from fusion_adapters.runs.training import Evaluation, adapter_config, load_attached, make_trainer, run_recipe
 from fusion_adapters.study import load_study
-from fusion_adapters.study.single import Run, run_single
 from fusion_adapters.study.states import prepare_states
-from fusion_adapters.training import Evaluation, adapter_config, load_attached, make_trainer, run_recipe
+from fusion_adapters.study.trial import Run, run_single
+from fusion_adapters.tasks.alignment import encode
+from fusion_adapters.tasks.data import load_splits
 
 
 @pytest.fixture(params=["first", "last"])

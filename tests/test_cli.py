@@ -15,8 +15,8 @@ from support_text import SENTENCES, conll, save_model, tokenizer, write_recipe
 from transformers import AutoTokenizer
 
 from fusion_adapters.cli import main
-from fusion_adapters.files import check_output, json_text, written_aside
-from fusion_adapters.predicting import Run, predict, word_spans
+from fusion_adapters.runs.files import check_output, json_text, written_aside
+from fusion_adapters.runs.predicting import Run, predict, word_spans
 
 
 def run(*arguments):

@@ -7,8 +7,8 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from support_text import SENTENCES, conll
 
-from fusion_adapters.data import load_splits, read_conll
-from fusion_adapters.recipe import DataRecipe
+from fusion_adapters.runs.recipe import DataRecipe
+from fusion_adapters.tasks.data import load_splits, read_conll
 
 TOKENS, TEXTS = "token_classification", "sequence_classification"
 REAL = Path(os.environ.get("FUSION_ADAPTERS_DATA", Path(__file__).parents[2] / "shared" / "data"))

@@ -12,8 +12,8 @@ from transformers import AutoModelForTokenClassification, DataCollatorForTokenCl
 from fusion_adapters import FUSIONS, FusionConfig
 from fusion_adapters.bench import load_bench
 from fusion_adapters.fusions import build_fusion, fusion_options
-from fusion_adapters.loading import load_tokenizer, resolve_model
-from fusion_adapters.recipe import BackboneRecipe, load_recipe
+from fusion_adapters.runs.loading import load_tokenizer, resolve_model
+from fusion_adapters.runs.recipe import BackboneRecipe, load_recipe
 from fusion_adapters.study import load_study
 
 ROOT = Path(__file__).parents[1]

@@ -13,17 +13,17 @@ from support_masked import TASK, TEXTS, write_files, write_study
 from support_text import WORDS, save_model, tokenizer
 from torch.nn.functional import cross_entropy, log_softmax
 
-from fusion_adapters.alignment import IGNORED, encode, score
 from fusion_adapters.cli import main
-from fusion_adapters.data import Example, load_splits
-from fusion_adapters.loading import load_model
-from fusion_adapters.masking import Masker
-from fusion_adapters.recipe import BackboneRecipe, DataRecipe, load_recipe
-from fusion_adapters.reporting.study import write_report
+from fusion_adapters.runs.loading import load_model
+from fusion_adapters.runs.recipe import BackboneRecipe, DataRecipe, load_recipe
+from fusion_adapters.runs.trainers import labelled_logits
+from fusion_adapters.runs.training import Evaluation, adapter_config, cache_recipe, load_attached, make_trainer, run_recipe
 from fusion_adapters.study import load_study
+from fusion_adapters.study.report import write_report
 from fusion_adapters.study.statistics import summarise
-from fusion_adapters.trainers import labelled_logits
-from fusion_adapters.training import Evaluation, adapter_config, cache_recipe, load_attached, make_trainer, run_recipe
+from fusion_adapters.tasks.alignment import IGNORED, encode, score
+from fusion_adapters.tasks.data import Example, load_splits
+from fusion_adapters.tasks.masking import Masker
 
 
 def examples(texts=TEXTS):

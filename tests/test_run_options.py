@@ -12,10 +12,10 @@ from support_study import METHODS, scores, write_study
 from support_text import SENTENCES, conll, save_model, write_recipe
 
 from fusion_adapters.cli import main
-from fusion_adapters.data import load_splits
-from fusion_adapters.loading import resolve_model
-from fusion_adapters.predicting import load_run
-from fusion_adapters.recipe import DataRecipe
+from fusion_adapters.runs.loading import resolve_model
+from fusion_adapters.runs.predicting import load_run
+from fusion_adapters.runs.recipe import DataRecipe
+from fusion_adapters.tasks.data import load_splits
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.py"
 

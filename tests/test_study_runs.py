@@ -11,15 +11,15 @@ from support_study import METHODS, refused, scores, write_study
 from support_text import save_model
 
 from fusion_adapters import depth_weights
-from fusion_adapters.alignment import IGNORED, encode
 from fusion_adapters.cli import main
-from fusion_adapters.data import Example, load_splits
-from fusion_adapters.features import LayerStateCache
+from fusion_adapters.runs.training import Evaluation, adapter_config, load_attached, make_trainer, positions_for
+from fusion_adapters.states import LayerStateCache
 from fusion_adapters.study import load_study
 from fusion_adapters.study.examples import subset, training_sizes
-from fusion_adapters.study.single import Run, depth_by_label, scale_lora_rate
 from fusion_adapters.study.states import prepare_states
-from fusion_adapters.training import Evaluation, adapter_config, load_attached, make_trainer, positions_for
+from fusion_adapters.study.trial import Run, depth_by_label, scale_lora_rate
+from fusion_adapters.tasks.alignment import IGNORED, encode
+from fusion_adapters.tasks.data import Example, load_splits
 
 
 def test_one_method_of_an_alias_can_be_set(tmp_path):

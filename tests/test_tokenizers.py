@@ -8,10 +8,10 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import PreTrainedTokenizerFast
 
 from fusion_adapters import FusionConfig
-from fusion_adapters.alignment import IGNORED, encode
-from fusion_adapters.data import Example
-from fusion_adapters.loading import load_tokenizer, match_padding
-from fusion_adapters.recipe import BackboneRecipe
+from fusion_adapters.runs.loading import load_tokenizer, match_padding
+from fusion_adapters.runs.recipe import BackboneRecipe
+from fusion_adapters.tasks.alignment import IGNORED, encode
+from fusion_adapters.tasks.data import Example
 
 TEXT = "anna lives in oslo and it's bob who works at acme corp"
 SPLIT = pre_tokenizers.Split(Regex(r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\s+"), "isolated")

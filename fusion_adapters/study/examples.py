@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from ..alignment import Encoded, encode
-from ..data import Splits, load_splits
-from ..loading import load_tokenizer
-from ..recipe import BackboneRecipe, DataRecipe
+from ..runs.loading import load_tokenizer
+from ..runs.recipe import BackboneRecipe, DataRecipe
+from ..tasks.alignment import Encoded, encode
+from ..tasks.data import Splits, load_splits
 from .recipe import ALL, StudyRecipe
 
 

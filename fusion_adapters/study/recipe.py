@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..recipe import BackboneRecipe, DataRecipe, Recipe, Task, apply_settings, parse_recipe, read_yaml, validated
+from ..runs.recipe import BackboneRecipe, DataRecipe, Recipe, Task, apply_settings, parse_recipe, read_yaml, validated
 
 ALL = "all"
 

@@ -18,20 +18,20 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..budget import settle_budget, skeleton
-from ..config import FusionConfig
-from ..files import write_text_whole
 from ..fusions import fusion_options
-from ..loading import MODEL_CLASSES, resolve_model
-from ..machine import cores
-from ..reporting.study import write_report
-from ..training import adapter_config
-from .claim import claim
+from ..runs.environment import cores
+from ..runs.files import write_text_whole
+from ..runs.loading import MODEL_CLASSES, resolve_model
+from ..runs.training import adapter_config
+from ..tuner.budget import settle_budget, skeleton
+from ..tuner.config import FusionConfig
 from .examples import count_examples, forget, training_sizes
 from .recipe import StudyRecipe
-from .single import Run, run_single
+from .report import write_report
+from .resume import claim
 from .states import prepare_states
 from .statistics import summarise
+from .trial import Run, run_single
 
 LORA_FIELDS = ("lora_alpha", "use_rslora", "use_dora")
 FUSION_FIELDS = ("fusion_heads", "fusion_scale", "fusion_weights", "fusion_temperature", "fusion_init", "fusion_layers")

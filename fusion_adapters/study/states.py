@@ -9,15 +9,15 @@ from accelerate import PartialState
 from torch import nn
 from transformers import DataCollatorWithPadding
 
-from ..alignment import encode
-from ..backbone import find_backbones
-from ..features import cache_layer_states
-from ..features.key import made_by_other_versions
-from ..features.storage import MANIFEST, read_manifest
+from ..backbone.blocks import find_backbones
 from ..fusions import resolve_layers
-from ..loading import check_lengths, load_model, load_tokenizer
-from ..recipe import Recipe
-from ..training import adapter_config
+from ..runs.loading import check_lengths, load_model, load_tokenizer
+from ..runs.recipe import Recipe
+from ..runs.training import adapter_config
+from ..states import cache_layer_states
+from ..states.key import made_by_other_versions
+from ..states.storage import MANIFEST, read_manifest
+from ..tasks.alignment import encode
 from .examples import splits_of
 from .recipe import StudyRecipe
 

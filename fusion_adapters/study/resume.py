@@ -10,12 +10,12 @@ from typing import Any
 
 import yaml
 
-from ..backbone import find_backbones
-from ..features.key import tokenizer_signature, weights_signature
-from ..files import write_text_whole
-from ..loading import load_model, load_tokenizer
-from ..recipe import validated
-from ..training import adapter_config
+from ..backbone.blocks import find_backbones
+from ..runs.files import write_text_whole
+from ..runs.loading import load_model, load_tokenizer
+from ..runs.recipe import validated
+from ..runs.training import adapter_config
+from ..states.key import tokenizer_signature, weights_signature
 from .examples import splits_of
 from .recipe import StudyRecipe
 

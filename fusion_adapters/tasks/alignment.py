@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..runs.recipe import Task
 from .data import Example
 from .masking import Masker
-from .recipe import Task
 
 IGNORED = -100  # positions that carry no label, as torch's cross-entropy wants it
 

@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
-from ..alignment import IGNORED, MAIN_SCORE, encode
-from ..budget import count_trainable
-from ..features import LayerStateCache
-from ..loading import check_lengths
-from ..machine import PeakMemory, versions
-from ..trainers import labelled_logits
-from ..training import TRAINING_DEFAULTS, Evaluation, adapter_config, load_attached, make_trainer, positions_for
+from ..runs.environment import PeakMemory, versions
+from ..runs.loading import check_lengths
+from ..runs.trainers import labelled_logits
+from ..runs.training import TRAINING_DEFAULTS, Evaluation, adapter_config, load_attached, make_trainer, positions_for
+from ..states import LayerStateCache
+from ..tasks.alignment import IGNORED, MAIN_SCORE, encode
 from ..tuner import fusion_layers
+from ..tuner.budget import count_trainable
 from .examples import encoded_part, splits_of, subset
 from .recipe import StudyRecipe
 from .states import states_folder

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .backbone import Backbone
+from .blocks import Backbone
 
 FINGERPRINT_VERSION = "v1"
 # Token ids whose embeddings are sampled: small, so that a vocabulary resized for new tokens keeps its fingerprint.

@@ -10,9 +10,9 @@ from typing import Any
 
 from peft import LoraConfig
 
-from .counts import check_budget
-from .fusions import fusion_class, fusion_options
-from .model_card import add_loading_section
+from ..fusions import fusion_class, fusion_options
+from .card import add_loading_section
+from .sizes import check_budget
 
 
 class FusionPeftType(str, enum.Enum):  # noqa: UP042 - as peft has its own

@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import threading
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,6 @@ import peft
 import psutil
 import torch
 import transformers
-
-from . import __version__
 
 INTERVAL = 0.005  # seconds between two looks, where the system keeps no peak
 # Linux: writing 5 makes the process's peak its present size (man 5 proc).
@@ -94,4 +93,4 @@ def cores() -> int:
 def versions() -> dict[str, str]:
     """What a result was made with: python, this package and those that compute."""
     libraries = {m.__name__: m.__version__ for m in (torch, transformers, peft, accelerate)}
-    return {"python": platform.python_version(), "fusion_adapters": __version__, **libraries}
+    return {"python": platform.python_version(), "fusion_adapters": version("fusion-adapters"), **libraries}

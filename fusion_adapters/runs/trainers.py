@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
-from .alignment import IGNORED
+from ..tasks.alignment import IGNORED
 
 
 class OrderedTrainer(Trainer):

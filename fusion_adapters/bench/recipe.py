@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..recipe import BackboneRecipe, DataRecipe, apply_settings, read_yaml, validated
+from ..runs.recipe import BackboneRecipe, DataRecipe, apply_settings, read_yaml, validated
 
 
 class BenchRecipe(BaseModel):

@@ -14,12 +14,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .alignment import decode_tags, encode
-from .data import Example
+from ..tasks.alignment import decode_tags, encode
+from ..tasks.data import Example
+from ..tasks.masking import mask_token_of
+from ..tuner import depth_weights, fusion_layers
 from .loading import check_lengths, load_model, load_tokenizer, match_padding
-from .masking import mask_token_of
 from .recipe import Recipe, parse_recipe
-from .tuner import depth_weights, fusion_layers
 
 JOINERS = "\u200c\u200d"  # between letters of Indic and Arabic scripts, and between emoji
 

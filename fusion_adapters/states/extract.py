@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..backbone import Backbone
+from ..backbone.blocks import Backbone
 from .cache import LayerStateCache
 from .key import backbone_of, key_differences
 from .plan import BATCH_SIZE, Plan, plan_cache

@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
-from ..backbone import LAYER_NAME, Backbone
-from ..config import FusionConfig
-from ..fingerprint import fingerprints_differ
+from ..backbone.blocks import LAYER_NAME, Backbone
+from ..backbone.fingerprint import fingerprints_differ
 from ..fusions import Fusion
+from .config import FusionConfig
 from .layer import FusionLayer
 
 MODEL_PREFIX = "base_model.model."

@@ -28,18 +28,18 @@ from transformers import (
     set_seed,
 )
 
-from .alignment import IGNORED, MAIN_SCORE, Encoded, decode_tags, encode, main_score, score
-from .budget import count_trainable
-from .config import FusionConfig
-from .data import Example, Splits, load_splits
-from .features import LayerStateCache, cache_layer_states
+from ..states import LayerStateCache, cache_layer_states
+from ..tasks.alignment import IGNORED, MAIN_SCORE, Encoded, decode_tags, encode, main_score, score
+from ..tasks.data import Example, Splits, load_splits
+from ..tuner import fusion_layers
+from ..tuner.budget import count_trainable
+from ..tuner.config import FusionConfig
+from .card import model_card
+from .environment import peak_of_process, versions
 from .files import check_output, json_text, written_aside
 from .loading import PEFT_TASKS, check_lengths, load_model, load_tokenizer, match_padding
-from .machine import peak_of_process, versions
 from .recipe import Recipe, Task
-from .reporting import model_card
 from .trainers import MaskedLMTrainer, OrderedTrainer
-from .tuner import fusion_layers
 
 # Of the recipe's own; whatever it sets wins.
 TRAINING_DEFAULTS: dict[str, Any] = {

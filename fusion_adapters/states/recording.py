@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone import Backbone
+from ..backbone.blocks import Backbone
 from ..tuner import fusion_layers
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..backbone import Backbone, find_backbones
+from ..backbone.blocks import Backbone, find_backbones
 from ..tuner import FusionLayer, adapters_in_use, fusion_layers, idle_tensors, scalings_in_use
 
 VALUES_PER_TENSOR = 64  # sampled from every weight of the backbone

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 
-from .backbone import LAYER_NAME
+from ..backbone.blocks import LAYER_NAME
 
 if TYPE_CHECKING:
     from .config import FusionConfig

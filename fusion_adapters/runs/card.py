@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..recipe import Recipe
+from .recipe import Recipe
 from .tables import score_text
 
 

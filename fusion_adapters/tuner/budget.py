@@ -15,10 +15,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from .backbone import LAYER_NAME, Backbone, find_backbones
+from ..backbone.blocks import LAYER_NAME, Backbone, find_backbones
+from ..fusions import build_fusion, fusion_options
 from .config import FusionConfig
-from .counts import DWATT_PAPER, lora_rank, read_count
-from .fusions import build_fusion, fusion_options
+from .sizes import DWATT_PAPER, lora_rank, read_count
 
 BYTES_PER_PARAMETER = 4  # adapters are stored in float32
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # how configurations name the number of experts

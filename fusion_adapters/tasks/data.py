@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .recipe import DataRecipe, Task
+from ..runs.recipe import DataRecipe, Task
 from .tags import is_tag, to_bio
 
 PACKAGED = "package:"
@@ -78,7 +78,7 @@ def load_splits(recipe: DataRecipe, task: Task, seed: int) -> Splits:
             )
     names = {"train": recipe.train, "dev": recipe.dev, "test": recipe.test}
     if recipe.path.startswith(PACKAGED):
-        folder = Path(str(resources.files("fusion_adapters") / recipe.path.removeprefix(PACKAGED)))
+        folder = Path(str(resources.files("fusion_adapters.tasks") / recipe.path.removeprefix(PACKAGED)))
     else:
         folder = Path(recipe.path)
     given = [folder / name for name in names.values() if name is not None]

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import TrainingArguments
 
-from .config import FusionConfig
+from ..tuner.config import FusionConfig
 
 Model = TypeVar("Model", bound=BaseModel)
 Task = Literal["token_classification", "sequence_classification", "masked_lm"]

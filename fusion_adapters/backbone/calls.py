@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fusions import Context
+from ..fusions import Context
 
 CACHE_NAMES = ("past_key_values", "cache_params")
 

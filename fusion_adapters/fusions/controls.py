@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .contract import BottleneckMLP, Context, Fusion, bottleneck_width, check_init
+from .contract import Context, Fusion
+from .numerics import BottleneckMLP, bottleneck_width, check_init
 
 
 class Last(Fusion):

@@ -9,18 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contract import (
-    BottleneckMLP,
-    Context,
-    Fusion,
-    bottleneck_width,
-    check_heads,
-    check_init,
-    each_layer,
-    layer_norm,
-    linear,
-    linear_weight,
-)
+from .contract import Context, Fusion
+from .numerics import BottleneckMLP, bottleneck_width, check_heads, check_init, each_layer, layer_norm, linear, linear_weight
 
 POSITION_SIZE = 24  # d_pos, the same for every depth (Table 4)
 # From the identity start the outer gains must grow from 0 to about 1, a long way for an optimizer that moves each

@@ -12,7 +12,9 @@ from transformers import AlbertConfig, BertConfig, LlamaConfig, LlamaModel, Mixt
 
 from fusion_adapters import FusionConfig
 from fusion_adapters.cli import main
-from fusion_adapters.tuner.budget import compare_budgets, count_config, count_trainable, fit_budget, resolve_budget, skeleton
+from fusion_adapters.tuner.budget import fit_budget, resolve_budget
+from fusion_adapters.tuner.costs import compare_budgets, count_config
+from fusion_adapters.tuner.counts import count_trainable, skeleton
 from fusion_adapters.tuner.sizes import read_count
 
 LLAMA_70B = {"hidden_size": 8192, "num_hidden_layers": 80, "intermediate_size": 28672, "num_attention_heads": 64}

@@ -26,6 +26,7 @@ class Concat(Fusion):
         init: `"identity"` adds to `z_L` and starts the last map at zero; `"paper"` has no residual.
     """
 
+    widths = ("bottleneck",)
     absorbs = True
 
     def __init__(

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from .widths import Budget, BudgetTooSmallError, largest_width
+
 
 @dataclass
 class Context:
@@ -38,19 +40,22 @@ class Fusion(nn.Module):
     and `z_L` is taken before any final norm. Parameters are float32; matrix products run in the dtype of the states,
     norms and softmax in float32; the result has the dtype of `z_L`.
 
-    A new method is a subclass in a file of its own and one line in the registry (`fusions/__init__.py`). Its keyword
-    arguments are its options; `FusionConfig` offers each as `fusion_<option>`.
+    A new method is a subclass in a file of its own and one line in the registry (`fusions/__init__.py`). Its keyword-only
+    arguments are its options; `FusionConfig` offers each as `fusion_<option>`, with the type in the signature and the
+    meaning in the docstring's `Args`.
 
     Attributes:
         layers: Indices of the states that `forward` wants, ascending.
         stop_gradient: Whether the caller keeps this fusion's gradients from the backbone, all but that of `z_L` itself.
         paper: Options that give the published form.
+        widths: The options, whole numbers, that say how many parameters the fusion has; a budget may choose them.
         has_weights: Whether `forward(..., return_weights=True)` can return weights over depth.
         absorbs: Whether `absorb` and `finish` can take the place of `forward` where no gradient is needed.
         mixes_positions: Whether the result at a position depends on other positions (then a KV cache is refused).
     """
 
     paper: ClassVar[dict[str, Any]] = {"init": "paper"}
+    widths: ClassVar[tuple[str, ...]] = ()
     has_weights: ClassVar[bool] = False
     absorbs: ClassVar[bool] = False
     mixes_positions: ClassVar[bool] = False
@@ -93,6 +98,23 @@ class Fusion(nn.Module):
     def finish(self, kept: Any, last: Tensor) -> Tensor:
         """The fused state `(B, T, d)` from what `absorb` kept of all states, equal to that of `forward`."""
         raise NotImplementedError
+
+    @classmethod
+    def fit_widths(cls, budget: Budget) -> dict[str, int]:
+        """The `widths` with which the fusion comes nearest to a budget from below.
+
+        One width gets the largest number that fits. A method of several has a solver of its own in the place of this one.
+
+        Raises:
+            BudgetTooSmallError: If the smallest widths are too large, or there is none to choose and the fusion does not fit.
+        """
+        if not cls.widths:
+            if budget.count() > budget.parameters:
+                what = f"{budget.fusion!r}, which has no width to choose,"
+                raise BudgetTooSmallError(what, budget.count(), budget.parameters)
+            return {}
+        (width,) = cls.widths
+        return {width: largest_width(budget, width)}
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, layers={list(self.layers)}"

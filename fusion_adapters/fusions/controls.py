@@ -37,6 +37,8 @@ class MLP(Fusion):
         init: `"identity"` starts the second map at zero, `"paper"` like a linear layer.
     """
 
+    widths = ("bottleneck",)
+
     def __init__(
         self,
         hidden_size: int,

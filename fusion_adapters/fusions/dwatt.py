@@ -34,7 +34,7 @@ class DWAtt(Fusion):
         layers: The states to attend over.
         bottleneck: Width of the MLPs; an int, or a float as fraction of `d` (the paper's gamma).
         heads: Distributions over depth per token; must divide `d`.
-        scale: Whether to scale the scores.
+        scale: Whether the scores are divided by the square root of the size of a head.
         dropout: Probability of dropping a weight over depth in training.
         weights: `"attention"`, or `"uniform"` for the control that gives every layer the same weight and has neither query
             nor keys: what the attention over depth adds is the difference between the two.
@@ -43,6 +43,7 @@ class DWAtt(Fusion):
     """
 
     paper: ClassVar[dict[str, Any]] = {"bottleneck": 0.5, "heads": 1, "scale": False, "dropout": 0.0, "init": "paper"}
+    widths = ("bottleneck",)
     has_weights = True
     absorbs = True
 

@@ -31,6 +31,7 @@ class DWConcat(Fusion):
         init: `"identity"`, or `"paper"` for `U` and `c` started like a linear layer.
     """
 
+    widths = ("bottleneck",)
     has_weights = True
     absorbs = True
 

@@ -32,8 +32,8 @@ from ..states import LayerStateCache, cache_layer_states
 from ..tasks.alignment import IGNORED, MAIN_SCORE, Encoded, decode_tags, encode, main_score, score
 from ..tasks.data import Example, Splits, load_splits
 from ..tuner import fusion_layers
-from ..tuner.budget import count_trainable
 from ..tuner.config import FusionConfig
+from ..tuner.counts import count_trainable
 from .card import model_card
 from .environment import peak_of_process, versions
 from .files import check_output, json_text, written_aside

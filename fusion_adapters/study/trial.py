@@ -23,7 +23,7 @@ from ..runs.training import TRAINING_DEFAULTS, Evaluation, adapter_config, load_
 from ..states import LayerStateCache
 from ..tasks.alignment import IGNORED, MAIN_SCORE, encode
 from ..tuner import fusion_layers
-from ..tuner.budget import count_trainable
+from ..tuner.counts import count_trainable
 from .examples import encoded_part, splits_of, subset
 from .recipe import StudyRecipe
 from .states import states_folder

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 from peft import LoraConfig
 
 from ..fusions import all_options, fusion_class, fusion_options
-from .card import add_loading_section
+from .card import ModelClass, add_loading_section
 from .sizes import check_budget
 
 
@@ -106,6 +106,8 @@ class FusionConfig(_MethodOptions):
         self.bound = self.fusion_num_layers is not None
         # Where the config was loaded from; its weights are checked against the model before they are used.
         self.source: tuple[str, dict[str, Any]] | None = None
+        # The class of the model that it is attached to, for the card; known when the adapter is saved.
+        self.model_class: ModelClass | None = None
         self._check_types()
         self._check_method()
         self._check_budget()

@@ -23,7 +23,7 @@ from ..backbone.fingerprint import fingerprint, join_fingerprints
 from .binding import bind, check_adapter_name, check_saved_names
 from .budget import has_own_width, settle_budget, warn_if_large
 from .build import build_for
-from .card import add_loading_section
+from .card import CardWriter, class_of
 from .config import FusionConfig
 from .heads import check_head, name_task_heads, remove_float32_hook, train_head_in_float32
 from .layer import FusionLayer, fusion_layers, replaying
@@ -207,12 +207,13 @@ class FusionModel(LoraModel):
         return {**{k: v for k, v in output_state_dict.items() if "lora_" not in k}, **converted}
 
     @classmethod
-    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        # Every save passes here, with the PeftModel. Trainer.push_to_hub writes the card anew after saving, by peft's
-        # method; this instance's then adds our section again.
-        if isinstance(model, PeftModel) and not isinstance(model.create_or_update_model_card, _Card):
-            model.create_or_update_model_card = _Card(model)  # type: ignore[method-assign]
-        return super()._get_adapter_state_dict(model, *args, **kwargs)
+    def _get_adapter_state_dict(cls, model: nn.Module, config: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        # Every save passes here, before the config is saved, which writes how the model is loaded into the card.
+        config.model_class = class_of(model)
+        # Trainer.push_to_hub writes the card anew after saving, by peft's method; this instance's then adds our section again.
+        if isinstance(model, PeftModel) and not isinstance(model.create_or_update_model_card, CardWriter):
+            model.create_or_update_model_card = CardWriter(model)  # type: ignore[method-assign]
+        return super()._get_adapter_state_dict(model, config, *args, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -234,17 +235,6 @@ class FusionModel(LoraModel):
         return super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-
-
-class _Card:
-    """Writes the model card of one PeftModel by peft's own method, and adds how the adapter is loaded."""
-
-    def __init__(self, model: PeftModel) -> None:
-        self.model = model
-
-    def __call__(self, output_dir: str) -> None:
-        type(self.model).create_or_update_model_card(self.model, output_dir)
-        add_loading_section(output_dir, self.model.active_peft_config)
 
 
 def _warn_if_compiled(model: nn.Module) -> None:

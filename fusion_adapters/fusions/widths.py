@@ -72,7 +72,8 @@ def largest_width(budget: Budget, name: str) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if count(middle) <= budget.parameters else (low, middle)
     if not low:
-        raise BudgetTooSmallError(f"{budget.fusion!r} with a {name} of 1", count(1), budget.parameters)
+        article = "an" if name[0] in "aeiou" else "a"
+        raise BudgetTooSmallError(f"{budget.fusion!r} with {article} {name} of 1", count(1), budget.parameters)
     while low > 1 and count(low - 1) == count(low):
         low -= 1  # a method that rounds its width down: say the one that is built
     return low

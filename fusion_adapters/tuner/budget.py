@@ -115,7 +115,7 @@ def warn_if_large(config: FusionConfig, fusions: Sequence[nn.Module]) -> None:
         warnings.warn(
             f"fusion={config.fusion!r} at its default width trains {count:,} parameters on this backbone: {count / 2**28:.1f} GiB in "
             "float32, four times that with gradients and Adam. Set fusion_budget, for example '10M', or the width itself "
-            "(fusion_bottleneck), which also says that it is meant.",
+            f"({', '.join(f'fusion_{name}' for name in config.widths)}), which also says that it is meant.",
             stacklevel=2,
         )
 

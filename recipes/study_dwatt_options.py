@@ -26,9 +26,8 @@ from fusion_adapters.runs.recipe import BackboneRecipe
 from fusion_adapters.runs.tokenizers import load_tokenizer
 from fusion_adapters.tasks.base import IGNORED, Example
 from fusion_adapters.tasks.data import DataRecipe
-from fusion_adapters.tasks.readers import read_file
 from fusion_adapters.tasks.registry import TASKS
-from fusion_adapters.tasks.splits import load_splits
+from fusion_adapters.tasks.splits import load_splits, read_file
 
 TASK = TASKS["token_classification"]
 BACKBONE = BackboneRecipe(model="sentence-transformers/all-MiniLM-L6-v2")
@@ -56,8 +55,8 @@ BATCH = 16
 
 
 def load_wikigold(folder: Path) -> tuple[list[Example], list[Example]]:
-    path = folder / "ner-wikigold" / "wikigold.conll.txt"
-    examples = TASK.examples(read_file(path, "conll"), DataRecipe(path=str(folder)))
+    recipe = DataRecipe(path=str(folder / "ner-wikigold"), format="conll")
+    examples = TASK.examples(read_file(folder / "ner-wikigold" / "wikigold.conll.txt", recipe, TASK), recipe)
     random.Random(13).shuffle(examples)
     return examples[:1200], examples[1200:1500]
 

@@ -8,9 +8,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from support_text import SENTENCES, conll
 
 from fusion_adapters.tasks.data import DataRecipe
-from fusion_adapters.tasks.readers import read_file
 from fusion_adapters.tasks.registry import TASKS
-from fusion_adapters.tasks.splits import load_splits
+from fusion_adapters.tasks.splits import load_splits, read_file
 
 TOKENS, TEXTS = TASKS["token_classification"], TASKS["sequence_classification"]
 REAL = Path(os.environ.get("FUSION_ADAPTERS_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -19,7 +18,8 @@ needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason="the data folder 
 
 def read_conll(path):
     """The examples of a CoNLL file."""
-    return TOKENS.examples(read_file(path, "conll"), DataRecipe(path=str(path.parent)))
+    recipe = DataRecipe(path=str(path.parent), format="conll")
+    return TOKENS.examples(read_file(path, recipe, TOKENS), recipe)
 
 
 def write(folder, text, name="train.conll"):

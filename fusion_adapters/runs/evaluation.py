@@ -72,8 +72,8 @@ class Evaluation:
         if isinstance(predictions, tuple):
             predictions = np.stack(predictions, axis=-1)  # (rows, positions, 2)
         rows: list[Any] = [None] * len(self.order)
-        for i, predicted, expected in zip(self.order, predictions, label_ids, strict=True):
-            expected = np.asarray(expected)
+        for i, predicted, given in zip(self.order, predictions, label_ids, strict=True):
+            expected = np.asarray(given)
             own = np.asarray(self.encoded.rows[i]["labels"], dtype=expected.dtype)
             if not np.array_equal(expected[: len(own)] if own.ndim else expected, own):
                 raise RuntimeError("The Trainer returned predictions in another order than that of the dataset.")

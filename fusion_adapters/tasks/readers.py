@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .tables import Table
 from .tags import is_tag
 
 Columns = dict[str, list[Any]]
@@ -96,39 +95,37 @@ class Reader:
     Attributes:
         read: Reads a file into columns; raises ValueError with the place if it is not as the format asks.
         suffixes: Ends of file names that stand for the format.
-        holds: What its files hold, in words, where the columns are always the same.
+        columns: The columns, where they are always the same.
+        holds: What its files hold then, in words.
     """
 
     read: Callable[[Path], Columns]
     suffixes: tuple[str, ...]
+    columns: tuple[str, ...] = ()
     holds: str | None = None
 
 
 READERS: dict[str, Reader] = {
-    "conll": Reader(read_conll, (".conll", ".bio", ".iob"), "CoNLL files hold tagged words, for task: token_classification"),
+    "conll": Reader(
+        read_conll,
+        (".conll", ".bio", ".iob"),
+        ("tokens", "tags"),
+        "CoNLL files hold tagged words, for task: token_classification",
+    ),
     "csv": Reader(read_csv, (".csv", ".tsv")),
     "json": Reader(read_json, (".json", ".jsonl")),
-    "text": Reader(read_text, (".txt",), "plain text holds no labels, only texts for task: masked_lm"),
+    "text": Reader(read_text, (".txt",), ("text",), "plain text holds no labels, only texts for task: masked_lm"),
 }
 
 
-def read_file(path: Path, format_name: str | None) -> Table:
-    """Reads a data file.
-
-    Args:
-        path: The file.
-        format_name: A name in `READERS`; None takes the format from the file's name.
-
-    Raises:
-        FileNotFoundError: If there is no such file; lists what the folder holds.
-        ValueError: If the format is unknown, or the file is empty or not as its format asks.
-    """
+def reader_of(path: Path, format_name: str | None) -> Reader:
+    """The format of a file: the one that is named, else that of the end of its name. Raises ValueError if there is none."""
     name = format_name or next((n for n, reader in READERS.items() if path.suffix in reader.suffixes), None)
     if name is None:
         raise ValueError(
             f"The format of {str(path)!r} cannot be told from its name. Set data.format to one of {', '.join(READERS)}."
         )
-    return Table(dict(READERS[name].read(path)), str(path), READERS[name].holds)
+    return READERS[name]
 
 
 def text_of(path: Path) -> str:

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from .base import Encoded, Example, Task
 from .data import DataRecipe
 from .hub import read_dataset
-from .readers import read_file
+from .readers import reader_of
+from .tables import Table
 
 PACKAGED = "package:"
 
@@ -48,7 +49,7 @@ def load_splits(recipe: DataRecipe, task: Task, seed: int) -> Splits:
         folder = Path(recipe.path)
     given = [folder / name for name in names.values() if name is not None]
     if folder.is_dir() and (recipe.format is not None or any(path.suffix or path.is_file() for path in given)):
-        tables = {split: read_file(folder / name, recipe.format) for split, name in names.items() if name is not None}
+        tables = {split: read_file(folder / name, recipe, task) for split, name in names.items() if name is not None}
     else:
         tables = read_dataset(recipe, task, names)
     if "train" not in tables:
@@ -76,6 +77,19 @@ def load_splits(recipe: DataRecipe, task: Task, seed: int) -> Splits:
             )
         train = order.sample(train, recipe.limit)
     return Splits(train, read["dev"], read.get("test", []), labels)
+
+
+def read_file(path: Path, recipe: DataRecipe, task: Task) -> Table:
+    """Reads a data file into columns.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the format is unknown or has no columns for the task, or the file is empty or not as its format asks.
+    """
+    reader, source = reader_of(path, recipe.format), str(path)
+    if reader.columns:  # a file of another kind is told by what the format holds, not by its first line
+        task.examples(Table(dict.fromkeys(reader.columns, ()), source, reader.holds), recipe)
+    return Table(dict(reader.read(path)), source, reader.holds)
 
 
 def _check_labels(examples: Sequence[Example], labels: Sequence[str], source: str) -> None:

@@ -35,7 +35,8 @@ def describe(values: Sequence[float]) -> dict[str, Any]:
 def steps_to_share(curve: Sequence[Sequence[float]], share: float = SHARE_OF_FINAL) -> int:
     """The first evaluated step at which a score has reached a share of the run's best."""
     best = max(score for _, score in curve)
-    return int(next(step for step, score in curve if score >= share * best))
+    enough = share * best if best > 0 else best  # a correlation can be negative, where a share of it would be more
+    return int(next(step for step, score in curve if score >= enough))
 
 
 def summarise(study: StudyRecipe, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..tasks.base import Measure
+
 # Okabe and Ito's colours, told apart by people with any colour vision; marker and dash tell them apart in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p")
@@ -84,7 +86,7 @@ def draw_samples(summary: dict[str, Any], path: Path) -> None:
         axis.minorticks_off()
         axis.set_title(name)
         axis.set_xlabel("training examples (log scale)")
-        axis.set_ylabel(f"{_measure(rows, name)} score (points of 100)")
+        axis.set_ylabel(f"{_measure(rows, name)} score ({summary['unit']})")
         axis.grid(axis="y", alpha=0.3)
     _save(figure, axes[0], path)
 
@@ -123,18 +125,18 @@ def draw_budget(summary: dict[str, Any], path: Path) -> None:
             axis.set_title(f"{name}, {size:,} examples", fontsize=9)
             axis.set_xlabel("trained parameters (log scale)")
             axis.grid(axis="y", alpha=0.3)
-        line[0].set_ylabel(f"{_measure(rows, name)} score (points of 100)")
+        line[0].set_ylabel(f"{_measure(rows, name)} score ({summary['unit']})")
     _save(figure, axes.flat, path)
 
 
-def draw_steps(runs: Sequence[dict[str, Any]], path: Path) -> None:
+def draw_steps(runs: Sequence[dict[str, Any]], path: Path, measure: Measure) -> None:
     """Development score over optimizer steps, the mean over seeds; a panel for each data set and size."""
-    _draw_curves(runs, path, "curve", 100, "development score (points of 100)")
+    _draw_curves(runs, path, "curve", measure.scale, f"development score ({measure.unit})")
 
 
-def draw_losses(runs: Sequence[dict[str, Any]], path: Path) -> None:
+def draw_losses(runs: Sequence[dict[str, Any]], path: Path, unit: str = "nats") -> None:
     """Development loss over optimizer steps, the mean over seeds; a panel for each data set and size."""
-    _draw_curves(runs, path, "loss_curve", 1, "development loss (nats)")
+    _draw_curves(runs, path, "loss_curve", 1, f"development loss ({unit})")
 
 
 def _draw_curves(runs: Sequence[dict[str, Any]], path: Path, key: str, scale: float, measure: str) -> None:

@@ -146,6 +146,8 @@ def _backbone_lines(config: AdapterConfig) -> str:
     else:
         lines.append(f"labels = {pformat(list(model.labels), width=100, compact=True)}")
         arguments += ["id2label=dict(enumerate(labels))", "label2id={label: i for i, label in enumerate(labels)}"]
+    if model.labels:  # the base may have a head for other labels; the adapter brings its own
+        arguments.append("ignore_mismatched_sizes=True")
     call = f"backbone = {model.name}.from_pretrained("
     if len(arguments) < 3:
         return "\n".join([*lines, f"{call}{', '.join(arguments)})"])

@@ -44,7 +44,6 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     ]
     names = {
         "name": folder,
-        "backbone": AutoModelForTokenClassification.from_pretrained(folder, num_labels=9),
         "collator": DataCollatorForTokenClassification(tokenizer),
         "train_set": Dataset.from_list(rows),
         "batch": tokenizer(["A short text."], return_tensors="pt"),
@@ -53,6 +52,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         AutoModelForTokenClassification.from_pretrained(folder, num_labels=9), FusionConfig(task_type="TOKEN_CLS")
     )
     for block in code:
+        names["backbone"] = AutoModelForTokenClassification.from_pretrained(folder, num_labels=9)
         exec(compile(block.replace(f'"{MINILM}"', repr(folder)), page, "exec"), names)
     if page == "README.md":
         assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 5_000_000

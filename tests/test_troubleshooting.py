@@ -101,7 +101,9 @@ def opened_by_another(folder, seed, layers):
 CASES = {
     "KeyError: 'FUSION'": without_the_plug_in,
     "The adapter was made for another backbone": lambda f: PeftModel.from_pretrained(plain(num_hidden_layers=3), saved(f)),
-    "The adapter was made for a backbone of the same shape but with other weights": lambda f: PeftModel.from_pretrained(plain(seed=1), saved(f)),
+    "The adapter was made for a backbone of the same shape but with other weights": lambda f: PeftModel.from_pretrained(
+        plain(seed=1), saved(f)
+    ),
     "tensors are missing": lambda f: PeftModel.from_pretrained(
         plain(), edited(f, lambda t: t.pop("base_model.model.bert.layer_fusion.position"))
     ),
@@ -130,7 +132,9 @@ CASES = {
         **inputs("bert", "token"), adapter_names=["default", "__base__"]
     ),
     "cannot be folded into the backbone's weights and would be lost": lambda f: attach("bert", "token").merge_and_unload(),
-    "add_weighted_adapter combines LoRA matrices": lambda f: attach("bert", "token").add_weighted_adapter(["default"], [1.0], "sum"),
+    "add_weighted_adapter combines LoRA matrices": lambda f: attach("bert", "token").add_weighted_adapter(
+        ["default"], [1.0], "sum"
+    ),
     "where its own blocks cannot see them": lambda f: attach("llama", "causal", fusion="deeper").generate(
         input_ids=torch.tensor([[1, 5, 6]]), max_new_tokens=3, do_sample=False
     ),
@@ -140,7 +144,9 @@ CASES = {
     "A block of the backbone ran outside of a call of the backbone": block_by_hand,
     "torch.nn.DataParallel copies the backbone to other devices, but not the fusion": replica,
     "The model was compiled before the adapter was attached": compiled,
-    "gives no weights over depth": lambda f: depth_weights(attach("bert", "token", fusion="concat"), **inputs("bert", "token")),
+    "gives no weights over depth": lambda f: depth_weights(
+        attach("bert", "token", fusion="concat"), **inputs("bert", "token")
+    ),
 }
 
 

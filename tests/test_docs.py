@@ -18,6 +18,7 @@ from fusion_adapters.runs.pretrained import resolve_model
 from fusion_adapters.runs.recipe import BackboneRecipe, load_recipe
 from fusion_adapters.runs.tokenizers import load_tokenizer
 from fusion_adapters.study import load_study
+from fusion_adapters.tasks.readers import READERS
 from fusion_adapters.tasks.registry import TASKS
 
 ROOT = Path(__file__).parents[1]
@@ -118,6 +119,30 @@ def test_every_recipe_is_valid_explains_itself_and_stands_in_the_docs(recipe):
     else:
         load_recipe(recipe)
     assert f"`{recipe.relative_to(ROOT / 'recipes')}`" in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+
+
+def test_the_recipe_in_the_docs_is_valid_also_with_the_lines_that_other_tasks_change(tmp_path):
+    lines = {}
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"), flags=re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        lines.update({line.partition(":")[0]: line for line in block.splitlines()})
+        (tmp_path / "recipe.yaml").write_text("\n".join(lines.values()))
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_tasks_and_formats_in_the_docs_are_those_of_the_code():
+    rows = table("docs/recipes.md", "`task`")
+    assert [row[0].strip("`") for row in rows] == list(TASKS)
+    for (_, _, texts, labels, scores), task in zip(rows, TASKS.values(), strict=True):
+        if labels != "as above":
+            assert re.findall(r"`(\w+)`", labels) == list(task.label_columns), task.name
+        assert re.findall(r"`(\w+)`", texts) == [word for name in task.text_columns for word in name.split(" and ")], (
+            task.name
+        )
+        assert task.main.name in scores.split(",")[0].lower(), task.name
+    formats = {row[0].strip("`"): re.findall(r"`([.\w]+)`", row[1]) for row in table("docs/recipes.md", "`data.format`")}
+    assert formats == {name: list(reader.suffixes) for name, reader in READERS.items()}
 
 
 def table(page, first):

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from ..runs.environment import cores
 from ..runs.files import check_output, written_aside
-from ..tuner.budget import count_trainable
 from ..tuner.config import FusionConfig
+from ..tuner.counts import count_trainable
 from .cases import EXTRACTIONS, FORWARDS, Setting, epoch_cases
 from .large import measure_large
 from .recipe import BenchRecipe

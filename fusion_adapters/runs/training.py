@@ -20,7 +20,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, set_s
 from ..states import LayerStateCache, cache_layer_states
 from ..tasks.splits import Splits, load_splits
 from ..tuner import FusionConfig
-from ..tuner.budget import count_trainable
+from ..tuner.counts import count_trainable
 from .card import model_card
 from .environment import peak_of_process, versions
 from .evaluation import evaluations, reload_difference

@@ -23,7 +23,7 @@ from ..runs.trainers import TRAINING_DEFAULTS, make_trainer
 from ..runs.training import adapter_config, load_attached
 from ..states import LayerStateCache
 from ..tasks.base import Measure
-from ..tuner.budget import count_trainable
+from ..tuner.counts import count_trainable
 from .depth import depth_by_label
 from .examples import encoded_part, splits_of, subset
 from .recipe import StudyRecipe

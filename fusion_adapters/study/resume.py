@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
+from ..backbone.atomic import write_text_whole
 from ..backbone.blocks import find_backbones
-from ..runs.files import write_text_whole
 from ..runs.loading import load_model, load_tokenizer
 from ..runs.recipe import validated
 from ..runs.training import adapter_config

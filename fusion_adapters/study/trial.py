@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
+from ..backbone.atomic import written_whole
 from ..runs.environment import PeakMemory, versions
 from ..runs.loading import check_lengths
 from ..runs.trainers import labelled_logits
@@ -163,10 +163,8 @@ def run_single(
     if recipe.task == "masked_lm":
         result["dev_loss"] = dict(keep.losses)[keep.best[1]]
     if keep_weights is not None:
-        keep_weights.parent.mkdir(parents=True, exist_ok=True)
-        aside = keep_weights.with_name(f".{keep_weights.name}.{os.getpid()}")
-        save_file(keep.weights, aside)
-        aside.replace(keep_weights)
+        with written_whole(keep_weights) as temporary:
+            save_file(keep.weights, temporary)
     if run.stage == "report":
         model.load_state_dict(keep.weights, strict=False)
         trainer.compute_metrics = None

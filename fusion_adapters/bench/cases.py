@@ -15,8 +15,7 @@ from transformers import DataCollatorForTokenClassification, PrinterCallback, Tr
 
 from ..fusions import Fusion
 from ..runs.loading import load_model, load_tokenizer
-from ..states import LayerStateCache, cache_layer_states
-from ..states.key import backbone_of
+from ..states import LayerStateCache, cache_layer_states, source_of
 from ..tasks.alignment import encode
 from ..tasks.data import load_splits
 from ..tuner import fusion_layers
@@ -120,7 +119,7 @@ class Setting:
     def cache(self, model: nn.Module, folder: Path | None = None) -> LayerStateCache:
         """The layer states of the rows, for a model."""
         target = folder or self.folder / "states"
-        layers = range(1, backbone_of(model)[0].num_layers + 1)
+        layers = range(1, source_of(model).backbone.num_layers + 1)
         cache_layer_states(
             model, self.rows, target, self.collator, layers=layers, batch_size=self.recipe.batch_size, progress=False
         )

@@ -152,8 +152,7 @@ def run_recipe(
     model, tokenizer = load_attached(recipe, config, splits.labels)
     states = None
     if cache is not None:
-        states = LayerStateCache(cache, model)
-        states.check(model, tokenizer=tokenizer, max_length=recipe.data.max_length)
+        states = LayerStateCache(cache, model, tokenizer=tokenizer, max_length=recipe.data.max_length)
     with written_aside(output, overwrite) as folder:
         metrics = train(model, tokenizer, recipe, splits, folder, states)
         # the name to record is the recipe's, not the folder of an installed package

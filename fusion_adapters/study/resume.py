@@ -12,10 +12,11 @@ import yaml
 
 from ..backbone.atomic import write_text_whole
 from ..backbone.blocks import find_backbones
+from ..backbone.fingerprint import weights_signature
 from ..runs.loading import load_model, load_tokenizer
 from ..runs.recipe import validated
 from ..runs.training import adapter_config
-from ..states.key import tokenizer_signature, weights_signature
+from ..states.key import tokenizer_signature
 from .examples import splits_of
 from .recipe import StudyRecipe
 

@@ -118,8 +118,8 @@ def run_single(
         start_from(model, start)
     cache = None
     if not config.has_lora:
-        cache = LayerStateCache(states_folder(study, run.data, run.method, states), model, verify=False)
-        cache.check(model, tokenizer=tokenizer, max_length=recipe.data.max_length)
+        cached, length = states_folder(study, run.data, run.method, states), recipe.data.max_length
+        cache = LayerStateCache(cached, model, verify=False, tokenizer=tokenizer, max_length=length)
     classes = [example.labels[0] for example in splits.train] if study.per_class else None
     chosen = [splits.train[i] for i in subset(classes, len(splits.train), run.size, run.seed)]
     sets = {}

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..study.figures import COLOURS, MARKERS, pyplot
+from ..runs.plots import COLOURS, MARKERS, pyplot
 
 ENOUGH = 3  # rounds, for a median that one slow round does not move
 

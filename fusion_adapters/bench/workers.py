@@ -15,7 +15,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from ..runs.environment import PeakMemory
+from ..runs.memory import PeakMemory
 from ..tuner import fusion_layers
 from ..tuner.config import FusionConfig
 from .cases import ROUNDS, Setting

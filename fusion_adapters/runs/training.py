@@ -35,9 +35,10 @@ from ..tuner import fusion_layers
 from ..tuner.budget import count_trainable
 from ..tuner.config import FusionConfig
 from .card import model_card
-from .environment import peak_of_process, versions
+from .environment import versions
 from .files import check_output, json_text, written_aside
 from .loading import PEFT_TASKS, check_lengths, load_model, load_tokenizer, match_padding
+from .memory import peak_of_process
 from .recipe import Recipe, Task
 from .trainers import MaskedLMTrainer, OrderedTrainer
 

@@ -16,8 +16,9 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
 from ..backbone.atomic import written_whole
-from ..runs.environment import PeakMemory, versions
+from ..runs.environment import versions
 from ..runs.loading import check_lengths
+from ..runs.memory import PeakMemory
 from ..runs.trainers import labelled_logits
 from ..runs.training import TRAINING_DEFAULTS, Evaluation, adapter_config, load_attached, make_trainer, positions_for
 from ..states import LayerStateCache

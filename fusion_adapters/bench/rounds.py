@@ -21,17 +21,18 @@ from transformers import (
 )
 
 from ..fusions import Fusion
-from ..runs.loading import load_model, load_tokenizer
+from ..runs.loading import load_model
+from ..runs.tokenizers import load_tokenizer
 from ..states import LayerStateCache, cache_layer_states, source_of
-from ..tasks.alignment import encode
-from ..tasks.data import load_splits
+from ..tasks.registry import TASKS
+from ..tasks.splits import load_splits
 from ..tuner import fusion_layers
 from ..tuner.budget import resolve_budget
 from ..tuner.config import FusionConfig
 from .cases import Case
 from .recipe import BenchRecipe
 
-TASK: Any = "token_classification"
+TASK = TASKS["token_classification"]
 PAPER = "dwatt-paper"
 
 
@@ -63,7 +64,7 @@ class Setting:
         self.tokenizer = load_tokenizer(recipe.backbone, TASK)
         examples = splits.train[: recipe.examples]
         self.examples = len(examples)
-        self.rows = encode(examples, self.tokenizer, self.labels, TASK, recipe.data.max_length).rows
+        self.rows = TASK.encode(examples, self.tokenizer, self.labels, recipe.data.max_length).rows
         self.tokens = sum(len(row["input_ids"]) for row in self.rows)
         self.collator = DataCollatorForTokenClassification(self.tokenizer)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runs.plots import COLOURS, MARKERS, pyplot
+from ..tasks.base import Measure
 
 DASHES = ("-", "--", "-.", ":")
 LEGEND_LINE = 0.17  # inches; a figure has room for three lines and grows for more
@@ -72,7 +73,7 @@ def draw_samples(summary: dict[str, Any], path: Path) -> None:
         axis.minorticks_off()
         axis.set_title(name)
         axis.set_xlabel("training examples (log scale)")
-        axis.set_ylabel(f"{_measure(rows, name)} score (points of 100)")
+        axis.set_ylabel(f"{_measure(rows, name)} score ({summary['unit']})")
         axis.grid(axis="y", alpha=0.3)
     _save(figure, axes[0], path)
 
@@ -111,18 +112,18 @@ def draw_budget(summary: dict[str, Any], path: Path) -> None:
             axis.set_title(f"{name}, {size:,} examples", fontsize=9)
             axis.set_xlabel("trained parameters (log scale)")
             axis.grid(axis="y", alpha=0.3)
-        line[0].set_ylabel(f"{_measure(rows, name)} score (points of 100)")
+        line[0].set_ylabel(f"{_measure(rows, name)} score ({summary['unit']})")
     _save(figure, axes.flat, path)
 
 
-def draw_steps(runs: Sequence[dict[str, Any]], path: Path) -> None:
+def draw_steps(runs: Sequence[dict[str, Any]], path: Path, measure: Measure) -> None:
     """Development score over optimizer steps, the mean over seeds; a panel for each data set and size."""
-    _draw_curves(runs, path, "curve", 100, "development score (points of 100)")
+    _draw_curves(runs, path, "curve", measure.scale, f"development score ({measure.unit})")
 
 
-def draw_losses(runs: Sequence[dict[str, Any]], path: Path) -> None:
+def draw_losses(runs: Sequence[dict[str, Any]], path: Path, unit: str = "nats") -> None:
     """Development loss over optimizer steps, the mean over seeds; a panel for each data set and size."""
-    _draw_curves(runs, path, "loss_curve", 1, "development loss (nats)")
+    _draw_curves(runs, path, "loss_curve", 1, f"development loss ({unit})")
 
 
 def _draw_curves(runs: Sequence[dict[str, Any]], path: Path, key: str, scale: float, measure: str) -> None:

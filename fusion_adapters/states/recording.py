@@ -1,4 +1,4 @@
-"""Runs a bare backbone, and reads the layer states of its calls."""
+"""Reads the layer states of a backbone's calls."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..backbone.blocks import Backbone
-from ..tuner import fusion_layers
 
 
 @contextlib.contextmanager
@@ -41,21 +39,3 @@ def recorded(backbone: Backbone, layers: Sequence[int], take: Callable[[int, Ten
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def only_backbone(model: nn.Module, backbone: Backbone) -> Iterator[None]:
-    """For the time of the body: evaluation mode, no graph, no fusion."""
-    modes = [(module, module.training) for module in backbone.base.modules()]
-    switched = [layer for layer in fusion_layers(model) if not layer.disable_adapters]
-    for layer in switched:
-        layer.enable_adapters(False)
-    backbone.base.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for layer in switched:
-            layer.enable_adapters(True)
-        for module, mode in modes:
-            module.training = mode

@@ -108,7 +108,7 @@ class FusionModel(LoraModel):
             layer.train(layer.training)
 
     def forward(self, *args: Any, layer_states: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        """Calls the model; with `layer_states` (see `fusion_adapters.features`) the blocks do not run.
+        """Calls the model; with `layer_states` (see `fusion_adapters.states`) the blocks do not run.
 
         Args:
             *args: What the model is called with.

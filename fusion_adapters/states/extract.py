@@ -17,10 +17,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..backbone.blocks import Backbone
+from ..backbone.record import recorded
 from .cache import LayerStateCache
 from .key import backbone_of, key_differences
 from .plan import BATCH_SIZE, Plan, plan_cache
-from .recording import only_backbone, recorded
+from .recording import only_backbone
 from .storage import (
     DTYPES,
     MANIFEST,

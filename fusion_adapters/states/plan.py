@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..backbone.blocks import Backbone
+from ..backbone.record import recorded
 from ..tuner import layers_read
 from .key import backbone_of, cache_key, input_names, known_inputs, row_signature
-from .recording import only_backbone, recorded
+from .recording import only_backbone
 from .storage import DTYPES, index_checksum
 
 BATCH_SIZE = 32

@@ -10,11 +10,11 @@ import hashlib
 import math
 import struct
 from collections.abc import Container, Iterable, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
 from .blocks import Backbone
+from .families import input_embeddings, is_norm
 
 FINGERPRINT_VERSION = "v1"
 # Token ids whose embeddings are sampled: small, so that a vocabulary resized for new tokens keeps its fingerprint.
@@ -114,10 +114,7 @@ def _embedding_rows(backbone: Backbone) -> list[Tensor]:
 
 def _embedding_weight(backbone: Backbone) -> Tensor | None:
     """The word embeddings; None for models of images and sound."""
-    try:
-        embedding: Any = backbone.root.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
+    embedding = input_embeddings(backbone.root)
     embedding = getattr(embedding, "original_module", embedding)
     weight = getattr(getattr(embedding, "base_layer", embedding), "weight", None)
     fits = isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
@@ -130,7 +127,7 @@ def _norms(blocks: list[nn.Module]) -> list[Tensor]:
         weights = [
             p
             for module in block.modules()
-            if "norm" in type(module).__name__.lower()
+            if is_norm(module)
             for n, p in module.named_parameters(recurse=False)
             if n in ("weight", "bias") and p.dim() == 1
         ]

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import BatchEncoding
 
+from ..backbone.replay import LayerStates
+
 PACKED_LENGTH = 32  # positions of a packed row, within what any model allows
 IGNORED = nn.CrossEntropyLoss().ignore_index  # -100, the label of positions without one
 
@@ -115,10 +117,8 @@ class CachedDataset(Dataset[CachedRow]):
 class CachedCollator:
     """The collator of a task, which pads inputs and labels as ever, with the states of the rows added to the batch.
 
-    The batch gains `layer_states`: `states` `(N, tokens, d)` without padding, the layers ascending, and `positions`
-    `(tokens,)`, the place of each token in the padded batch, counted along rows; further what they are, so that a model
-    can refuse them: `layers`, their numbers; `kept`, the `positions` of the dataset; and `adapters`, those inside the
-    backbone at the extraction. A model with an attached fusion takes them instead of running its blocks.
+    The batch gains `layer_states`, see `LayerStates`. A model with an attached fusion takes them instead of running its
+    blocks.
 
     Args:
         collator: What would collate the rows without a cache.
@@ -163,7 +163,7 @@ class CachedCollator:
         return {**batch, "layer_states": _described(source, states, torch.arange(tokens))}
 
 
-def _described(source: CachedDataset, states: Tensor, positions: Tensor) -> dict[str, Any]:
+def _described(source: CachedDataset, states: Tensor, positions: Tensor) -> LayerStates:
     # no tensors: comparing those would wait for the device at every step
     return {
         "states": states,

@@ -17,10 +17,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..backbone.blocks import Backbone
+from ..backbone.record import recorded
 from .cache import LayerStateCache
 from .key import key_differences
 from .plan import BATCH_SIZE, Plan, plan_cache
-from .recording import recorded
 from .source import Source, source_of
 from .storage import (
     DTYPES,

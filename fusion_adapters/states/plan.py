@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..backbone.blocks import Backbone
+from ..backbone.record import recorded
 from .key import cache_key, input_names, known_inputs, row_signature
-from .recording import recorded
 from .source import Source, source_of
 from .storage import DTYPES, index_checksum
 

@@ -1,4 +1,4 @@
-"""Reads the layer states of a backbone's calls."""
+"""Reads the layer states of calls of a backbone without a fusion."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..backbone.blocks import Backbone
+from .blocks import Backbone
+from .families import state_in, state_out
 
 
 @contextlib.contextmanager
@@ -24,13 +25,13 @@ def recorded(backbone: Backbone, layers: Sequence[int], take: Callable[[int, Ten
         if count in (0, backbone.num_layers):
             count = 0
             if 0 in wanted:
-                take(0, args[0] if args else kwargs["hidden_states"])
+                take(0, state_in(args, kwargs))
 
     def end(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         nonlocal count
         count += 1
         if count in wanted:
-            take(count, output[0] if isinstance(output, tuple) else output)
+            take(count, state_out(output))
 
     handles = [backbone.blocks[0].register_forward_pre_hook(begin, with_kwargs=True)]
     handles += [block.register_forward_hook(end) for block in dict.fromkeys(backbone.blocks)]

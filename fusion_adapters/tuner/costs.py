@@ -12,12 +12,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..backbone.blocks import find_backbones
+from ..backbone.families import share_of_experts
 from .budget import BudgetTooSmallError, fit_budget
 from .config import FusionConfig
 from .counts import count_trainable, empty_copy
 
 BYTES_PER_PARAMETER = 4  # adapters are stored in float32
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # how configurations name the number of experts
 
 
 def count_config(config: FusionConfig, model: nn.Module) -> dict[str, int]:
@@ -94,11 +94,7 @@ def _weights_of_a_token(model: nn.Module) -> float:
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     blocks = [block for backbone in find_backbones(model) for block in backbone.blocks]
     runs = {id(p): max(1, sum(block is other for other in blocks)) for block in blocks for p in block.parameters()}
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    experts = next((getattr(config, n) for n in EXPERTS if getattr(config, n, None)), None)
-    chosen = getattr(config, "num_experts_per_tok", None)
-    share = chosen / experts if chosen and experts else 1.0
+    share = share_of_experts(model)
     return sum(
         parameter.numel() * runs.get(id(parameter), 1) * (share if "experts" in name.split(".") else 1)
         for name, parameter in model.named_parameters()

@@ -26,7 +26,8 @@ from .build import build_for
 from .card import CardWriter, class_of
 from .config import FusionConfig
 from .heads import check_head, name_task_heads, remove_float32_hook, train_head_in_float32
-from .layer import FusionLayer, fusion_layers, replaying
+from .layer import FusionLayer, fusion_layers
+from .replay import checked_states
 from .weights import MODEL_PREFIX, check_wrapped_tensors, compare_tensors, read_weights, without_embeddings, wrapped_keys
 
 
@@ -90,10 +91,10 @@ class FusionModel(LoraModel):
             for backbone, fusion in zip(backbones, fusions, strict=True):
                 layer = layers.get(id(backbone.root))
                 if layer is None:
-                    layer = FusionLayer(backbone, adapter_name, fusion)
+                    # one of its layers takes the layer_states that come with a call
+                    first = model if backbone is backbones[0] and not layers else None
+                    layer = FusionLayer(backbone, adapter_name, fusion, first, checked_states)
                     setattr(backbone.root, LAYER_NAME, layer)
-                    if backbone is backbones[0] and not layers:
-                        layer.taps.accept_states(model, replaying)  # peft calls a model without task type past our forward
                 else:
                     layer.update(adapter_name, fusion=fusion)
                 fusion.requires_grad_(False)
@@ -106,24 +107,6 @@ class FusionModel(LoraModel):
         config.source = None  # checked: a copy of the config stands for another adapter, and the folder may go
         for layer in fusion_layers(model):
             layer.train(layer.training)
-
-    def forward(self, *args: Any, layer_states: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        """Calls the model; with `layer_states` (see `fusion_adapters.features`) the blocks do not run.
-
-        Args:
-            *args: What the model is called with.
-            layer_states: `states` `(N, tokens, d)` of the layers that the fusion reads, and `z_L` last; `positions`
-                `(tokens,)` of each token in the padded batch; `layers`, their numbers; `kept`, `"all"` or which
-                positions are there (see `CachedDataset`); and maybe `adapters`, see `adapters_in_use`.
-            **kwargs: As `args`.
-
-        Raises:
-            ValueError: If the states do not fit the fusion, or something trains inside the backbone.
-        """
-        if layer_states is None:
-            return super().forward(*args, **kwargs)
-        with replaying(self.model, layer_states):
-            return super().forward(*args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; if it was active, the first of those that are left becomes active."""

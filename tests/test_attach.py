@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from support import DEPTH, LORA, METHODS, WIDTH, attached, batch, disturb, layer_of, logits, tiny, without_dropout
 
 from fusion_adapters import FUSIONS, FusionConfig, depth_weights
-from fusion_adapters.tuner.budget import count_trainable
+from fusion_adapters.tuner.counts import count_trainable
 
 WITH_AND_WITHOUT_LORA = pytest.mark.parametrize("lora", [False, True], ids=["alone", "lora"])
 

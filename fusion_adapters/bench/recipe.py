@@ -7,7 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..runs.recipe import BackboneRecipe, DataRecipe, apply_settings, read_yaml, validated
+from ..runs.recipe import BackboneRecipe
+from ..runs.yaml import apply_settings, read_yaml, validated
+from ..tasks.data import DataRecipe
 
 
 class BenchRecipe(BaseModel):

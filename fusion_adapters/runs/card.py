@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from .recipe import Recipe
-from .tables import score_text
 
 
 def model_card(recipe: Recipe, metrics: dict[str, Any], labels: list[str]) -> str:
@@ -21,7 +20,7 @@ def model_card(recipe: Recipe, metrics: dict[str, Any], labels: list[str]) -> st
         "",
         f"# {fusion} over the layers of {recipe.backbone.model}",
         "",
-        f"A fusion adapter for {recipe.task.replace('_', ' ')}: the backbone ({recipe.backbone.model}{bits}) is frozen, and",
+        f"A fusion adapter for {recipe.task.title}: the backbone ({recipe.backbone.model}{bits}) is frozen, and",
         f"{counts['total']:,} parameters were trained ({parts}).",
         "",
         f"Data: {recipe.data.path}, {metrics['examples']['train']} training examples, seed {metrics['seed']}.",
@@ -36,6 +35,8 @@ def model_card(recipe: Recipe, metrics: dict[str, Any], labels: list[str]) -> st
     ]
     for split, scores in metrics["scores"].items():
         lines += [
-            f"| {split} | {name} | {score_text(name, value)} |" for name, value in scores.items() if isinstance(value, float)
+            f"| {split} | {name} | {recipe.task.measure(name).shown(value)} |"
+            for name, value in scores.items()
+            if isinstance(value, float)
         ]
     return "\n".join(lines) + "\n"

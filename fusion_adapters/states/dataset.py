@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import BatchEncoding
 
 from ..backbone.replay import LayerStates
 
 PACKED_LENGTH = 32  # positions of a packed row, within what any model allows
-IGNORED = -100  # the label of positions without one, as torch's cross-entropy wants it
+IGNORED = nn.CrossEntropyLoss().ignore_index  # -100, the label of positions without one
 
-if TYPE_CHECKING:
-    from .cache import LayerStateCache
+
+class RowStates(Protocol):
+    """What a dataset asks of a cache, see `LayerStateCache`."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    def find(self, rows: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The numbers of rows in the cache."""
+
+    def length(self, number: int) -> int:
+        """The number of positions of a row."""
+
+    def read(
+        self,
+        numbers: Sequence[int],
+        layers: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+        keep: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """States of rows, one after the other, `(N, tokens, d)`."""
 
 
 class CachedRow(BatchEncoding):
@@ -59,7 +79,7 @@ class CachedDataset(Dataset[CachedRow]):
 
     def __init__(
         self,
-        cache: LayerStateCache,
+        cache: RowStates,
         rows: Sequence[Mapping[str, Any]],
         layers: Sequence[int],
         positions: str = "all",

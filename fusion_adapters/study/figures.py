@@ -1,4 +1,4 @@
-"""The figures of a comparison: readable in print and by the colour-blind, axes with units."""
+"""The figures of a comparison, axes with units."""
 
 from __future__ import annotations
 
@@ -7,22 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Okabe and Ito's colours, told apart by people with any colour vision; marker and dash tell them apart in print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p")
+from ..runs.plots import COLOURS, MARKERS, pyplot
+from ..tasks.base import Measure
+
 DASHES = ("-", "--", "-.", ":")
 LEGEND_LINE = 0.17  # inches; a figure has room for three lines and grows for more
-
-
-def pyplot() -> Any:
-    """Matplotlib without a screen, in the style of our figures."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150})
-    return plt
 
 
 def _styles(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -84,7 +73,7 @@ def draw_samples(summary: dict[str, Any], path: Path) -> None:
         axis.minorticks_off()
         axis.set_title(name)
         axis.set_xlabel("training examples (log scale)")
-        axis.set_ylabel(f"{_measure(rows, name)} score (points of 100)")
+        axis.set_ylabel(f"{_measure(rows, name)} score ({summary['unit']})")
         axis.grid(axis="y", alpha=0.3)
     _save(figure, axes[0], path)
 
@@ -123,18 +112,18 @@ def draw_budget(summary: dict[str, Any], path: Path) -> None:
             axis.set_title(f"{name}, {size:,} examples", fontsize=9)
             axis.set_xlabel("trained parameters (log scale)")
             axis.grid(axis="y", alpha=0.3)
-        line[0].set_ylabel(f"{_measure(rows, name)} score (points of 100)")
+        line[0].set_ylabel(f"{_measure(rows, name)} score ({summary['unit']})")
     _save(figure, axes.flat, path)
 
 
-def draw_steps(runs: Sequence[dict[str, Any]], path: Path) -> None:
+def draw_steps(runs: Sequence[dict[str, Any]], path: Path, measure: Measure) -> None:
     """Development score over optimizer steps, the mean over seeds; a panel for each data set and size."""
-    _draw_curves(runs, path, "curve", 100, "development score (points of 100)")
+    _draw_curves(runs, path, "curve", measure.scale, f"development score ({measure.unit})")
 
 
-def draw_losses(runs: Sequence[dict[str, Any]], path: Path) -> None:
+def draw_losses(runs: Sequence[dict[str, Any]], path: Path, unit: str = "nats") -> None:
     """Development loss over optimizer steps, the mean over seeds; a panel for each data set and size."""
-    _draw_curves(runs, path, "loss_curve", 1, "development loss (nats)")
+    _draw_curves(runs, path, "loss_curve", 1, f"development loss ({unit})")
 
 
 def _draw_curves(runs: Sequence[dict[str, Any]], path: Path, key: str, scale: float, measure: str) -> None:

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runs.files import json_text, write_text_whole
+from ..backbone.atomic import write_text_whole
+from ..runs.files import json_text
 from .figures import draw_budget, draw_depth, draw_losses, draw_samples, draw_steps, trained_parameters
+from .recipe import StudyRecipe
 
 COLUMNS = (
     "data",
@@ -37,7 +39,7 @@ COLUMNS = (
 )
 
 
-def write_report(study: Any, runs: Sequence[dict[str, Any]], summary: dict[str, Any], output: Path) -> None:
+def write_report(study: StudyRecipe, runs: Sequence[dict[str, Any]], summary: dict[str, Any], output: Path) -> None:
     """Writes tables and figures of a comparison into its folder.
 
     Args:
@@ -58,13 +60,13 @@ def write_report(study: Any, runs: Sequence[dict[str, Any]], summary: dict[str, 
     write_text_whole(output / "summary.md", summary_text(summary))
     draw_samples(summary, output / "samples.png")
     draw_budget(summary, output / "budget.png")
-    draw_steps(runs, output / "steps.png")
+    draw_steps(runs, output / "steps.png", study.task.main)
     traced = [run for run in runs if run.get("loss_curve")]  # runs of earlier versions kept no loss
     depths = [run for run in runs if run.get("depth") and not _constant(run["depth"])]
     for name in ("loss.png", "depth.png"):  # not beside a table of other methods
         (output / name).unlink(missing_ok=True)
     if any(run["stage"] == "report" for run in traced):
-        draw_losses(traced, output / "loss.png")
+        draw_losses(traced, output / "loss.png", *([study.task.loss.unit] if study.task.loss else []))
     if depths:
         draw_depth(depths, output / "depth.png")
 
@@ -98,7 +100,7 @@ def summary_text(summary: dict[str, Any]) -> str:
         lost = f"{measure}_loss"
         if any(lost in row for row in here):
             lines += [
-                "Loss on the same data: mean negative log-likelihood of a predicted piece, in nats; less is better.",
+                f"Loss on the same data: {summary['loss']}; less is better.",
                 "",
                 *_grid(here, sizes, lambda row, lost=lost: _spread(row[lost], 3) if lost in row else "-"),
             ]

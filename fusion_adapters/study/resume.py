@@ -10,12 +10,14 @@ from typing import Any
 
 import yaml
 
+from ..backbone.atomic import write_text_whole
 from ..backbone.blocks import find_backbones
-from ..runs.files import write_text_whole
-from ..runs.loading import load_model, load_tokenizer
-from ..runs.recipe import validated
+from ..backbone.fingerprint import weights_signature
+from ..runs.loading import load_model
+from ..runs.tokenizers import load_tokenizer
 from ..runs.training import adapter_config
-from ..states.key import tokenizer_signature, weights_signature
+from ..runs.yaml import validated
+from ..states.key import tokenizer_signature
 from .examples import splits_of
 from .recipe import StudyRecipe
 
@@ -26,7 +28,7 @@ BACKBONE_FILE = "backbone.json"
 GROWING = ("methods", "sizes", "seeds", "rate_seeds", "rate_sizes", "rates", "baseline", "reference")
 
 
-def claim(study: StudyRecipe, output: Path) -> None:
+def begin_or_resume(study: StudyRecipe, output: Path) -> None:
     """Writes recipe, data and backbone signatures into a folder, or checks that those there are the same.
 
     Args:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
-from ..runs.environment import PeakMemory, versions
+from ..backbone.atomic import written_whole
+from ..runs.environment import versions
+from ..runs.evaluation import evaluations
 from ..runs.loading import check_lengths
-from ..runs.trainers import labelled_logits
-from ..runs.training import TRAINING_DEFAULTS, Evaluation, adapter_config, load_attached, make_trainer, positions_for
+from ..runs.memory import PeakMemory
+from ..runs.trainers import TRAINING_DEFAULTS, make_trainer
+from ..runs.training import adapter_config, load_attached
 from ..states import LayerStateCache
-from ..tasks.alignment import IGNORED, MAIN_SCORE, encode
-from ..tuner import fusion_layers
-from ..tuner.budget import count_trainable
+from ..tasks.base import Measure
+from ..tuner.counts import count_trainable
+from .depth import depth_by_label
 from .examples import encoded_part, splits_of, subset
 from .recipe import StudyRecipe
 from .states import states_folder
@@ -34,8 +36,8 @@ class RunFailedError(ValueError):
 
 
 @dataclass(frozen=True)
-class Run:
-    """What identifies a run. `stage` is `rate` (development data only) or `report`."""
+class Trial:
+    """What identifies one run of a comparison. `stage` is `rate` (development data only) or `report`."""
 
     data: str
     method: str
@@ -58,8 +60,8 @@ class KeepBest(TrainerCallback):
     Also the curves of score and loss.
     """
 
-    def __init__(self, name: str, steps: int, evaluations: int) -> None:
-        self.name = name
+    def __init__(self, measure: Measure, steps: int, evaluations: int) -> None:
+        self.measure = measure
         self.moments = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
         self.best: tuple[float, int] | None = None
         self.weights: dict[str, torch.Tensor] = {}
@@ -72,17 +74,17 @@ class KeepBest(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Notes the score, and the weights if it is the best so far."""
-        score = float(kwargs["metrics"][f"eval_{self.name}"])
+        score = float(kwargs["metrics"][f"eval_{self.measure.name}"])
         self.curve.append((state.global_step, score))
         self.losses.append((state.global_step, float(kwargs["metrics"]["eval_loss"])))
-        if self.best is None or score > self.best[0]:
+        if self.best is None or self.measure.better(score, self.best[0]):
             self.best = (score, state.global_step)
             model = kwargs["model"]
             self.weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def run_single(
-    study: StudyRecipe, run: Run, states: Path, start: Path | None = None, keep_weights: Path | None = None
+def run_trial(
+    study: StudyRecipe, run: Trial, states: Path, start: Path | None = None, keep_weights: Path | None = None
 ) -> dict[str, Any]:
     """Trains once and scores.
 
@@ -95,9 +97,9 @@ def run_single(
 
     Returns:
         The run's settings and the versions it was made with, `dev` (the best score), `curve` (step, score), `loss_curve`
-        (step, development loss as the Trainer has it: over pieces for masked language modelling, else a mean over batches),
+        (step, development loss as the Trainer has it: over pieces or rows where the task reports a loss, else a mean over batches),
         parameters by part, seconds of training, memory, and for a reported run `test` and the mean weights over depth by
-        label. For masked language modelling also `dev_loss` and `test_loss`, of the same weights as `dev` and `test`.
+        label. Where the task reports a loss also `dev_loss` and `test_loss`, of the same weights as `dev` and `test`.
     """
     transformers.utils.logging.disable_progress_bar()  # "Loading weights", once a run
     recipe = study.recipe_of(run.data, run.method, run.seed)
@@ -116,23 +118,20 @@ def run_single(
     model, tokenizer = load_attached(recipe, config, splits.labels)
     if start is not None:
         start_from(model, start)
+    task, length = recipe.task, recipe.data.max_length
     cache = None
     if not config.has_lora:
-        cache = LayerStateCache(states_folder(study, run.data, run.method, states), model, verify=False)
-        cache.check(model, tokenizer=tokenizer, max_length=recipe.data.max_length)
+        cached = states_folder(study, run.data, run.method, states)
+        cache = LayerStateCache(cached, model, verify=False, tokenizer=tokenizer, max_length=length)
     classes = [example.labels[0] for example in splits.train] if study.per_class else None
     chosen = [splits.train[i] for i in subset(classes, len(splits.train), run.size, run.seed)]
-    sets = {}
-    for name, examples in (("train", chosen), ("dev", splits.dev), ("test", splits.test)):
-        if examples and (name != "test" or run.stage == "report"):
-            if name == "train":
-                encoded = encode(examples, tokenizer, splits.labels, recipe.task, recipe.data.max_length)
-            else:
-                encoded = encoded_part(recipe.data.model_dump_json(), recipe.task, study.backbone.model_dump_json(), name)
-            check_lengths(model, encoded.rows)
-            positions = positions_for(model, recipe.task, training=name == "train")
-            sets[name] = Evaluation(recipe.task, splits.labels, examples, encoded, cache, positions)
-    keep = KeepBest(MAIN_SCORE[recipe.task], steps, study.evaluations)
+    encoded = {"train": task.encode(chosen, tokenizer, splits.labels, length)}
+    for name in ("dev", "test") if run.stage == "report" and splits.test else ("dev",):
+        encoded[name] = encoded_part(recipe.data.model_dump_json(), task, study.backbone.model_dump_json(), name)
+    for part in encoded.values():
+        check_lengths(model, part.rows)
+    sets = evaluations(model, task, replace(splits, train=chosen), encoded, cache)
+    keep = KeepBest(task.main, steps, study.evaluations)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(model, tokenizer, recipe, sets["train"], sets["dev"], Path(folder))
         trainer.add_callback(keep)
@@ -160,29 +159,25 @@ def run_single(
         "peak_memory_mib": memory.mib,
         "versions": versions(),
     }
-    if recipe.task == "masked_lm":
+    if task.loss is not None:
         result["dev_loss"] = dict(keep.losses)[keep.best[1]]
     if keep_weights is not None:
-        keep_weights.parent.mkdir(parents=True, exist_ok=True)
-        aside = keep_weights.with_name(f".{keep_weights.name}.{os.getpid()}")
-        save_file(keep.weights, aside)
-        aside.replace(keep_weights)
+        with written_whole(keep_weights) as temporary:
+            save_file(keep.weights, temporary)
     if run.stage == "report":
         model.load_state_dict(keep.weights, strict=False)
-        trainer.compute_metrics = None
         if "test" in sets:
-            predicted = trainer.predict(sets["test"].dataset)
-            scores = sets["test"].scores(predicted.predictions, predicted.label_ids)
-            result["test"] = scores[keep.name]
-            if recipe.task == "masked_lm":
+            scores = sets["test"].predicted_scores(trainer)
+            result["test"] = scores[task.main.name]
+            if task.loss is not None:
                 result["test_loss"] = scores["loss"]
         if run.seed == study.seeds[0]:
-            result["depth"], result["layers"] = depth_by_label(model, trainer, sets["dev"], splits.labels)
+            result["depth"], result["layers"] = depth_by_label(model, trainer, sets["dev"])
     return result
 
 
 def start_from(model: nn.Module, weights: Path) -> None:
-    """Loads the trained weights that `run_single` kept of another method's run: the fusion, LoRA, or both, and the head.
+    """Loads the trained weights that `run_trial` kept of another method's run: the fusion, LoRA, or both, and the head.
 
     Raises:
         RunFailedError: If the methods share neither, or what they share differs in a name or a shape.
@@ -225,45 +220,3 @@ def scale_lora_rate(trainer: Any, scale: float) -> None:
     optimizer.param_groups.clear()
     for group in groups:
         optimizer.add_param_group(group)
-
-
-def depth_by_label(
-    model: nn.Module, trainer: Any, evaluation: Evaluation, labels: list[str]
-) -> tuple[dict[str, list[float]] | None, list[int]]:
-    """The mean weight that tokens of each label give each layer, over heads and development data; and the layers.
-
-    None for a fusion without weights. Without a label set (masked language modelling) all predicted pieces are one label.
-    """
-    pieces = not labels
-    labels = labels or ["predicted pieces"]
-    layers = fusion_layers(model)
-    fusion = layers[-1].active_fusion if layers else None
-    if fusion is None or not fusion.has_weights or fusion.mixes_positions:
-        return None, []
-    totals = torch.zeros(len(labels), len(fusion.layers))
-    counts = torch.zeros(len(labels))
-    model.eval()
-    for batch in trainer.get_eval_dataloader(evaluation.dataset):
-        layers[-1].recording = []
-        with torch.no_grad():
-            if pieces:  # logits of a vocabulary at every position would fill the memory
-                labelled_logits(model, batch)
-            else:
-                model(**batch)
-        weights = layers[-1].recording[-1].cpu()
-        layers[-1].recording = None
-        weights = weights if weights.dim() == 3 else weights.mean(2)  # (B, T, N), or (1, tokens, N) from a cache
-        gold = batch["labels"].cpu()
-        if gold.dim() == 1:  # sequences: every token counts for the label of its text
-            gold = gold[:, None].expand(batch["input_ids"].shape)
-        gold = gold.flatten()
-        if weights.shape[:2] != batch["input_ids"].shape:
-            gold = gold[batch["layer_states"]["positions"].cpu()]
-        elif "attention_mask" in batch:
-            gold = torch.where(batch["attention_mask"].flatten().cpu().bool(), gold, IGNORED)
-        known = gold != IGNORED
-        gold = gold.clamp(max=0) if pieces else gold
-        totals.index_add_(0, gold[known], weights.flatten(0, 1)[known].float())
-        counts.index_add_(0, gold[known], torch.ones(int(known.sum())))
-    means = {label: (totals[i] / counts[i]).tolist() for i, label in enumerate(labels) if counts[i] > 0}
-    return {label: [round(v, 5) for v in weights] for label, weights in means.items()}, list(fusion.layers)

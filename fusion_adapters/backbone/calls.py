@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MethodType
+from types import CodeType, MethodType
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -73,6 +73,11 @@ class WrappedForward:
     def __wrapped__(self) -> Any:
         """The module's own `forward`, whose signature `inspect` then takes for ours."""
         return MethodType(type(self.module).forward, self.module) if self.replaced is None else self.replaced
+
+    @property
+    def __code__(self) -> CodeType:
+        """For torch.export, which names its graph after the file and line."""
+        return type(self).__call__.__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the module's own `forward`, between `open` and `close`."""

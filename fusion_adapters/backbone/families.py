@@ -41,6 +41,7 @@ POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")  # tables of
 
 STATE = "hidden_states"  # of a block
 CACHES = ("past_key_values", "cache_params")  # attention, state spaces
+ENCODED = "encoder_hidden_states"  # of a decoder beside an encoder
 
 
 def text_config(model: nn.Module) -> Any:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..fusions import Context
 from .calls import Frame, WrappedForward
-from .families import beside_state, cached_positions, state_in, state_out, with_state_in, with_state_out
+from .families import ENCODED, beside_state, cached_positions, state_in, state_out, with_state_in, with_state_out
 from .fuse import Fuse
 from .replay import GivenStates, LayerStates, StandIns, fuse_given
 
@@ -135,11 +135,11 @@ class Taps:
         frame.absorbs = not torch.is_grad_enabled() and frame.given is None and self.fuse.absorbs()
         if not cuts:
             return kwargs
-        encoded = named.pop("encoder_hidden_states", None)
+        encoded = named.pop(ENCODED, None)
         # not what the caller wants a gradient of, such as a soft prompt's embeddings
         frame.cuts = not (self._frames.differentiates or _want_gradient(*named.values()))
-        if frame.cuts and "encoder_hidden_states" in kwargs and _want_gradient(encoded):
-            return {**kwargs, "encoder_hidden_states": encoded.detach()}
+        if frame.cuts and ENCODED in kwargs and _want_gradient(encoded):
+            return {**kwargs, ENCODED: encoded.detach()}
         return kwargs
 
     def close(self, answered: bool) -> None:

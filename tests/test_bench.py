@@ -139,6 +139,7 @@ def test_bars_and_report(recipe, tmp_path):
     assert summary["exponents"].keys() == {"depth", "width", "sequence length", "tokens"}
     # the ratio of each round, then the median: 30, 25, 20
     assert ratio(summary["seconds"], "LoRA", "DWAtt, cached") == 25
+    assert ratio({"a": {"rounds": [50, 30, 60]}, "b": {"rounds": [1, 2, 3]}}, "a", "b") == 20, "that of the medians is 25"
     bars = {b["bar"]: b for b in compare_with_bars(summary)}
     assert bars["LoRA epoch / cached DWAtt epoch"]["holds"]
     assert not bars["LoRA epoch / cached DWAtt epoch at 20 % of the budget"]["holds"]

@@ -1,4 +1,4 @@
-"""What peft asks of every method, over fusions and backbones in pairs: each family once, each method several times.
+"""What peft asks of every method: in turn, each family once, or where the method matters, all of them in four families.
 
 The numbers are those of the list of thirty behaviours in CONTRIBUTING.md; behaviours that need more than a pair are tested
 in the files that CONTRIBUTING.md names.
@@ -28,12 +28,23 @@ from support import METHODS, disturb
 from fusion_adapters import FusionConfig
 from fusion_adapters.tuner import FusionLayer, fusion_layers
 
-# every family with a method and with or without LoRA, in turn; three families with every method
-TURNS = zip(FAMILIES, itertools.cycle(METHODS), itertools.cycle([False, True, True]), strict=False)
-FULL = itertools.product(("bert", "gpt2", "t5-both"), METHODS, (False, True))
-PAIRS = [*TURNS, *FULL]
+# each family once, the methods and LoRA in turn: each method twice, with LoRA and without
+ROUNDS = [(method, (number + turn) % 2 == 1) for turn in (0, 1) for number, method in enumerate(METHODS)]
+TURNS = [(family, *pair) for family, pair in zip(FAMILIES, itertools.cycle(ROUNDS))]
+# besides, every method in four families, in two of them with LoRA
+EVERY = [
+    (family, method, (number + turn) % 2 == 1)
+    for turn, family in enumerate(("bert", "gpt2", "llama", "t5-both"))
+    for number, method in enumerate(METHODS)
+]
 REGRESSION = sorted(p for p in (Path(__file__).parent / "regression").glob("*/*") if (p / "adapter_config.json").is_file())
-pairs = pytest.mark.parametrize(("family", "method", "lora"), PAIRS)
+in_turn = pytest.mark.parametrize(("family", "method", "lora"), TURNS)
+every_method = pytest.mark.parametrize(("family", "method", "lora"), list(dict.fromkeys([*TURNS, *EVERY])))
+
+
+def test_a_turn_has_every_method_with_lora_and_without():
+    assert {(method, lora) for _, method, lora in TURNS} == set(itertools.product(METHODS, (False, True)))
+    assert {family for family, *_ in TURNS} == set(FAMILIES)
 
 
 @pytest.fixture
@@ -75,7 +86,7 @@ def structure(model):
     return list(model.state_dict()), trains, hooks, sorted(model.peft_config), list(model.active_adapters)
 
 
-@pairs
+@every_method
 def test_1_2_names(make, family, method, lora):
     model = make("mine")
     assert all(callable(getattr(model, n)) for n in ("save_pretrained", "from_pretrained", "push_to_hub"))
@@ -84,7 +95,7 @@ def test_1_2_names(make, family, method, lora):
     assert all(".mine." in n or n.endswith(".mine") for n in trains)
 
 
-@pairs
+@every_method
 def test_5_6_7_what_is_saved(make, plain, batch, family, method, lora, tmp_path):
     base = plain()
     base.config._name_or_path = base.name_or_path = "somebody/backbone"
@@ -101,6 +112,7 @@ def test_5_6_7_what_is_saved(make, plain, batch, family, method, lora, tmp_path)
     assert set(get_peft_model_state_dict(again)) == set(get_peft_model_state_dict(model))
     for name, tensor in get_peft_model_state_dict(model).items():
         assert torch.equal(get_peft_model_state_dict(again)[name], tensor), name
+    assert not any(p.requires_grad for p in again.parameters())
     torch.testing.assert_close(answer(again, batch), answer(model, batch), rtol=0, atol=1e-6)  # 16
 
 
@@ -114,7 +126,7 @@ def test_5_the_older_format_is_read_too(family, tmp_path):
     torch.testing.assert_close(answer(again, batch), answer(model, batch), rtol=0, atol=1e-6)
 
 
-@pairs
+@in_turn
 def test_8_9_adapters_with_names_inside_names(make, plain, batch, family, method, lora, tmp_path):
     names = ("mine", "mine2", "other_mine", "foomine_bar", "in")
     model = make(names[0])
@@ -139,7 +151,7 @@ def test_8_9_adapters_with_names_inside_names(make, plain, batch, family, method
         torch.testing.assert_close(answer(again, batch), answers[name], rtol=0, atol=1e-6)
 
 
-@pairs
+@in_turn
 def test_10_11_loading(make, plain, batch, family, method, lora, tmp_path):
     model = make()
     model.save_pretrained(tmp_path)
@@ -156,7 +168,7 @@ def test_10_11_loading(make, plain, batch, family, method, lora, tmp_path):
         torch.testing.assert_close(answer(again, batch), expected, rtol=0, atol=1e-6)
 
 
-@pairs
+@every_method
 def test_4_low_memory(make, plain, batch, family, method, lora, tmp_path):
     model = make()
     model.save_pretrained(tmp_path)
@@ -171,7 +183,7 @@ def test_4_low_memory(make, plain, batch, family, method, lora, tmp_path):
     assert all(p.is_meta for p in fusion) or "copy" in method  # the block to copy is in memory
 
 
-@pairs
+@in_turn
 def test_29_low_level(plain, batch, family, method, lora):
     model = disturb(inject_adapter_in_model(config_of(family, method, lora), plain()))
     target = inject_adapter_in_model(config_of(family, method, lora), plain())
@@ -181,7 +193,7 @@ def test_29_low_level(plain, batch, family, method, lora):
     torch.testing.assert_close(answer(target, batch), answer(model, batch), rtol=0, atol=1e-6)
 
 
-@pairs
+@in_turn
 def test_15_26_training_touches_the_adapter_only(make, batch, family, method, lora):
     model = make()
     before = parameters(model)
@@ -201,7 +213,7 @@ def test_15_26_training_touches_the_adapter_only(make, batch, family, method, lo
     assert "FusionLayer" in repr(model)
 
 
-@pairs
+@in_turn
 def test_12_13_27_what_cannot_be_done_is_said(make, batch, family, method, lora):
     model = make()
     expected = answer(model, batch)
@@ -221,10 +233,12 @@ def test_12_13_27_what_cannot_be_done_is_said(make, batch, family, method, lora)
         torch.testing.assert_close(answer(model, batch), expected, rtol=1e-4, atol=1e-5)
 
 
-@pairs
+@in_turn
 def test_20_deleting(make, plain, batch, family, method, lora):
+    methods = list(METHODS)
+    other = methods[(methods.index(method) + 1) % len(methods)], not lora
     model = make("first")
-    model.add_adapter("second", config_of(family, method, lora))
+    model.add_adapter("second", config_of(family, *other))
     before = structure(model)
     with pytest.raises(ValueError, match="does not exist"):
         model.delete_adapter("third")
@@ -233,21 +247,25 @@ def test_20_deleting(make, plain, batch, family, method, lora):
     model.delete_adapter("second")  # inactive
     assert list(model.active_adapters) == ["first"]
     torch.testing.assert_close(answer(model, batch), expected, rtol=0, atol=0)
-    model.add_adapter("second", config_of(family, method, lora))
+    model.add_adapter("second", config_of(family, *other))
     model.delete_adapter("first")  # active
     assert list(model.active_adapters) == ["second"] and list(model.peft_config) == ["second"]
     assert not any("first" in name for name in model.state_dict())
+    assert all(set(layer.fusions) == {"second"} for layer in fusion_layers(model))
     assert torch.isfinite(answer(model, batch)).all()
     model.delete_adapter("second")  # the last
+    assert not any(len(layer.fusions) for layer in fusion_layers(model))
     base = model.base_model.model
     torch.testing.assert_close(answer(base, batch), answer(plain(), batch), rtol=0, atol=1e-6)
 
 
-@pairs
+@in_turn
 def test_21_unloading(make, plain, batch, family, method, lora):
-    model = make()
+    bare = plain()
+    model = make(model=bare)
     heads = model.peft_config["default"].modules_to_save or []
     base = model.unload()
+    assert base is bare
     assert not any(isinstance(m, FusionLayer) or hasattr(m, "lora_A") for m in base.modules())
     assert not hasattr(base, "peft_config")
     assert base.state_dict().keys() == plain().state_dict().keys()
@@ -259,10 +277,13 @@ def test_21_unloading(make, plain, batch, family, method, lora):
     with torch.no_grad():
         for name in changed:
             after[name].copy_(before[name])
-    torch.testing.assert_close(answer(base, batch), answer(plain(), batch), rtol=0, atol=1e-6)
+    expected = answer(plain(), batch)
+    torch.testing.assert_close(answer(base, batch), expected, rtol=0, atol=1e-6)
+    again = attach(family, lora=lora, model=base, **METHODS[method])  # a fresh one
+    torch.testing.assert_close(answer(again, batch), expected, rtol=0, atol=1e-6)
 
 
-@pairs
+@in_turn
 def test_22_disabling(make, plain, batch, family, method, lora):
     model = make()
     for layer in fusion_layers(model):  # an irregular state comes back too
@@ -272,11 +293,12 @@ def test_22_disabling(make, plain, batch, family, method, lora):
     expected = answer(model, batch)
     with model.disable_adapter():
         torch.testing.assert_close(answer(model, batch), answer(plain(), batch), rtol=0, atol=1e-6)
+        assert not any(layer.taps.held for layer in fusion_layers(model))
     torch.testing.assert_close(answer(model, batch), expected, rtol=0, atol=0)
     assert {n: p.requires_grad for n, p in model.named_parameters()} == trains
 
 
-@pairs
+@in_turn
 def test_23_a_bad_or_double_adapter_changes_nothing(make, batch, family, method, lora):
     model = make()
     expected = answer(model, batch)  # first: transformers hooks its own recorders on at the first call
@@ -291,7 +313,7 @@ def test_23_a_bad_or_double_adapter_changes_nothing(make, batch, family, method,
     torch.testing.assert_close(answer(model, batch), expected, rtol=0, atol=0)
 
 
-@pairs
+@in_turn
 def test_3_prepared_for_training_in_few_bits(family, method, lora):
     model = FAMILIES[family].build(first_head(family))
     checkpointing = model.supports_gradient_checkpointing
@@ -309,7 +331,7 @@ def test_3_prepared_for_training_in_few_bits(family, method, lora):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-@pairs
+@in_turn
 def test_23_copies(make, batch, family, method, lora):
     model = make()
     clone = copy.deepcopy(model)
@@ -362,11 +384,11 @@ def test_30_adapters_of_earlier_versions_still_load(folder):
     torch.testing.assert_close(answer(model, inputs(family, first_head(family))), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-def test_26_sixteen_bits(family, dtype, autocast):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_26_sixteen_bits(family, dtype):
     head = first_head(family)
+    autocast = (list(FAMILIES).index(family) + (dtype == torch.float16)) % 2 == 1
     model = disturb(attach(family, lora=True, model=FAMILIES[family].build(head).to(dtype))).train()
     batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs(family, head).items()}
     with torch.autocast("cpu", dtype=dtype, enabled=autocast):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import AutoPeftModelForTokenClassification, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file
 from support import DEPTH, LORA, attached, batch, disturb, layer_of, logits, tiny
 
@@ -48,24 +48,6 @@ def test_the_config_comes_back_whole_with_the_backbone_in_it(family, tmp_path):
     config = PeftConfig.from_pretrained(str(tmp_path))
     assert isinstance(config, FusionConfig)
     assert config.fusion_layers == [1, -1]
-
-
-def test_the_model_card_says_how_to_load(tmp_path):
-    attached().save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    assert "import fusion_adapters" in card
-    attached().save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text().count("import fusion_adapters") == 1
-
-
-def test_auto_class_loads_backbone_and_adapter(family, tmp_path):
-    base = tiny(family)
-    base.save_pretrained(tmp_path / "base")
-    base = type(base).from_pretrained(tmp_path / "base")
-    model = disturb(attached(family, model=base, **LORA[family]))
-    model.save_pretrained(tmp_path / "adapter")
-    again = AutoPeftModelForTokenClassification.from_pretrained(tmp_path / "adapter", num_labels=5)
-    assert torch.equal(logits(again), logits(model))
 
 
 @WITH_AND_WITHOUT_LORA

@@ -49,6 +49,7 @@ def test_a_recipe_with_a_backbone_in_few_bits(tmp_path, capsys, bits):
     assert json.loads(capsys.readouterr().out)["text"] == "Anna lives in Oslo."
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_comparison_with_a_method_in_8_bits(tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra: quantised)")
     methods = {name: METHODS[name] for name in ("deeper", "concat")}

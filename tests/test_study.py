@@ -71,6 +71,7 @@ def test_a_study_is_run_reported_and_gone_on_with(tmp_path, capsys, monkeypatch)
     assert "holds another comparison: epochs differ" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_folder_is_never_gone_on_with_by_another_comparison(tmp_path, capsys):
     small = {n: METHODS[n] for n in ("deeper", "concat")}
     few = {"sizes": [4], "seeds": [1], "rates": [1e-3], "reference": None}
@@ -109,6 +110,7 @@ def test_a_folder_is_never_gone_on_with_by_another_comparison(tmp_path, capsys):
     assert "the examples of 'toy' differ" in refused([path, "--output", out, *moved], capsys)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_backbone_that_changed_under_its_name_is_refused(tmp_path, capsys):
     live = {n: {"adapter": {"fusion": "last", "r": r, "target_modules": ["query"]}} for n, r in (("a", 1), ("b", 2))}
     few = {"methods": live, "baseline": "a", "reference": None, "sizes": [4], "seeds": [1], "rates": [1e-3]}
@@ -132,6 +134,7 @@ def test_a_backbone_that_changed_under_its_name_is_refused(tmp_path, capsys):
     assert set(json.loads((out / "backbone.json").read_text())) == {"tokenizer", "weights"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_a_killed_start_leaves_is_gone_on_with(tmp_path, capsys):
     path, out = write_study(tmp_path, sizes=[4], seeds=[1], rates=[1e-3]), tmp_path / "out"
     out.mkdir()
@@ -142,6 +145,7 @@ def test_what_a_killed_start_leaves_is_gone_on_with(tmp_path, capsys):
     assert "holds no comparison" in refused([path, "--output", tmp_path / "else"], capsys)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_versions_that_changed_between_runs_are_told(tmp_path):
     path, out = write_study(tmp_path, sizes=[4], rates=[1e-3]), tmp_path / "out"
     main(["compare", str(path), "--output", str(out), "--workers", "1"])
@@ -154,6 +158,7 @@ def test_versions_that_changed_between_runs_are_told(tmp_path):
     assert "**Runs were made with 2 sets of versions:**" in said and "torch 1.0" in said
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_comparison_goes_on_with_other_versions(tmp_path):
     path, out = write_study(tmp_path, sizes=[4], rates=[1e-3]), tmp_path / "out"
     main(["compare", str(path), "--output", str(out), "--workers", "1"])
@@ -221,6 +226,7 @@ def test_a_loss_that_diverged_leaves_a_table(tmp_path):
     assert row["test_loss"] == {"mean": None, "sd": None, "interval": [None, None], "values": [None, 3.5]}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_figures_of_methods_that_were_left_out_go(tmp_path):
     out = tmp_path / "out"
     main(["compare", str(write_study(tmp_path, sizes=[4], rates=[1e-3])), "--output", str(out), "--workers", "1"])
@@ -230,6 +236,7 @@ def test_figures_of_methods_that_were_left_out_go(tmp_path):
     assert not (out / "depth.png").exists() and (out / "loss.png").is_file()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_rates_may_be_added(tmp_path):
     methods = {n: METHODS[n] for n in ("deeper", "concat")}
     few = {"methods": methods, "sizes": [4], "seeds": [1]}
@@ -253,6 +260,7 @@ def test_rates_may_be_added(tmp_path):
     assert {float(r["rate"]) for r in rows if r["method"] == "concat"} == {1e-5, 3e-2, 1e-1}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_grid_of_one_rate_needs_no_choice(tmp_path):
     methods = {n: METHODS[n] for n in ("deeper", "concat")}
     path = write_study(tmp_path, methods=methods, sizes=[4], seeds=[1], rates=[1e-3])
@@ -260,6 +268,7 @@ def test_a_grid_of_one_rate_needs_no_choice(tmp_path):
     assert [r["stage"] for r in scores(tmp_path / "out")] == ["report", "report"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_processes_give_the_table_of_one(tmp_path):
     methods = {name: METHODS[name] for name in ("deeper", "concat")}
     path = write_study(tmp_path, methods=methods)
@@ -268,11 +277,13 @@ def test_processes_give_the_table_of_one(tmp_path):
     assert scores(tmp_path / "one") == scores(tmp_path / "two")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_rates_may_be_chosen_at_a_few_sizes(tmp_path):
     study = load_study(write_study(tmp_path, sizes=[2, 4, 8, "all"], rate_sizes=[4, "all"]))
     assert [rate_size(study, Cell("toy", "dwatt", size)) for size in (2, 4, 8, 13)] == [4, 4, 4, 13]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_comparison_grows_its_rate_sizes(tmp_path):
     methods = {name: METHODS[name] for name in ("deeper", "concat")}
     path = write_study(tmp_path, methods=methods, rate_sizes=["all"], seeds=[1])
@@ -286,6 +297,7 @@ def test_a_comparison_grows_its_rate_sizes(tmp_path):
     assert [r for r in after if r["size"] == "13"] == [r for r in before if r["size"] == "13"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_comparison_grows_its_rate_seeds(tmp_path):
     methods = {name: METHODS[name] for name in ("deeper", "concat")}
     growing = [([0], [1]), ([0, 3], [1]), ([0], [1, 3])]  # a seed that chose rates is reported later: with its test score
@@ -299,6 +311,7 @@ def test_a_comparison_grows_its_rate_seeds(tmp_path):
     assert scores(tmp_path / "fresh") == scores(tmp_path / "out")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_warm_start_follows_the_rate_of_its_source(tmp_path):
     # a method that stands still scores what it began with
     methods = {"deeper": METHODS["deeper"], "concat": METHODS["concat"]}

@@ -3,16 +3,107 @@
 Importing the package registers the method with peft. A LoRA recipe becomes a fusion recipe by one word::
 
     from fusion_adapters import FusionConfig
-    config = FusionConfig(fusion="dwatt", task_type="TOKEN_CLS", r=8, target_modules=["query", "value"])
+    config = FusionConfig(fusion="dwatt", task_type="TOKEN_CLS")
     model = get_peft_model(backbone, config)
+
+The names below load what they need when they are first used.
 """
 
-from .config import FusionConfig
-from .fusions import FUSIONS
-from .quantization import quantization_config
-from .tuner import FusionModel, depth_weights, register
+from __future__ import annotations
 
-__version__ = "0.1.0"
-__all__ = ["FUSIONS", "FusionConfig", "FusionModel", "depth_weights", "quantization_config"]
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.metadata import version
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-register()
+if TYPE_CHECKING:
+    from .backbone.quantization import quantization_config
+    from .fusions import FUSIONS
+    from .runs.predicting import load_run, predict
+    from .runs.recipe import load_recipe
+    from .runs.training import run_recipe
+    from .states import LayerStateCache, StaleCacheError, cache_layer_states
+    from .tuner import FusionConfig, FusionModel, depth_weights
+    from .tuner.budget import count_trainable
+
+# Where each public name is defined.
+_HOME = {
+    "FUSIONS": "fusions",
+    "FusionConfig": "tuner",
+    "FusionModel": "tuner",
+    "LayerStateCache": "states",
+    "StaleCacheError": "states",
+    "cache_layer_states": "states",
+    "count_trainable": "tuner.budget",
+    "depth_weights": "tuner",
+    "load_recipe": "runs.recipe",
+    "load_run": "runs.predicting",
+    "predict": "runs.predicting",
+    "quantization_config": "backbone.quantization",
+    "run_recipe": "runs.training",
+}
+_TUNER = f"{__name__}.tuner"  # importing it registers the method
+
+__version__ = version("fusion-adapters")
+__all__ = [
+    "FUSIONS",
+    "FusionConfig",
+    "FusionModel",
+    "LayerStateCache",
+    "StaleCacheError",
+    "cache_layer_states",
+    "count_trainable",
+    "depth_weights",
+    "load_recipe",
+    "load_run",
+    "predict",
+    "quantization_config",
+    "run_recipe",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
+
+
+class _AfterPeft(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Registers the method as soon as peft has been imported: `import fusion_adapters` alone then needs neither it nor torch."""
+
+    def __init__(self) -> None:
+        self.loader: importlib.abc.Loader | None = None
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname != "peft":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            self.loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return None if self.loader is None else self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert self.loader is not None and module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        importlib.import_module(_TUNER)
+
+
+if "peft" in sys.modules:
+    importlib.import_module(_TUNER)
+else:
+    sys.meta_path.insert(0, _AfterPeft())

@@ -28,42 +28,46 @@ app = typer.Typer(
 )
 DEBUG = "FUSION_ADAPTERS_DEBUG"
 
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe, see recipes/.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe: section.key=value.")
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that train wrote.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, see recipes/.")],
+    recipe: RecipeFile,
     output: Annotated[Path, typer.Option(help="Folder of the run; it appears when the run is complete.")],
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value: section.key=value.")
-    ] = None,
+    settings: Settings = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in that folder.")] = False,
     cache_folder: Annotated[
         Path | None, typer.Option("--cache", help="Train from layer states that 'cache' wrote, without the backbone.")
     ] = None,
 ) -> None:
     """Train an adapter and write adapter/, metrics.json and run.json."""
-    from .recipe import load_recipe
-    from .reporting import metrics_table
-    from .training import run_recipe
+    from .runs.recipe import load_recipe
+    from .runs.tables import metrics_table
+    from .runs.training import run_recipe
 
-    metrics = run_recipe(load_recipe(recipe, settings), output, overwrite, cache_folder)
+    chosen = load_recipe(recipe, settings)
+    metrics = run_recipe(chosen, output, overwrite, cache_folder)
     console = Console()
-    console.print(metrics_table(metrics, f"{recipe.name}, seed {metrics['seed']}"))
+    console.print(metrics_table(metrics, chosen.task, f"{recipe.name}, seed {metrics['seed']}"))
     console.print(f"adapter: {output / 'adapter'}\nfigures: {output / 'metrics.json'}", highlight=False, soft_wrap=True)
 
 
 @app.command()
 def cache(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, see recipes/.")],
+    recipe: RecipeFile,
     output: Annotated[Path, typer.Option(help="Folder of the cache; an extraction that was stopped goes on there.")],
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value: section.key=value.")
-    ] = None,
+    settings: Settings = None,
     dtype: Annotated[str, typer.Option(help="float16, bfloat16, float32, or int8 (half the bytes).")] = "float16",
 ) -> None:
     """Compute the layer states of a recipe's data once; train --cache then runs without the backbone."""
-    from .recipe import load_recipe
-    from .training import cache_recipe
+    from .runs.recipe import load_recipe
+    from .runs.training import cache_recipe
 
     print(cache_recipe(load_recipe(recipe, settings), output, dtype))
 
@@ -72,9 +76,7 @@ def cache(
 def compare(
     recipe: Annotated[Path, typer.Argument(help="The recipe of a comparison, see recipes/study_*.yaml.")],
     output: Annotated[Path, typer.Option(help="Folder of the comparison; one that was stopped goes on there.")],
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value: key=value.")
-    ] = None,
+    settings: Settings = None,
     quick: Annotated[bool, typer.Option(help="The recipe's small form, with output of the same shape.")] = False,
     workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
 ) -> None:
@@ -92,9 +94,7 @@ def bench(
     recipe: Annotated[
         Path | None, typer.Argument(help="A recipe, see recipes/benchmark/; by default the packaged corpus.")
     ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value: key=value.")
-    ] = None,
+    settings: Settings = None,
     quick: Annotated[bool, typer.Option(help="Fewer examples, rounds and sizes; output of the same shape.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier benchmark in that folder.")] = False,
 ) -> None:
@@ -107,37 +107,40 @@ def bench(
 
 @app.command()
 def predict(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that train wrote.")],
+    folder: RunFolder,
     text: Annotated[
-        list[str] | None, typer.Option(help="A text; may be repeated. Without it, lines of standard input.")
+        list[str] | None,
+        typer.Option(
+            help="A text (of a pair both, a tab between them); may be repeated. Without it, lines of standard input."
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a text, for programs.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Reload an adapter and print entities, classes, or filled masks."""
+    """Reload an adapter and print entities, classes, numbers, or filled masks."""
     texts = text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not texts:
         raise ValueError("There is no text to predict. Give --text '...', or lines on standard input.")
-    from .predicting import load_run
-    from .predicting import predict as predict_texts
-    from .reporting import prediction_lines
+    from .runs.predicting import load_run
+    from .runs.predicting import predict as predict_texts
 
     console = Console()
-    for prediction in predict_texts(load_run(folder), texts):
+    run = load_run(folder)
+    for prediction in predict_texts(run, texts):
         if as_json:
             print(json.dumps(prediction, ensure_ascii=False))
         else:
-            console.print(prediction_lines(prediction), highlight=False, soft_wrap=True)
+            console.print(run.recipe.task.shown(prediction), highlight=False, soft_wrap=True)
 
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that train wrote.")],
+    folder: RunFolder,
     text: Annotated[str, typer.Option(help="The text to look at.")],
     output: Annotated[Path, typer.Option(help="The picture to write, a .png.")],
 ) -> None:
     """Draw which layers each token reads, as a heatmap of tokens against depth."""
-    from .predicting import depth_map, load_run
-    from .reporting import draw_depth_map
+    from .runs.heatmap import draw_depth_map
+    from .runs.predicting import depth_map, load_run
 
     run = load_run(folder)
     tokens, layers, weights = depth_map(run, text)
@@ -154,13 +157,13 @@ def budget(
     parameters: Annotated[str, typer.Option(help="What each method may train, heads excluded: 1000000, 1M, 2.5M, 50k.")],
     methods: Annotated[str, typer.Option(help="Names of methods, with commas between.")] = "dwatt,concat,deeper,mlp",
     lora: Annotated[str | None, typer.Option(help="Also LoRA on these modules, with commas between.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Fit methods to one budget of trainable parameters and print what each then costs."""
-    from .budget import compare_budgets, skeleton
-    from .counts import read_count
-    from .loading import resolve_model
-    from .reporting import budget_table
+    from .runs.pretrained import resolve_model
+    from .runs.tables import budget_table
+    from .tuner.budget import compare_budgets, skeleton
+    from .tuner.sizes import read_count
 
     names, modules = ([n.strip() for n in given.split(",") if n.strip()] for given in (methods, lora or ""))
     rows = compare_budgets(skeleton(resolve_model(model)), names, read_count(parameters), modules)
@@ -174,8 +177,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; an error that a user can mend is one paragraph and exit code 2."""
     # a figure or an error is easier to find without the loading bars of every small model
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # at every product of an 8-bit backbone it says that it casts
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    # it reports a kernel that is not installed when it is imported, and a cast at every product of an 8-bit backbone
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # peft still asks transformers 5 for it
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated.*")
     for stream in (sys.stdin, sys.stdout):  # a pipe has the system's encoding, on Windows often cp1252

@@ -20,12 +20,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from fusion_adapters.alignment import IGNORED, encode, score
-from fusion_adapters.data import Example, load_splits, read_conll
 from fusion_adapters.fusions import FUSIONS, build_fusion
-from fusion_adapters.loading import load_model, load_tokenizer
-from fusion_adapters.recipe import BackboneRecipe, DataRecipe
+from fusion_adapters.runs.loading import load_model
+from fusion_adapters.runs.recipe import BackboneRecipe
+from fusion_adapters.runs.tokenizers import load_tokenizer
+from fusion_adapters.tasks.base import IGNORED, Example
+from fusion_adapters.tasks.data import DataRecipe
+from fusion_adapters.tasks.registry import TASKS
+from fusion_adapters.tasks.splits import load_splits, read_file
 
+TASK = TASKS["token_classification"]
 BACKBONE = BackboneRecipe(model="sentence-transformers/all-MiniLM-L6-v2")
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "last": ("last", {}),
@@ -51,22 +55,23 @@ BATCH = 16
 
 
 def load_wikigold(folder: Path) -> tuple[list[Example], list[Example]]:
-    examples = read_conll(folder / "ner-wikigold" / "wikigold.conll.txt")
+    recipe = DataRecipe(path=str(folder / "ner-wikigold"), format="conll")
+    examples = TASK.examples(read_file(folder / "ner-wikigold" / "wikigold.conll.txt", recipe, TASK), recipe)
     random.Random(13).shuffle(examples)
     return examples[:1200], examples[1200:1500]
 
 
 def load_wnut(folder: Path) -> tuple[list[Example], list[Example]]:
     recipe = DataRecipe(path=str(folder / "ner-wnut17"), train="wnut17train.conll", dev="emerging.dev.conll", format="conll")
-    splits = load_splits(recipe, "token_classification", seed=1)
+    splits = load_splits(recipe, TASK, seed=1)
     return splits.train, splits.dev
 
 
 def states_of(examples: list[Example], labels: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """For each sentence the states z_0 .. z_L at the first pieces of its words, (words, L + 1, d), and the labels."""
-    tokenizer = load_tokenizer(BACKBONE, "token_classification")
-    model = load_model(BACKBONE, "token_classification", labels).eval()
-    encoded = encode(examples, tokenizer, labels, "token_classification", 256)
+    tokenizer = load_tokenizer(BACKBONE, TASK)
+    model = load_model(BACKBONE, TASK, labels).eval()
+    encoded = TASK.encode(examples, tokenizer, labels, 256)
     result: list[Any] = [None] * len(encoded.rows)
     order = sorted(range(len(encoded.rows)), key=lambda i: len(encoded.rows[i]["input_ids"]))
     for start in range(0, len(order), 32):
@@ -119,7 +124,7 @@ def run(
     with torch.no_grad():
         predicted = [[labels[i] for i in forward(states).argmax(-1).tolist()] for states, _ in dev]
     gold = [[labels[i] for i in labels_of.tolist()] for _, labels_of in dev]
-    return score("token_classification", gold, predicted)["f1"], sum(p.numel() for p in fusion.parameters())
+    return TASK.score(gold, predicted)["f1"], sum(p.numel() for p in fusion.parameters())
 
 
 def main() -> None:

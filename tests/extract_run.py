@@ -8,7 +8,7 @@ from accelerate import PartialState
 from support import attached
 from test_features import pad, some_rows
 
-from fusion_adapters.features import cache_layer_states
+from fusion_adapters.states import cache_layer_states
 
 torch.set_num_threads(1)
 state = PartialState(cpu=True)

@@ -2,7 +2,7 @@
 
 import torch
 
-from fusion_adapters.features import cache_layer_states
+from fusion_adapters.states import cache_layer_states
 
 
 def rows_of(inputs):

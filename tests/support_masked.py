@@ -3,7 +3,9 @@
 import yaml
 from support_text import save_model
 
-TASK = "masked_lm"
+from fusion_adapters.tasks.registry import TASKS
+
+TASK = TASKS["masked_lm"]
 TEXTS = [
     "Anna lives in Oslo .",
     "Bob works at Acme Corp in the old Rome .",
@@ -20,7 +22,7 @@ def write_files(folder, head="token", **changes):
     (folder / "train.txt").write_text(" \n" + " \n\n".join(TEXTS * 5) + "\n", encoding="utf-8")
     (folder / "test.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
     recipe = {
-        "task": TASK,
+        "task": TASK.name,
         "backbone": {"model": str(folder / "model")},
         "adapter": {"fusion": "dwatt", "modules_to_save": ["transform"]},
         "data": {"path": str(folder), "train": "train.txt", "test": "test.txt", "max_length": 10},
@@ -37,7 +39,7 @@ def write_study(folder, **changes):
     write_files(folder)
     fresh = {"modules_to_save": ["transform"]}
     study = {
-        "task": TASK,
+        "task": TASK.name,
         "backbone": {"model": str(folder / "model")},
         "data": {"toy": {"path": str(folder), "train": "train.txt", "test": "test.txt", "max_length": 10}},
         "methods": {n: {"adapter": {"fusion": n, **fresh}} for n in ("deeper", "concat", "dwatt")},

@@ -7,12 +7,13 @@ import torch
 from support_text import SENTENCES, WORDS, tokenizer
 from transformers import AutoModel, BertConfig, GPT2Config, LlamaConfig, OPTConfig, RobertaConfig
 
-from fusion_adapters.alignment import IGNORED, decode_tags, encode, score
-from fusion_adapters.data import Example
-from fusion_adapters.loading import check_lengths
+from fusion_adapters.runs.loading import check_lengths
+from fusion_adapters.tasks.base import IGNORED, Example
+from fusion_adapters.tasks.registry import TASKS
+from fusion_adapters.tasks.tokens import decode_tags
 
 LABELS = ["O", "B-LOC", "I-LOC", "B-ORG", "I-ORG", "B-PER", "I-PER"]
-TOKENS, TEXTS = "token_classification", "sequence_classification"
+TOKENS, TEXTS = TASKS["token_classification"], TASKS["sequence_classification"]
 
 
 def examples():
@@ -20,7 +21,7 @@ def examples():
 
 
 def test_a_label_sits_on_the_first_piece_of_its_word():
-    (row,) = encode([Example(["Anna", "zoo"], ["B-PER", "O"])], tokenizer(), LABELS, TOKENS, 32).rows
+    (row,) = TOKENS.encode([Example(["Anna", "zoo"], ["B-PER", "O"])], tokenizer(), LABELS, 32).rows
     pieces = tokenizer().convert_ids_to_tokens(row["input_ids"])
     assert pieces == ["[CLS]", "anna", "z", "##o", "##o", "[SEP]"]
     assert row["labels"] == [IGNORED, 5, 0, IGNORED, IGNORED, IGNORED]
@@ -35,7 +36,7 @@ def test_every_word_keeps_its_label_wherever_the_sentence_is_cut(max_length):
         )
         for n in (1, 2, 9, 40)
     ]
-    encoded = encode(long, tokenizer(), LABELS, TOKENS, max_length)
+    encoded = TOKENS.encode(long, tokenizer(), LABELS, max_length)
     assert all(len(row["input_ids"]) <= max_length for row in encoded.rows)
     given = [[max(label, 0) for label in row["labels"]] for row in encoded.rows]
     assert decode_tags(encoded, given, long, LABELS) == [e.labels for e in long]
@@ -45,7 +46,7 @@ def test_every_word_keeps_its_label_wherever_the_sentence_is_cut(max_length):
 
 def test_a_word_without_pieces_is_counted_and_tagged_o():
     example = Example(["Anna", "\ufe0f", "Oslo"], ["B-PER", "B-LOC", "B-LOC"])
-    encoded = encode([example], tokenizer(), LABELS, TOKENS, 32)
+    encoded = TOKENS.encode([example], tokenizer(), LABELS, 32)
     assert encoded.notes["words_without_pieces"] == 1
     given = [[max(label, 0) for label in row["labels"]] for row in encoded.rows]
     assert decode_tags(encoded, given, [example], LABELS) == [["B-PER", "O", "B-LOC"]]
@@ -53,7 +54,7 @@ def test_a_word_without_pieces_is_counted_and_tagged_o():
 
 def test_a_text_that_is_cut_off_is_counted():
     texts = [Example(["anna lives in oslo"], ["a"]), Example(["the old man " * 9], ["b"])]
-    encoded = encode(texts, tokenizer(), ["a", "b"], TEXTS, 8)
+    encoded = TEXTS.encode(texts, tokenizer(), ["a", "b"], 8)
     assert encoded.notes == {"truncated_texts": 1}
     assert [row["labels"] for row in encoded.rows] == [0, 1]
 
@@ -65,20 +66,20 @@ def test_scores_against_values_worked_out_by_hand():
         ["B-PER", "O", "O", "O", "B-ORG", "I-ORG"],
         ["O", "O", "O", "B-LOC", "B-LOC"],
     ]
-    scores = score(TOKENS, gold, predicted)  # right: Anna, Acme Corp, Rome; wrong: Bob (too short), in
+    scores = TOKENS.score(gold, predicted)  # right: Anna, Acme Corp, Rome; wrong: Bob (too short), in
     assert scores["precision"] == pytest.approx(3 / 5)
     assert scores["recall"] == pytest.approx(3 / 5)
     assert scores["f1"] == pytest.approx(3 / 5)
     assert scores["f1_by_type"] == pytest.approx({"PER": 0.5, "ORG": 1.0, "LOC": 0.5})
-    scores = score(TEXTS, ["a", "a", "a", "b"], ["a", "a", "b", "b"])
+    scores = TEXTS.score(["a", "a", "a", "b"], ["a", "a", "b", "b"])
     assert scores["accuracy"] == pytest.approx(0.75)
     assert scores["macro_f1"] == pytest.approx((4 / 5 + 2 / 3) / 2)
 
 
 def test_predictions_in_another_order_are_noticed():
-    from fusion_adapters.training import Evaluation
+    from fusion_adapters.runs.evaluation import Evaluation
 
-    encoded = encode(examples(), tokenizer(), LABELS, TOKENS, 32)
+    encoded = TOKENS.encode(examples(), tokenizer(), LABELS, 32)
     evaluation = Evaluation(TOKENS, LABELS, examples(), encoded)
     rows = evaluation.dataset["labels"]
     width = max(map(len, rows))

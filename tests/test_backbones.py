@@ -11,7 +11,7 @@ from peft import PeftModel
 from support import disturb, without_dropout
 
 from fusion_adapters import quantization_config
-from fusion_adapters.backbone import find_backbones
+from fusion_adapters.backbone.blocks import find_backbones
 from fusion_adapters.tuner import fusion_layers
 
 each_family = pytest.mark.parametrize("family", FAMILIES)

@@ -13,11 +13,11 @@ from support_text import SENTENCES, conll, save_model
 from fusion_adapters.bench import large, load_bench, run_bench, workers
 from fusion_adapters.bench.cases import EPOCHS, EXTRACTIONS, FORWARDS, ROUNDS, Setting, epoch_cases
 from fusion_adapters.bench.large import measure_large
+from fusion_adapters.bench.report import write_bench_report
 from fusion_adapters.bench.runner import compare_with_bars, measure_checkpoints, ratio
 from fusion_adapters.bench.scaling import exponents, measure_scaling
 from fusion_adapters.bench.workers import alternate, deep_inference_memory, peak_memory
 from fusion_adapters.cli import main
-from fusion_adapters.reporting.bench import write_bench_report
 
 LLAMA = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 50}
 

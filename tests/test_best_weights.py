@@ -4,13 +4,14 @@ import pytest
 from safetensors.torch import load_file
 from support_masked import TASK, write_files, write_study
 
-from fusion_adapters.alignment import encode
-from fusion_adapters.data import load_splits
-from fusion_adapters.recipe import load_recipe
+from fusion_adapters.runs.evaluation import Evaluation
+from fusion_adapters.runs.recipe import load_recipe
+from fusion_adapters.runs.trainers import make_trainer
+from fusion_adapters.runs.training import adapter_config, load_attached, run_recipe
 from fusion_adapters.study import load_study
-from fusion_adapters.study.single import Run, run_single
 from fusion_adapters.study.states import prepare_states
-from fusion_adapters.training import Evaluation, adapter_config, load_attached, make_trainer, run_recipe
+from fusion_adapters.study.trial import Trial, run_trial
+from fusion_adapters.tasks.splits import load_splits
 
 
 @pytest.fixture(params=["first", "last"])
@@ -38,9 +39,9 @@ def test_of_a_recipe(best, tmp_path):
 
 def test_of_a_comparison(best, tmp_path):
     study = load_study(write_study(tmp_path, epochs=6))
-    run = Run("toy", "concat", 8, 1, 1e-2, "report")
+    run = Trial("toy", "concat", 8, 1, 1e-2, "report")
     prepare_states(study, tmp_path / "states")
-    result = run_single(study, run, tmp_path / "states", keep_weights=tmp_path / "kept.safetensors")
+    result = run_trial(study, run, tmp_path / "states", keep_weights=tmp_path / "kept.safetensors")
     step, loss = result["loss_curve"][best]
     assert (result["best_step"], result["dev_loss"]) == (step, loss)
     assert abs(result["loss_curve"][0][1] - result["loss_curve"][-1][1]) > 0.01
@@ -51,7 +52,7 @@ def test_of_a_comparison(best, tmp_path):
     assert kept.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
     model.load_state_dict(kept, strict=False)
     splits = load_splits(recipe.data, TASK, 1)
-    dev, test = (Evaluation(TASK, [], p, encode(p, words, [], TASK, 10), None, "all") for p in (splits.dev, splits.test))
+    dev, test = (Evaluation(TASK, [], p, TASK.encode(p, words, [], 10), None, "all") for p in (splits.dev, splits.test))
     trainer = make_trainer(model, words, recipe, dev, dev, tmp_path / "out")
     trainer.compute_metrics = None
     found = [part.scores(*trainer.predict(part.dataset)[:2])["loss"] for part in (dev, test)]

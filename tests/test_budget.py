@@ -11,9 +11,9 @@ from support import METHODS
 from transformers import AlbertConfig, BertConfig, LlamaConfig, LlamaModel, MixtralConfig
 
 from fusion_adapters import FusionConfig
-from fusion_adapters.budget import compare_budgets, count_config, count_trainable, fit_budget, resolve_budget, skeleton
 from fusion_adapters.cli import main
-from fusion_adapters.counts import read_count
+from fusion_adapters.tuner.budget import compare_budgets, count_config, count_trainable, fit_budget, resolve_budget, skeleton
+from fusion_adapters.tuner.sizes import read_count
 
 LLAMA_70B = {"hidden_size": 8192, "num_hidden_layers": 80, "intermediate_size": 28672, "num_attention_heads": 64}
 SMALL = LlamaConfig(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128, vocab_size=100)

@@ -7,7 +7,7 @@ from peft import get_peft_model
 from support import attached, disturb, tiny
 
 from fusion_adapters import FusionConfig
-from fusion_adapters.backbone import find_backbones
+from fusion_adapters.backbone.blocks import find_backbones
 
 SIZE, DEPTH, WORDS = 32, 2, 60
 # configurations name the same things differently

@@ -15,8 +15,10 @@ from support_text import SENTENCES, conll, save_model, tokenizer, write_recipe
 from transformers import AutoTokenizer
 
 from fusion_adapters.cli import main
-from fusion_adapters.files import check_output, json_text, written_aside
-from fusion_adapters.predicting import Run, predict, word_spans
+from fusion_adapters.runs.files import check_output, json_text, written_aside
+from fusion_adapters.runs.predicting import TrainedRun, predict
+from fusion_adapters.tasks.registry import TASKS
+from fusion_adapters.tasks.tokens import word_spans
 
 
 def run(*arguments):
@@ -276,9 +278,9 @@ def test_entities_follow_their_tags():
     words, labels = tokenizer(), ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
     said = {"anna": "B-PER", "bob": "I-PER", "man": "I-PER", "oslo": "B-LOC", "rome": "B-LOC", "corp": "I-LOC"}
     model = Says({words.convert_tokens_to_ids(word): tag for word, tag in said.items()}, labels)
-    recipe = SimpleNamespace(task="token_classification", data=SimpleNamespace(max_length=32))
+    recipe = SimpleNamespace(task=TASKS["token_classification"], data=SimpleNamespace(max_length=32))
     text = "Anna Bob, Man lives at Oslo Rome Corp Man."
-    (found,) = predict(Run(model, words, recipe, labels), [text])
+    (found,) = predict(TrainedRun(model, words, recipe, labels), [text])
     told = [(e["type"], e["text"], text[e["start"] : e["end"]]) for e in found["entities"]]
     expected = [("PER", "Anna Bob"), ("PER", "Man"), ("LOC", "Oslo"), ("LOC", "Rome Corp"), ("PER", "Man")]
     assert told == [(kind, words, words) for kind, words in expected]

@@ -7,12 +7,19 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from support_text import SENTENCES, conll
 
-from fusion_adapters.data import load_splits, read_conll
-from fusion_adapters.recipe import DataRecipe
+from fusion_adapters.tasks.data import DataRecipe
+from fusion_adapters.tasks.registry import TASKS
+from fusion_adapters.tasks.splits import load_splits, read_file
 
-TOKENS, TEXTS = "token_classification", "sequence_classification"
+TOKENS, TEXTS = TASKS["token_classification"], TASKS["sequence_classification"]
 REAL = Path(os.environ.get("FUSION_ADAPTERS_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason="the data folder FUSION_ADAPTERS_DATA is absent")
+
+
+def read_conll(path):
+    """The examples of a CoNLL file."""
+    recipe = DataRecipe(path=str(path.parent), format="conll")
+    return TOKENS.examples(read_file(path, recipe, TOKENS), recipe)
 
 
 def write(folder, text, name="train.conll"):

@@ -16,7 +16,7 @@ from support import disturb, without_dropout
 from support_text import write_recipe
 from test_features import pad, rows_of
 
-from fusion_adapters.features import cache_layer_states
+from fusion_adapters.states import cache_layer_states
 from fusion_adapters.tuner import fusion_layers
 
 HERE = Path(__file__).parent

@@ -12,9 +12,11 @@ from transformers import AutoModelForTokenClassification, DataCollatorForTokenCl
 from fusion_adapters import FUSIONS, FusionConfig
 from fusion_adapters.bench import load_bench
 from fusion_adapters.fusions import build_fusion, fusion_options
-from fusion_adapters.loading import load_tokenizer, resolve_model
-from fusion_adapters.recipe import BackboneRecipe, load_recipe
+from fusion_adapters.runs.pretrained import resolve_model
+from fusion_adapters.runs.recipe import BackboneRecipe, load_recipe
+from fusion_adapters.runs.tokenizers import load_tokenizer
 from fusion_adapters.study import load_study
+from fusion_adapters.tasks.registry import TASKS
 
 ROOT = Path(__file__).parents[1]
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -34,7 +36,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     if folder == MINILM:
         pytest.skip("the package with the MiniLM weights is not installed (extra: demo)")
     monkeypatch.chdir(tmp_path)
-    tokenizer = load_tokenizer(BackboneRecipe(model=MINILM), "token_classification")
+    tokenizer = load_tokenizer(BackboneRecipe(model=MINILM), TASKS["token_classification"])
     rows = [
         {**tokenizer(text), "labels": [0] * len(tokenizer(text)["input_ids"])} for text in ("A short text.", "And another.")
     ]

@@ -16,8 +16,8 @@ from support import attached, disturb, tiny
 from support_cache import cached, from_cache, pad, some_rows
 from support_text import tokenizer
 
-from fusion_adapters.features import LayerStateCache, StaleCacheError, cache_layer_states, plan_cache
-from fusion_adapters.features.extract import _all_finite
+from fusion_adapters.states import LayerStateCache, StaleCacheError, cache_layer_states, plan_cache
+from fusion_adapters.states.extract import _all_finite
 
 
 def test_only_what_the_fusion_reads_is_stored_and_no_padding(tmp_path):

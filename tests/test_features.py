@@ -15,7 +15,7 @@ from transformers import BertForTokenClassification, Trainer, TrainingArguments
 
 from fusion_adapters import FusionConfig, quantization_config
 from fusion_adapters.cli import main
-from fusion_adapters.features import LayerStateCache, StaleCacheError, cache_layer_states
+from fusion_adapters.states import LayerStateCache, StaleCacheError, cache_layer_states
 
 ONE_STACK = [(f, h) for f, h in GRID if FAMILIES[f].stack is None and f not in ("t5", "bart", "whisper")]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fusion_adapters.reporting.figures import draw_losses, pyplot
+from fusion_adapters.study.figures import draw_losses, pyplot
 
 
 @pytest.mark.parametrize("methods", [2, 5, 16])

@@ -15,8 +15,8 @@ from transformers import BertConfig, BertPreTrainedModel, MixtralConfig, Mixtral
 from transformers.models.bert.modeling_bert import BertModel
 
 from fusion_adapters import FusionConfig
-from fusion_adapters.budget import count_trainable
-from fusion_adapters.loading import resolve_model
+from fusion_adapters.runs.pretrained import resolve_model
+from fusion_adapters.tuner.budget import count_trainable
 
 NEW = 7  # tokens
 

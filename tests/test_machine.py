@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusion_adapters import machine
-from fusion_adapters.machine import PeakMemory
+from fusion_adapters.runs.environment import PeakMemory
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the meter reads the GPU's memory")
 MIB = 2**18  # float32 values

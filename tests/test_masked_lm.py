@@ -13,17 +13,19 @@ from support_masked import TASK, TEXTS, write_files, write_study
 from support_text import WORDS, save_model, tokenizer
 from torch.nn.functional import cross_entropy, log_softmax
 
-from fusion_adapters.alignment import IGNORED, encode, score
 from fusion_adapters.cli import main
-from fusion_adapters.data import Example, load_splits
-from fusion_adapters.loading import load_model
-from fusion_adapters.masking import Masker
-from fusion_adapters.recipe import BackboneRecipe, DataRecipe, load_recipe
-from fusion_adapters.reporting.study import write_report
+from fusion_adapters.runs.evaluation import Evaluation
+from fusion_adapters.runs.loading import load_model
+from fusion_adapters.runs.recipe import BackboneRecipe, load_recipe
+from fusion_adapters.runs.trainers import labelled_logits, make_trainer
+from fusion_adapters.runs.training import adapter_config, cache_recipe, load_attached, run_recipe
 from fusion_adapters.study import load_study
+from fusion_adapters.study.report import write_report
 from fusion_adapters.study.statistics import summarise
-from fusion_adapters.trainers import labelled_logits
-from fusion_adapters.training import Evaluation, adapter_config, cache_recipe, load_attached, make_trainer, run_recipe
+from fusion_adapters.tasks.base import IGNORED, Example
+from fusion_adapters.tasks.data import DataRecipe
+from fusion_adapters.tasks.masking import Masker
+from fusion_adapters.tasks.splits import load_splits
 
 
 def examples(texts=TEXTS):
@@ -31,7 +33,7 @@ def examples(texts=TEXTS):
 
 
 def rows_of(texts, max_length=32):
-    return encode(examples(texts), tokenizer(mask=True), [], TASK, max_length).rows
+    return TASK.encode(examples(texts), tokenizer(mask=True), [], max_length).rows
 
 
 def unmasked(row):
@@ -75,7 +77,7 @@ def test_the_shares_are_berts_and_special_tokens_stay():
 def test_a_long_text_becomes_rows_without_loss(max_length):
     words = tokenizer(mask=True)
     long = " ".join([*WORDS, "zebra", "unusual"] * 3)
-    encoded = encode(examples([long, "anna"]), words, [], TASK, max_length)
+    encoded = TASK.encode(examples([long, "anna"]), words, [], max_length)
     assert all(len(row["input_ids"]) <= max_length for row in encoded.rows)
     pieces = [i for row in encoded.rows[:-1] for i in unmasked(row)[1:-1]]
     assert pieces == words(long, add_special_tokens=False)["input_ids"]
@@ -84,7 +86,7 @@ def test_a_long_text_becomes_rows_without_loss(max_length):
 
 
 def test_a_text_without_pieces_is_counted():
-    encoded = encode(examples(["\ufe0f", "é€ € €", "anna"]), tokenizer(mask=True), [], TASK, 32)
+    encoded = TASK.encode(examples(["\ufe0f", "é€ € €", "anna"]), tokenizer(mask=True), [], 32)
     assert len(encoded.rows) + encoded.notes["rows_without_pieces"] == 3
     assert encoded.notes["rows_without_pieces"] >= 1
 
@@ -101,9 +103,9 @@ def test_text_files_hold_a_text_on_each_line(tmp_path):
 
 def test_scores_against_values_worked_out_by_hand():
     predicted = [(7, 0.5), (8, 1.5), (9, 0.25), (4, 3.75)]
-    scores = score(TASK, [7, 8, 1, 2], predicted)
+    scores = TASK.score([7, 8, 1, 2], predicted)
     assert scores == pytest.approx({"accuracy": 0.5, "loss": 1.5, "perplexity": math.exp(1.5)})
-    assert score(TASK, [1], [(1, 1e6)])["perplexity"] < math.inf
+    assert TASK.score([1], [(1, 1e6)])["perplexity"] < math.inf
 
 
 def trainer_of(recipe, folder):
@@ -111,7 +113,7 @@ def trainer_of(recipe, folder):
     data = load_splits(recipe.data, TASK, recipe.seed)
     model, words = load_attached(recipe, adapter_config(recipe), [])
     train, dev = (
-        Evaluation(TASK, [], part, encode(part, words, [], TASK, recipe.data.max_length)) for part in (data.train, data.dev)
+        Evaluation(TASK, [], part, TASK.encode(part, words, [], recipe.data.max_length)) for part in (data.train, data.dev)
     )
     return make_trainer(model, words, recipe, train, dev, folder), dev, model, data
 
@@ -147,7 +149,7 @@ def test_an_evaluation_is_exact_over_pieces(tmp_path):
     result = trainer.evaluate()
     right, nlls = [], []
     model.eval()
-    for row in encode(data.dev, tokenizer(mask=True), [], TASK, 10).rows:
+    for row in TASK.encode(data.dev, tokenizer(mask=True), [], 10).rows:
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
         for position, piece in enumerate(row["labels"]):
@@ -295,7 +297,7 @@ def test_a_head_in_the_checkpoint_is_used_and_its_bias_kept(tmp_path):
 
 
 def test_predictions_come_back_to_their_rows():
-    evaluation = Evaluation(TASK, [], examples(), encode(examples(), tokenizer(mask=True), [], TASK, 32))
+    evaluation = Evaluation(TASK, [], examples(), TASK.encode(examples(), tokenizer(mask=True), [], 32))
     labels = [row["labels"] for row in evaluation.dataset]
     width = max(map(len, labels))
     gold = torch.tensor([row + [IGNORED] * (width - len(row)) for row in labels]).numpy()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fusion_adapters.recipe import load_recipe
+from fusion_adapters.runs.recipe import load_recipe
 
 GOOD = """
 task: token_classification

@@ -12,7 +12,7 @@ from support import attached, batch, disturb, layer_of, tiny
 from support_cache import assert_equal_training, cached, from_cache, pad, some_rows
 
 from fusion_adapters import FusionConfig
-from fusion_adapters.features import LayerStateCache, StaleCacheError
+from fusion_adapters.states import LayerStateCache, StaleCacheError
 
 
 def test_a_batch_whose_positions_are_not_those_of_the_cache_is_refused(tmp_path):

@@ -12,10 +12,11 @@ from support_study import METHODS, scores, write_study
 from support_text import SENTENCES, conll, save_model, write_recipe
 
 from fusion_adapters.cli import main
-from fusion_adapters.data import load_splits
-from fusion_adapters.loading import resolve_model
-from fusion_adapters.predicting import load_run
-from fusion_adapters.recipe import DataRecipe
+from fusion_adapters.runs.predicting import load_run
+from fusion_adapters.runs.pretrained import resolve_model
+from fusion_adapters.tasks.data import DataRecipe
+from fusion_adapters.tasks.registry import TASKS
+from fusion_adapters.tasks.splits import load_splits
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.py"
 
@@ -75,7 +76,7 @@ def test_a_test_set_that_is_cut_off(tmp_path):
 
     def parts(seed):
         recipe = DataRecipe(path=str(tmp_path), train="train.conll", dev_fraction=0.2, test_fraction=0.25)
-        splits = load_splits(recipe, "token_classification", seed)
+        splits = load_splits(recipe, TASKS["token_classification"], seed)
         return [{e.words[0] for e in part} for part in (splits.train, splits.dev, splits.test)]
 
     train, dev, test = parts(seed=1)

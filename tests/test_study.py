@@ -40,7 +40,7 @@ def test_a_study_is_run_reported_and_gone_on_with(tmp_path, capsys, monkeypatch)
     # the same study, killed in the middle and gone on with
     from fusion_adapters.study import runner
 
-    real, calls, resumed = runner.run_single, [], []
+    real, calls, resumed = runner.run_trial, [], []
 
     def killed(*arguments):
         calls.append(arguments)
@@ -48,7 +48,7 @@ def test_a_study_is_run_reported_and_gone_on_with(tmp_path, capsys, monkeypatch)
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(runner, "run_single", killed)
+    monkeypatch.setattr(runner, "run_trial", killed)
     with pytest.raises(SystemExit) as stop:
         main(["compare", str(path), "--output", str(tmp_path / "cut"), "--workers", "1"])
     assert stop.value.code == 130

@@ -11,15 +11,18 @@ from support_study import METHODS, refused, scores, write_study
 from support_text import save_model
 
 from fusion_adapters import depth_weights
-from fusion_adapters.alignment import IGNORED, encode
 from fusion_adapters.cli import main
-from fusion_adapters.data import Example, load_splits
-from fusion_adapters.features import LayerStateCache
+from fusion_adapters.runs.evaluation import Evaluation, positions_for
+from fusion_adapters.runs.trainers import make_trainer
+from fusion_adapters.runs.training import adapter_config, load_attached
+from fusion_adapters.states import LayerStateCache
 from fusion_adapters.study import load_study
+from fusion_adapters.study.depth import depth_by_label
 from fusion_adapters.study.examples import subset, training_sizes
-from fusion_adapters.study.single import Run, depth_by_label, scale_lora_rate
 from fusion_adapters.study.states import prepare_states
-from fusion_adapters.training import Evaluation, adapter_config, load_attached, make_trainer, positions_for
+from fusion_adapters.study.trial import Trial, scale_lora_rate
+from fusion_adapters.tasks.base import IGNORED, Example
+from fusion_adapters.tasks.splits import load_splits
 
 
 def test_one_method_of_an_alias_can_be_set(tmp_path):
@@ -45,10 +48,10 @@ def test_a_recipe_is_what_it_was_after_its_runs(tmp_path):
 def test_the_length_of_a_run_is_counted_in_passes(tmp_path):
     training = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     study = load_study(write_study(tmp_path, methods={**METHODS, "small": {"training": training}}, epochs=3))
-    assert [Run("toy", m, 13, 1, 1e-3, "rate").steps(study) for m in ("dwatt", "small")] == [12, 12]
+    assert [Trial("toy", m, 13, 1, 1e-3, "rate").steps(study) for m in ("dwatt", "small")] == [12, 12]
     del training["gradient_accumulation_steps"]
     study = load_study(write_study(tmp_path, methods={**METHODS, "small": {"training": training}}, epochs=3))
-    assert Run("toy", "small", 13, 1, 1e-3, "rate").steps(study) == 21
+    assert Trial("toy", "small", 13, 1, 1e-3, "rate").steps(study) == 21
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -69,7 +72,7 @@ def test_lora_has_its_own_learning_rate(tmp_path):
     labels = ["O", "B-PER"]
     model, tokenizer = load_attached(recipe, adapter_config(recipe), labels)
     examples = [Example(["anna"], ["B-PER"])]
-    data = Evaluation(recipe.task, labels, examples, encode(examples, tokenizer, labels, recipe.task, 16), None, "all")
+    data = Evaluation(recipe.task, labels, examples, recipe.task.encode(examples, tokenizer, labels, 16), None, "all")
     trainer = make_trainer(model, tokenizer, recipe, data, data, tmp_path / "checkpoints")
     scale_lora_rate(trainer, 0.5)
     names = {id(p): n for n, p in model.named_parameters() if p.requires_grad}
@@ -98,7 +101,7 @@ def test_weights_over_depth_are_means_over_the_tokens_of_a_label(cached, tmp_pat
     splits = load_splits(recipe.data, recipe.task, 1)
     model, words = load_attached(recipe, adapter_config(recipe), splits.labels)
     disturb(model, scale=0.5)
-    encoded = encode(splits.train, words, splits.labels, recipe.task, 64)
+    encoded = recipe.task.encode(splits.train, words, splits.labels, 64)
     expected = {label: [] for label in splits.labels}
     for row in encoded.rows:  # one by one: nothing is padded
         ids = torch.tensor([row["input_ids"]])
@@ -114,7 +117,7 @@ def test_weights_over_depth_are_means_over_the_tokens_of_a_label(cached, tmp_pat
     positions = positions_for(model, recipe.task, training=False) if cached else "all"
     data = Evaluation(recipe.task, splits.labels, splits.train, encoded, states, positions)
     trainer = make_trainer(model, words, recipe, data, data, tmp_path / "out")
-    found, layers = depth_by_label(model, trainer, data, splits.labels)
+    found, layers = depth_by_label(model, trainer, data)
     assert layers == [1, 2, 3, 4]
     assert found.keys() == {label for label, weights in expected.items() if weights}
     for label, weights in found.items():

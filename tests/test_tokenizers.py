@@ -8,10 +8,10 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import PreTrainedTokenizerFast
 
 from fusion_adapters import FusionConfig
-from fusion_adapters.alignment import IGNORED, encode
-from fusion_adapters.data import Example
-from fusion_adapters.loading import load_tokenizer, match_padding
-from fusion_adapters.recipe import BackboneRecipe
+from fusion_adapters.runs.recipe import BackboneRecipe
+from fusion_adapters.runs.tokenizers import load_tokenizer, match_padding
+from fusion_adapters.tasks.base import IGNORED, Example
+from fusion_adapters.tasks.registry import TASKS
 
 TEXT = "anna lives in oslo and it's bob who works at acme corp"
 SPLIT = pre_tokenizers.Split(Regex(r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\s+"), "isolated")
@@ -41,9 +41,9 @@ def folder(request, tmp_path):
 
 
 def test_words_have_the_pieces_of_running_text(folder):
-    tokenizer = load_tokenizer(BackboneRecipe(model=str(folder)), "token_classification")
+    tokenizer = load_tokenizer(BackboneRecipe(model=str(folder)), TASKS["token_classification"])
     words = TEXT.split()
-    (row,) = encode([Example(words, ["B-X"] * len(words))], tokenizer, ["B-X"], "token_classification", 64).rows
+    (row,) = TASKS["token_classification"].encode([Example(words, ["B-X"] * len(words))], tokenizer, ["B-X"], 64).rows
     text = tokenizer(f"so {TEXT}")["input_ids"]
     first = tokenizer("so")["input_ids"]
     assert row["input_ids"] == text[len(first) :]
@@ -52,12 +52,12 @@ def test_words_have_the_pieces_of_running_text(folder):
 
 def test_texts_stay_as_they_are(folder):
     as_saved = PreTrainedTokenizerFast.from_pretrained(folder)
-    tokenizer = load_tokenizer(BackboneRecipe(model=str(folder)), "sequence_classification")
+    tokenizer = load_tokenizer(BackboneRecipe(model=str(folder)), TASKS["sequence_classification"])
     assert tokenizer(TEXT)["input_ids"] == as_saved(TEXT)["input_ids"]
 
 
 def test_a_padding_token_that_model_and_tokenizer_disagree_on(folder):
-    tokenizer = load_tokenizer(BackboneRecipe(model=str(folder)), "sequence_classification")
+    tokenizer = load_tokenizer(BackboneRecipe(model=str(folder)), TASKS["sequence_classification"])
     tokenizer.pad_token_id = 7
     model = tiny("llama", "sequence")
     assert model.config.pad_token_id == 0

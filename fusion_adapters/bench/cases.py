@@ -13,17 +13,18 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import DataCollatorForTokenClassification, PrinterCallback, TrainerCallback, set_seed
 
-from ..alignment import encode
-from ..config import FusionConfig
-from ..data import load_splits
-from ..features import LayerStateCache, cache_layer_states
-from ..features.key import backbone_of
 from ..fusions import Fusion
-from ..loading import load_model, load_tokenizer
+from ..runs.loading import load_model
+from ..runs.tokenizers import load_tokenizer
+from ..states import LayerStateCache, cache_layer_states
+from ..states.key import backbone_of
+from ..tasks.registry import TASKS
+from ..tasks.splits import load_splits
 from ..tuner import fusion_layers
-from .settings import BenchRecipe
+from ..tuner.config import FusionConfig
+from .recipe import BenchRecipe
 
-TASK: Any = "token_classification"
+TASK = TASKS["token_classification"]
 SHARE = 0.2  # of the paper's budget, for the small fusion
 DWATT = {"fusion": "dwatt", "fusion_budget": "dwatt-paper"}
 # name -> fields of FusionConfig; None for what is not a fusion
@@ -82,7 +83,7 @@ class Setting:
         self.tokenizer = load_tokenizer(recipe.backbone, TASK)
         examples = splits.train[: recipe.examples]
         self.examples = len(examples)
-        self.rows = encode(examples, self.tokenizer, self.labels, TASK, recipe.data.max_length).rows
+        self.rows = TASK.encode(examples, self.tokenizer, self.labels, recipe.data.max_length).rows
         self.tokens = sum(len(row["input_ids"]) for row in self.rows)
         self.collator = DataCollatorForTokenClassification(self.tokenizer)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -112,7 +113,7 @@ class Setting:
 
     def small_budget(self) -> int:
         """A fifth of what the paper's DWAtt trains on this backbone."""
-        from ..budget import resolve_budget
+        from ..tuner.budget import resolve_budget
 
         config = FusionConfig(fusion_budget="dwatt-paper")
         return int(SHARE * (resolve_budget(config, load_model(self.recipe.backbone, TASK, self.labels)) or 0))

@@ -15,10 +15,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..budget import count_trainable
-from ..config import FusionConfig
-from ..quantization import quantization_config
-from .settings import BenchRecipe
+from ..backbone.quantization import quantization_config
+from ..tuner.budget import count_trainable
+from ..tuner.config import FusionConfig
+from .recipe import BenchRecipe
 
 RANK = 16
 WARM_UP, STEPS = 2, 5

@@ -15,15 +15,15 @@ import transformers
 from peft import PeftModel
 from tqdm.auto import tqdm
 
-from ..budget import count_trainable
-from ..config import FusionConfig
-from ..files import check_output, written_aside
-from ..machine import cores
-from ..reporting.bench import write_bench_report
+from ..runs.environment import cores
+from ..runs.files import check_output, written_aside
+from ..tuner.budget import count_trainable
+from ..tuner.config import FusionConfig
 from .cases import EXTRACTIONS, FORWARDS, Setting, epoch_cases
 from .large import measure_large
+from .recipe import BenchRecipe
+from .report import write_bench_report
 from .scaling import exponents, measure_scaling
-from .settings import BenchRecipe
 from .workers import DEEP_CASES, MEMORY_CASES, alternate, deep_inference_memory, peak_memory
 
 LOAD_PARAMETERS = 10_000_000

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..fusions import build_fusion
-from .settings import BenchRecipe
+from .recipe import BenchRecipe
 
 BASE = {"depth": 12, "width": 256, "rows": 16, "length": 64}
 

@@ -15,11 +15,11 @@ from peft import get_peft_model
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from ..config import FusionConfig
-from ..machine import PeakMemory
+from ..runs.environment import PeakMemory
 from ..tuner import fusion_layers
+from ..tuner.config import FusionConfig
 from .cases import ROUNDS, Setting
-from .settings import BenchRecipe
+from .recipe import BenchRecipe
 
 DEEP_CASES = ("bare model", "DWAtt, all states kept", "DWAtt")
 BOTTLENECK = 64  # a quarter of the width of the deep backbone

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from .attnres import AttnRes
-from .base import Context, Fusion, resolve_layers
 from .concat import Concat
+from .contract import Context, Fusion, resolve_layers
 from .controls import MLP, Last
 from .deeper import Deeper
 from .dwatt import DWAtt

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Context, Fusion, check_init
+from .contract import Context, Fusion, check_init
 
 EPSILON = 1e-6
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .base import BottleneckMLP, Context, Fusion, bottleneck_width, check_init
+from .contract import BottleneckMLP, Context, Fusion, bottleneck_width, check_init
 
 
 class Last(Fusion):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Context, Fusion, check_heads, check_init, layer_norm, linear, linear_bias, linear_weight
+from .contract import Context, Fusion, check_heads, check_init, layer_norm, linear, linear_bias, linear_weight
 
 
 class EncoderBlock(nn.Module):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import (
+from .contract import (
     BottleneckMLP,
     Context,
     Fusion,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Context, Fusion, bottleneck_width, check_init, each_layer, layer_norm, linear, linear_weight
+from .contract import Context, Fusion, bottleneck_width, check_init, each_layer, layer_norm, linear, linear_weight
 
 
 class DWConcat(Fusion):

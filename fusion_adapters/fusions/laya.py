@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Context, Fusion, bottleneck_width, check_init, linear, linear_bias, linear_weight
+from .contract import Context, Fusion, bottleneck_width, check_init, linear, linear_bias, linear_weight
 
 
 class LAYA(Fusion):

@@ -6,26 +6,26 @@ import functools
 import random
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
-from ..alignment import Encoded, encode
-from ..data import Splits, load_splits
-from ..loading import load_tokenizer
-from ..recipe import BackboneRecipe, DataRecipe
+from ..runs.recipe import BackboneRecipe
+from ..runs.tokenizers import load_tokenizer
+from ..tasks.base import Encoded, Task
+from ..tasks.data import DataRecipe
+from ..tasks.splits import Splits, load_splits
 from .recipe import ALL, StudyRecipe
 
 
 @functools.lru_cache(maxsize=8)
-def encoded_part(data_json: str, task: Any, tokenizer_json: str, name: str) -> Encoded:
+def encoded_part(data_json: str, task: Task, tokenizer_json: str, name: str) -> Encoded:
     """Development or test data in word pieces; they are the same in every run of a process."""
     splits = _splits(data_json, task)
     tokenizer = load_tokenizer(BackboneRecipe.model_validate_json(tokenizer_json), task)
     length = DataRecipe.model_validate_json(data_json).max_length
-    return encode(getattr(splits, name), tokenizer, splits.labels, task, length)
+    return task.encode(getattr(splits, name), tokenizer, splits.labels, length)
 
 
 @functools.lru_cache(maxsize=8)
-def _splits(data_json: str, task: Any) -> Splits:
+def _splits(data_json: str, task: Task) -> Splits:
     return load_splits(DataRecipe.model_validate_json(data_json), task, seed=0)
 
 

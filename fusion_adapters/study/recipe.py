@@ -8,7 +8,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..recipe import BackboneRecipe, DataRecipe, Recipe, Task, apply_settings, parse_recipe, read_yaml, validated
+from ..runs.recipe import BackboneRecipe, Recipe, parse_recipe
+from ..runs.yaml import apply_settings, read_yaml, validated
+from ..tasks.data import DataRecipe
+from ..tasks.registry import NamedTask
 
 ALL = "all"
 
@@ -51,7 +54,7 @@ class StudyRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    task: Task
+    task: NamedTask
     backbone: BackboneRecipe
     data: dict[str, DataRecipe] = Field(description="Data sets by name.")
     methods: dict[str, MethodRecipe] = Field(description="Methods by name.")
@@ -82,7 +85,7 @@ class StudyRecipe(BaseModel):
         chosen = self.methods[method]
         backbone = self.backbone.model_copy(update={} if chosen.bits is None else {"bits": chosen.bits})
         values = {
-            "task": self.task,
+            "task": self.task.name,
             "backbone": backbone.model_dump(),
             "adapter": chosen.adapter,
             "data": self.data[data].model_dump(),
@@ -111,9 +114,9 @@ def load_study(path: str | Path, settings: list[str] | None = None, quick: bool 
         values = {**values, **values["quick"]}
     apply_settings(values, [s for s in settings or [] if s not in of_quick])
     study = validated(StudyRecipe, values, str(path))
-    if study.per_class and study.task != "sequence_classification":
+    if study.per_class and not study.task.counts_classes:
         raise ValueError(
-            f"The recipe {str(path)!r} sets per_class, which counts texts of each class; its task is {study.task}."
+            f"The recipe {str(path)!r} sets per_class, which counts texts of each class; its task is {study.task.name}."
         )
     for name in (study.baseline, study.reference):
         if name is not None and name not in study.methods:

@@ -18,20 +18,20 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..budget import settle_budget, skeleton
-from ..config import FusionConfig
-from ..files import write_text_whole
 from ..fusions import fusion_options
-from ..loading import MODEL_CLASSES, resolve_model
-from ..machine import cores
-from ..reporting.study import write_report
-from ..training import adapter_config
-from .claim import claim
+from ..runs.environment import cores
+from ..runs.files import write_text_whole
+from ..runs.pretrained import resolve_model
+from ..runs.training import adapter_config
+from ..tuner.budget import settle_budget, skeleton
+from ..tuner.config import FusionConfig
 from .examples import count_examples, forget, training_sizes
 from .recipe import StudyRecipe
-from .single import Run, run_single
+from .report import write_report
+from .resume import begin_or_resume
 from .states import prepare_states
 from .statistics import summarise
+from .trial import Trial, run_trial
 
 LORA_FIELDS = ("lora_alpha", "use_rslora", "use_dora")
 FUSION_FIELDS = ("fusion_heads", "fusion_scale", "fusion_weights", "fusion_temperature", "fusion_init", "fusion_layers")
@@ -68,7 +68,7 @@ def run_study(study: StudyRecipe, output: str | Path, workers: int | None = None
     sizes = training_sizes(study)
     check_budgets(study)
     check_starts(study)
-    claim(study, output)
+    begin_or_resume(study, output)
     cells = [
         Cell(data, method, size)
         for size in dict.fromkeys(s for data in study.data for s in sizes[data])
@@ -118,7 +118,7 @@ def run_study(study: StudyRecipe, output: str | Path, workers: int | None = None
 def run_cell(study: StudyRecipe, cell: Cell, output: Path) -> list[dict[str, Any]]:
     """The runs of a cell, read where they are done and run where they are not."""
     chosen, tried = rate_of(study, cell, output)
-    runs = [_run(study, Run(cell.data, cell.method, cell.size, seed, chosen, "report"), output) for seed in study.seeds]
+    runs = [_run(study, Trial(cell.data, cell.method, cell.size, seed, chosen, "report"), output) for seed in study.seeds]
     return [*(run for run in tried if run["size"] == cell.size), *runs]
 
 
@@ -128,7 +128,8 @@ def rate_of(study: StudyRecipe, cell: Cell, output: Path) -> tuple[float, list[d
     tried = [_run(study, run, output) for run in _tries(study, cell)]
     if not tried:
         return rates[0], []
-    best = max(rates, key=lambda rate: statistics.mean(run["dev"] for run in tried if run["rate"] == rate))
+    sign = 1 if study.task.main.higher_is_better else -1
+    best = max(rates, key=lambda rate: sign * statistics.mean(run["dev"] for run in tried if run["rate"] == rate))
     return best, tried
 
 
@@ -140,14 +141,14 @@ def rate_size(study: StudyRecipe, cell: Cell) -> int:
     return max((s for s in sizes if s <= cell.size), default=sizes[0])
 
 
-def _tries(study: StudyRecipe, cell: Cell) -> list[Run]:
+def _tries(study: StudyRecipe, cell: Cell) -> list[Trial]:
     """The runs that choose a cell's learning rate; none where there is one rate."""
     size, rates = rate_size(study, cell), study.methods[cell.method].rates or study.rates
-    tries = [Run(cell.data, cell.method, size, seed, rate, "rate") for rate in rates for seed in study.rate_seeds]
+    tries = [Trial(cell.data, cell.method, size, seed, rate, "rate") for rate in rates for seed in study.rate_seeds]
     return tries if len(rates) > 1 else []
 
 
-def _run(study: StudyRecipe, run: Run, output: Path) -> dict[str, Any]:
+def _run(study: StudyRecipe, run: Trial, output: Path) -> dict[str, Any]:
     result = _found(study, run, output)
     if result is not None:
         return result
@@ -157,14 +158,14 @@ def _run(study: StudyRecipe, run: Run, output: Path) -> dict[str, Any]:
         start = _weights(study, replace(run, method=source, rate=start_rate), output)
     begun = time.perf_counter()
     keep = path.with_suffix(".safetensors") if _is_source(study, run.method) else None
-    result = run_single(study, run, output / "states", start, keep)
+    result = run_trial(study, run, output / "states", start, keep)
     result["start_rate"] = start_rate
     result["seconds_total"] = round(time.perf_counter() - begun, 2)
     write_text_whole(path, json.dumps(result) + "\n")
     return result
 
 
-def _found(study: StudyRecipe, run: Run, output: Path) -> dict[str, Any] | None:
+def _found(study: StudyRecipe, run: Trial, output: Path) -> dict[str, Any] | None:
     """The result of a run that is done, and is what it would be today.
 
     Its seed may have chosen a rate before it was to be reported, and its weights may have come from a method that has
@@ -178,22 +179,22 @@ def _found(study: StudyRecipe, run: Run, output: Path) -> dict[str, Any] | None:
     return result if same else None
 
 
-def _start_rate(study: StudyRecipe, run: Run, output: Path) -> float | None:
+def _start_rate(study: StudyRecipe, run: Trial, output: Path) -> float | None:
     """The learning rate of the method whose weights a run starts from; None where it starts from none."""
     source = study.methods[run.method].start_from
     return None if source is None else rate_of(study, Cell(run.data, source, run.size), output)[0]
 
 
-def _weights(study: StudyRecipe, run: Run, output: Path) -> Path:
+def _weights(study: StudyRecipe, run: Trial, output: Path) -> Path:
     """The trained weights of a run that others start from; where only its scores were kept, it trains again for them."""
     _run(study, run, output)
     path = _path(run, output).with_suffix(".safetensors")
     if not path.is_file():
-        run_single(study, run, output / "states", None, path)
+        run_trial(study, run, output / "states", None, path)
     return path
 
 
-def _path(run: Run, output: Path) -> Path:
+def _path(run: Trial, output: Path) -> Path:
     return output / "runs" / run.data / run.method / f"{run.size}-seed{run.seed}-{run.rate:g}.json"
 
 
@@ -213,7 +214,7 @@ def check_budgets(study: StudyRecipe) -> None:
     if budgeted:
         name = resolve_model(study.backbone.model)
         try:  # with its task head: names in a config may begin with the name that the head's model gives the backbone
-            model = skeleton(name, MODEL_CLASSES[study.task])
+            model = skeleton(name, study.task.auto_model)
         except ValueError:  # there is none for the task, as loading it says better
             model = skeleton(name)
         for config in budgeted:
@@ -266,7 +267,7 @@ def _is_done(study: StudyRecipe, cell: Cell, output: Path) -> bool:
     if not _has_rate(study, cell, output):
         return False
     rate, _ = rate_of(study, cell, output)  # nothing is run: its runs are all there
-    runs = [Run(cell.data, cell.method, cell.size, seed, rate, "report") for seed in study.seeds]
+    runs = [Trial(cell.data, cell.method, cell.size, seed, rate, "report") for seed in study.seeds]
     return all(_found(study, run, output) for run in runs)
 
 
@@ -280,4 +281,4 @@ def _has_rate(study: StudyRecipe, cell: Cell, output: Path) -> bool:
 
 def _steps(study: StudyRecipe, cell: Cell) -> int:
     tried = len(_tries(study, cell)) if rate_size(study, cell) == cell.size else 0
-    return Run(cell.data, cell.method, cell.size, 0, 0.0, "rate").steps(study) * (tried + len(study.seeds))
+    return Trial(cell.data, cell.method, cell.size, 0, 0.0, "rate").steps(study) * (tried + len(study.seeds))

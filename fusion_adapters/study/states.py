@@ -9,15 +9,15 @@ from accelerate import PartialState
 from torch import nn
 from transformers import DataCollatorWithPadding
 
-from ..alignment import encode
-from ..backbone import find_backbones
-from ..features import cache_layer_states
-from ..features.key import made_by_other_versions
-from ..features.storage import MANIFEST, read_manifest
+from ..backbone.blocks import find_backbones
 from ..fusions import resolve_layers
-from ..loading import check_lengths, load_model, load_tokenizer
-from ..recipe import Recipe
-from ..training import adapter_config
+from ..runs.loading import check_lengths, load_model
+from ..runs.recipe import Recipe
+from ..runs.tokenizers import load_tokenizer
+from ..runs.training import adapter_config
+from ..states import cache_layer_states
+from ..states.key import made_by_other_versions
+from ..states.storage import MANIFEST, read_manifest
 from .examples import splits_of
 from .recipe import StudyRecipe
 
@@ -55,11 +55,8 @@ def prepare_states(study: StudyRecipe, root: Path) -> None:
                 else:  # methods were added that read more; the states of the others come out as before
                     layers |= there
                     shutil.rmtree(folder)
-            rows = [
-                row
-                for examples in (splits.train, splits.dev, splits.test)
-                for row in encode(examples, tokenizer, splits.labels, recipe.task, recipe.data.max_length).rows
-            ]
+            encoded = splits.encoded(recipe.task, tokenizer, recipe.data.max_length)
+            rows = [row for part in encoded.values() for row in part.rows]
             check_lengths(model, rows)
             cache_layer_states(
                 model,

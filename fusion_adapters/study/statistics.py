@@ -35,23 +35,25 @@ def describe(values: Sequence[float]) -> dict[str, Any]:
 def steps_to_share(curve: Sequence[Sequence[float]], share: float = SHARE_OF_FINAL) -> int:
     """The first evaluated step at which a score has reached a share of the run's best."""
     best = max(score for _, score in curve)
-    return int(next(step for step, score in curve if score >= share * best))
+    enough = share * best if best > 0 else best  # a correlation can be negative, where a share of it would be more
+    return int(next(step for step, score in curve if score >= enough))
 
 
 def summarise(study: StudyRecipe, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A row for each data set, size and method, from the reported runs; scores in points of 100.
+    """A row for each data set, size and method, from the reported runs; scores in `unit`.
 
     Returns:
-        `rows`, each with `dev`, `test` (or null), for masked language modelling `dev_loss` and `test_loss`, `seconds`,
+        `rows`, each with `dev`, `test` (or null), where the task reports a loss `dev_loss` and `test_loss`, `seconds`,
         the chosen `rate` and whether it is the lowest or highest of its grid (`rate_at_edge`), `parameters`, and
         `to_baseline` and `to_reference`: the paired differences of the test score (of the development score where there is
-        no test). And `versions`, the different ones that the runs were made with.
+        no test). `unit` of the scores; `loss`, what it is, or null. And
+        `versions`, the different ones that the runs were made with.
     """
     groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for run in runs:
         if run["stage"] == "report":
             groups.setdefault((run["data"], run["size"], run["method"]), []).append(run)
-    rows = []
+    rows, scale = [], study.task.main.scale
     for (data, size, method), group in groups.items():
         measure = "test" if "test" in group[0] else "dev"
         grid = study.methods[method].rates or study.rates
@@ -65,9 +67,8 @@ def summarise(study: StudyRecipe, runs: Sequence[dict[str, Any]]) -> dict[str, A
             "rate_at_edge": group[0]["rate"] in (min(grid), max(grid)) and len(grid) > 1,
             "seeds": [run["seed"] for run in group],
             "measure": measure,
-            "dev": describe([100 * run["dev"] for run in group]),
-            "test": describe([100 * run["test"] for run in group]) if measure == "test" else None,
-            # in nats; only masked language modelling has them
+            "dev": describe([scale * run["dev"] for run in group]),
+            "test": describe([scale * run["test"] for run in group]) if measure == "test" else None,
             **{
                 key: describe([run[key] for run in group])
                 for key in ("dev_loss", "test_loss")
@@ -80,9 +81,17 @@ def summarise(study: StudyRecipe, runs: Sequence[dict[str, Any]]) -> dict[str, A
         }
         for key, other in (("to_baseline", study.baseline), ("to_reference", study.reference)):
             against = {run["seed"]: run for run in groups.get((data, size, other or ""), [])}
-            pairs = [100 * (run[measure] - against[run["seed"]][measure]) for run in group if run["seed"] in against]
+            pairs = [scale * (run[measure] - against[run["seed"]][measure]) for run in group if run["seed"] in against]
             row[key] = describe(pairs) if pairs and method != other else None
         rows.append(row)
     versions = [run["versions"] for run in runs if "versions" in run]  # runs of earlier versions did not say
     different = [v for i, v in enumerate(versions) if v not in versions[:i]]
-    return {"baseline": study.baseline, "reference": study.reference, "versions": different, "rows": rows}
+    loss = study.task.loss
+    return {
+        "baseline": study.baseline,
+        "reference": study.reference,
+        "unit": study.task.main.unit,
+        "loss": None if loss is None else loss.meaning,
+        "versions": different,
+        "rows": rows,
+    }

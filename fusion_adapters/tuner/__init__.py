@@ -9,9 +9,9 @@ import peft
 from peft import mapping
 from peft.tuners.lora import LoraModel
 
-from ..config import FusionConfig, FusionPeftType
+from .active import adapters_in_use, idle_tensors, scalings_in_use
+from .config import FusionConfig, FusionPeftType
 from .heads import TASK_HEADS
-from .inside import adapters_in_use, idle_tensors, scalings_in_use
 from .layer import FusionLayer, depth_weights, fusion_layers, layers_read
 from .model import FusionModel
 
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def register() -> None:
-    """Enters the method into peft's registry. Called when `fusion_adapters` is imported.
+    """Enters the method into peft's registry. Called when this room is imported.
 
     Raises:
         ImportError: If the installed peft is not one that this package was tested with.
@@ -46,3 +46,6 @@ def register() -> None:
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[FusionPeftType.FUSION] = FusionConfig  # type: ignore[index]
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[FusionPeftType.FUSION] = FusionModel  # type: ignore[index]
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING[FusionPeftType.FUSION] = LoraModel.prefix  # type: ignore[index]
+
+
+register()

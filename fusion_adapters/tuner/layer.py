@@ -14,12 +14,12 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..backbone import Backbone
-from ..fingerprint import fingerprint
+from ..backbone.blocks import Backbone
+from ..backbone.fingerprint import fingerprint
+from ..backbone.quantization import keep_unpacked
+from ..backbone.taps import GivenStates, Taps
 from ..fusions import FUSIONS, Context, Fusion
-from ..quantization import keep_unpacked
-from ..taps import GivenStates, Taps
-from .inside import adapters_in_use, modules_in, trains
+from .active import adapters_in_use, modules_in, trains
 
 CAUSAL_LM_HEADS = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 

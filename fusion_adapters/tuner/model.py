@@ -18,13 +18,10 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 
-from ..backbone import LAYER_NAME, Backbone, find_backbones
-from ..budget import settle_budget
-from ..config import FusionConfig
-from ..fingerprint import fingerprint, join_fingerprints
+from ..backbone.blocks import LAYER_NAME, Backbone, find_backbones
+from ..backbone.fingerprint import fingerprint, join_fingerprints
 from ..fusions import Fusion, build_fusion
-from ..model_card import add_loading_section
-from .checks import (
+from .binding import (
     MODEL_PREFIX,
     bind,
     check_adapter_name,
@@ -39,6 +36,9 @@ from .checks import (
     without_embeddings,
     wrapped_keys,
 )
+from .budget import settle_budget
+from .card import add_loading_section
+from .config import FusionConfig
 from .heads import check_head, name_task_heads, remove_float32_hook, train_head_in_float32
 from .layer import FusionLayer, fusion_layers, replaying
 

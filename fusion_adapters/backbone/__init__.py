@@ -1,0 +1,1 @@
+"""The frozen model: its blocks, its layer states, its signature. Knows torch and transformers, not peft."""

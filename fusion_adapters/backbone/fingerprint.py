@@ -1,0 +1,107 @@
+"""A signature of a backbone's weights, by which an adapter knows the backbone that it was made for."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .blocks import Backbone
+
+FINGERPRINT_VERSION = "v1"
+# Token ids whose embeddings are sampled: small, so that a vocabulary resized for new tokens keeps its fingerprint.
+FINGERPRINT_ROWS = (3, 11, 101, 307)
+FINGERPRINT_VALUES = 8  # sampled per tensor
+# A cast to bf16 moves a weight by up to 2^-9 of its size; twice that is allowed.
+FINGERPRINT_TOLERANCE = 2.0**-8
+SMALLEST_STEP = 2.0**-24  # between numbers of float16 near zero
+
+
+def fingerprint(backbone: Backbone) -> str | None:
+    """A short signature of the backbone's weights, the same for every dtype and quantisation of one checkpoint.
+
+    It samples values that quantisers leave alone: rows of the input embeddings (of image and sound models: weights of
+    the first convolution), and the norms of the first and the last block. Compare two with `fingerprints_differ`.
+
+    Returns:
+        `"v1:"` and the values as hexadecimal float32; None if the weights are not in memory (meta device).
+    """
+    tensors = [t for t in (*_embedding_rows(backbone), *_norms(backbone.blocks)) if t.numel() > 0]
+    if not tensors or any(t.is_meta for t in tensors):
+        return None
+    values = [v for t in tensors for v in _sample(t)]
+    return f"{FINGERPRINT_VERSION}:{struct.pack(f'<{len(values)}f', *values).hex()}"
+
+
+def join_fingerprints(parts: Sequence[str | None]) -> str | None:
+    """The signature of several stacks, from theirs; None if one is unknown."""
+    known = [part.partition(":")[2] for part in parts if part is not None]
+    return f"{FINGERPRINT_VERSION}:{''.join(known)}" if len(known) == len(parts) else None
+
+
+def fingerprints_differ(first: str | None, second: str | None) -> str | None:
+    """Compares two fingerprints up to the rounding of 16-bit weights.
+
+    Returns:
+        None if they agree or one is unknown, else what differs, in words.
+    """
+    if first is None or second is None:
+        return None
+    (version, values), (other_version, others) = _parse(first), _parse(second)
+    if version != other_version:
+        return None
+    if len(values) != len(others):
+        return f"{len(values)} against {len(others)} sampled weights"
+    pairs = list(zip(values, others, strict=True))
+    far = sum(abs(a - b) > max(FINGERPRINT_TOLERANCE * max(abs(a), abs(b)), SMALLEST_STEP) for a, b in pairs)
+    return f"{far} of {len(values)} sampled weights differ" if far else None
+
+
+def _parse(text: str) -> tuple[str, tuple[float, ...]]:
+    version, _, data = text.partition(":")
+    raw = bytes.fromhex(data)
+    return version, struct.unpack(f"<{len(raw) // 4}f", raw)
+
+
+def _sample(tensor: Tensor) -> list[float]:
+    flat = tensor.detach().flatten()
+    step = max(1, flat.numel() // FINGERPRINT_VALUES)
+    values = flat[::step][:FINGERPRINT_VALUES].float().tolist()
+    return [v if math.isfinite(v) else 0.0 for v in values]
+
+
+def _embedding_rows(backbone: Backbone) -> list[Tensor]:
+    weight = _embedding_weight(backbone)
+    if weight is None:
+        convolution = next((m for m in backbone.base.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d))), None)
+        return [] if convolution is None else [convolution.weight]
+    return [weight[row] for row in FINGERPRINT_ROWS if row < weight.shape[0]]
+
+
+def _embedding_weight(backbone: Backbone) -> Tensor | None:
+    """The word embeddings; None for models of images and sound."""
+    try:
+        embedding: Any = backbone.root.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    embedding = getattr(embedding, "original_module", embedding)
+    weight = getattr(getattr(embedding, "base_layer", embedding), "weight", None)
+    fits = isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
+    return weight if fits else None
+
+
+def _norms(blocks: list[nn.Module]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for block in (blocks[0], blocks[-1]):
+        weights = [
+            p
+            for module in block.modules()
+            if "norm" in type(module).__name__.lower()
+            for n, p in module.named_parameters(recurse=False)
+            if n in ("weight", "bias") and p.dim() == 1
+        ]
+        found += weights[:2]
+    return found

@@ -1,0 +1,1 @@
+"""A recipe becomes a run: load, attach, train, score, save, predict."""

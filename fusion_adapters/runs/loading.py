@@ -1,0 +1,125 @@
+"""Models as a recipe names them: the frozen backbone with a fresh task head."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backbone.quantization import quantization_config
+from ..tasks.base import Task
+from ..tuner import TASK_HEADS
+from .pretrained import load_pretrained
+from .recipe import BackboneRecipe
+
+POSITIONS = ("position_embeddings", "embed_positions", "wpe")  # how models name a table of absolute positions
+
+
+def load_model(recipe: BackboneRecipe, task: Task, labels: Sequence[str], trained: Sequence[str] = ()) -> nn.Module:
+    """Loads the backbone with a fresh task head, quantised if the recipe says so.
+
+    The head of a language model is its own, tied to the embeddings; where the checkpoint lacks parts of it, they
+    must be in `trained`, the bias of the output excepted: it starts at zero, which is none, and stays there.
+
+    Args:
+        recipe: Model, dtype and quantisation.
+        task: Which head.
+        labels: The label set, in the order of the outputs.
+        trained: Names of further modules that will be trained (`modules_to_save`).
+
+    Raises:
+        OSError: If the model is neither a folder nor to be had from a hub.
+        ImportError: If quantisation is asked for without bitsandbytes.
+        ValueError: If the checkpoint lacks weights of the backbone, which would stay at random values, or the model has no
+            head for the task, or `trained` covers embeddings that the head shares.
+    """
+    options: dict[str, Any] = {"dtype": getattr(torch, recipe.dtype)}
+    if recipe.bits is not None:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ImportError(
+                f"backbone.bits={recipe.bits} needs bitsandbytes, which is not installed. Install fusion-adapters "
+                "with its extra [quantised]."
+            )
+        options["quantization_config"] = quantization_config(recipe.bits)
+        options["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
+    try:
+        model, info = load_pretrained(
+            task.auto_model,
+            recipe.model,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # a head for other labels gives way to a fresh one; anything else is refused below
+            **options,
+            **task.head_options(labels),
+        )
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(
+            f"The model {recipe.model!r} has no head for {task.title} in transformers ({task.auto_model.__name__}). Choose a model that "
+            f"has one (BERT, RoBERTa and MiniLM do), or another task than {task.name}."
+        ) from error
+    if task.vocabulary_head:
+        _check_tied_head(model, trained)
+    fresh = (*TASK_HEADS.get(task.peft_type or "", ()), *trained)
+    absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    random = sorted(
+        key for key in absent if not any(f".{name}." in f".{key}." for name in fresh) and not _zero_output_bias(model, key)
+    )
+    if random:
+        modules = sorted({key.rpartition(".")[0].rpartition(".")[0] or key.partition(".")[0] for key in random})
+        named = ", ".join(random[:6]) + (", ..." if len(random) > 6 else "")
+        raise ValueError(
+            f"The checkpoint {recipe.model!r} lacks {len(random)} tensors that {type(model).__name__} needs, or has them in other "
+            f"shapes ({named}); frozen, they would stay at random values. Train them with the adapter "
+            f"(adapter.modules_to_save, for example {modules}), or use another checkpoint."
+        )
+    return model
+
+
+def _zero_output_bias(model: nn.Module, key: str) -> bool:
+    """Whether a tensor is the bias over the vocabulary, at zero: the same as a head without one."""
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    bias: torch.Tensor | None = getattr(output, "bias", None)
+    return bias is not None and not bool(bias.any()) and model.state_dict(keep_vars=True).get(key) is bias
+
+
+def _check_tied_head(model: nn.Module, trained: Sequence[str]) -> None:
+    """Refuses to train embeddings that the head shares: peft's copy would untie them, and be saved with the adapter."""
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    if outputs is None or outputs.weight is not inputs.weight:
+        return
+    names = {n for n, module in model.named_modules() if module is inputs or module is outputs}
+    for key in trained:
+        # as peft finds what it saves: by the ends of names, here of the matrix and of all that contains it
+        above = {".".join(n.split(".")[:i]) for n in names for i in range(1, n.count(".") + 2)}
+        if any(n.endswith(key) for n in above):
+            raise ValueError(
+                f"adapter.modules_to_save has {key!r}, which covers the {outputs.weight.numel():,} embeddings that "
+                f"{type(model).__name__} shares between input and head: trained, they would come apart, and be saved with the "
+                "adapter. Name the fresh parts of the head alone, for BERT modules_to_save: [transform]."
+            )
+
+
+def check_lengths(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Checks that a backbone with an embedding for each position has one for every position of the rows.
+
+    Raises:
+        ValueError: If a row is longer; the message gives both numbers.
+    """
+    longest = max((len(row["input_ids"]) for row in rows), default=0)
+    for name, table in model.named_modules():
+        kind = name.rpartition(".")[2]
+        if kind not in POSITIONS or not isinstance(table, nn.Embedding):
+            continue
+        # RoBERTa and its like begin to count after the padding, OPT and BART after two
+        counted = kind == "position_embeddings" and table.padding_idx is not None
+        first: int = getattr(table, "offset", table.padding_idx + 1 if counted else 0)  # type: ignore[operator]
+        positions = table.num_embeddings - first
+        if longest > positions:
+            raise ValueError(
+                f"The longest of {len(rows)} rows has {longest} pieces, but the backbone has {positions} positions. Set "
+                f"data.max_length to {positions} or less."
+            )

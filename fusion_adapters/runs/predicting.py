@@ -1,0 +1,111 @@
+"""A finished run, reloaded from its folder: predictions for new text, and the weights over depth behind them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..tasks.data import DataRecipe
+from ..tuner import depth_weights, fusion_layers
+from .loading import check_lengths, load_model
+from .recipe import Recipe, parse_recipe
+from .tokenizers import load_tokenizer, match_padding
+
+
+@dataclass
+class TrainedRun:
+    """A reloaded run: the attached model in evaluation mode, its tokenizer, recipe and labels."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe
+    labels: list[str]
+
+    @property
+    def data(self) -> DataRecipe:
+        """The recipe's section `data`."""
+        return self.recipe.data
+
+    def logits(self, rows: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+        """The logits of each row, float32 on the CPU, `(T, K)` or `(K,)`.
+
+        Raises:
+            ValueError: If a row is longer than the backbone has positions.
+        """
+        check_lengths(self.model, rows)
+        found = []
+        # one text at a time: with an 8-bit backbone an answer can depend on what else is in the batch
+        for row in rows:
+            batch = {k: torch.tensor([v], device=self.model.device) for k, v in row.items() if k != "labels"}
+            with torch.no_grad():
+                found.append(self.model(**batch).logits[0].float().cpu())
+        return found
+
+
+def load_run(folder: str | Path) -> TrainedRun:
+    """Reloads a run that `fusion-adapters train` wrote.
+
+    Raises:
+        FileNotFoundError: If the folder holds no run.
+        ValueError: If the adapter does not fit the backbone, or its file is damaged.
+    """
+    folder = Path(folder)
+    description = folder / "run.json"
+    if not description.is_file():
+        raise FileNotFoundError(
+            f"{str(folder)!r} holds no run: there is no run.json in it. Give the folder that was --output of fusion-adapters train."
+        )
+    try:
+        content = json.loads(description.read_text(encoding="utf-8"))
+        recipe, labels = parse_recipe(content["recipe"], str(description)), content["labels"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{description} is damaged ({error}). Train again, or restore the file.") from error
+    model = load_model(recipe.backbone, recipe.task, labels, recipe.adapter.get("modules_to_save") or ())
+    tokenizer = load_tokenizer(recipe.backbone, recipe.task)
+    match_padding(model, tokenizer)
+    return TrainedRun(PeftModel.from_pretrained(model, folder / "adapter").eval(), tokenizer, recipe, labels)
+
+
+def predict(run: TrainedRun, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Predicts what the run's task asks of each text, see `Task.predict`.
+
+    Args:
+        run: The reloaded run.
+        texts: Plain texts; for tasks of two texts with a tab between them.
+
+    Returns:
+        For each text a dictionary that begins with `text`; what follows is the task's: `entities`, `label` and
+        `probability`, `filled` and `masks`, or `value`.
+
+    Raises:
+        ValueError: If a text does not fit the task, or is longer than the backbone has positions.
+    """
+    return run.recipe.task.predict(run, texts)
+
+
+def depth_map(run: TrainedRun, text: str) -> tuple[list[str], list[int], Tensor]:
+    """The weights over depth for the word pieces of a text.
+
+    Returns:
+        The pieces, the layers, and the weights, `(pieces, layers)` or `(pieces, heads, layers)`.
+
+    Raises:
+        ValueError: If the run's fusion has no weights over depth, or the text is empty.
+    """
+    if not text.strip():
+        raise ValueError("The text is empty. Give at least one word.")
+    parts = run.recipe.task.parts(text, run.data)
+    batch = run.tokenizer(*parts, truncation=True, max_length=run.data.max_length, return_tensors="pt").to(run.model.device)
+    check_lengths(run.model, [{"input_ids": row} for row in batch["input_ids"]])
+    weights = depth_weights(run.model, **batch)[0]
+    layers = [layer.active_fusion.layers for layer in fusion_layers(run.model) if layer.active_fusion is not None][-1]
+    pieces = [str(piece) for piece in run.tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())]
+    return pieces, list(layers), weights.cpu()

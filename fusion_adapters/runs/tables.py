@@ -1,0 +1,49 @@
+"""Short tables and lines for the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from ..tasks.base import Task
+
+
+def metrics_table(metrics: dict[str, Any], task: Task, title: str) -> Table:
+    """The figures of a run that a person wants to see first, from the content of `metrics.json`."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    for split, scores in metrics["scores"].items():
+        for name, value in scores.items():
+            if isinstance(value, float):
+                table.add_row(f"{split} {name.replace('_', ' ')}", task.measure(name).shown(value))
+    counts = metrics["parameters"]
+    parts = ", ".join(f"{part} {counts[part]:,}" for part in ("fusion", "lora", "head", "other") if counts[part])
+    table.add_row("trainable parameters", f"{counts['total']:,}")
+    table.add_row("", f"({parts})")
+    table.add_row("adapter on disk", f"{sum(metrics['bytes'].values()) / 2**20:.2f} MiB")
+    table.add_row("reloaded, largest difference", f"{metrics['reload_difference']:.1g}")
+    table.add_row("training", f"{metrics['seconds']['train']:.1f} s")
+    table.add_row("peak memory", f"{metrics['peak_memory_mib']:,.0f} MiB")
+    for split, notes in metrics["notes"].items():
+        for name, value in notes.items():
+            if value:
+                table.add_row(f"{split}: {name.replace('_', ' ')}", str(value))
+    return table
+
+
+def budget_table(rows: list[dict[str, Any]], title: str) -> Table:
+    """Methods fitted to one budget, from `budget.compare_budgets`."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("method")
+    for name in ("choice", "parameters", "adapter on disk", "extra FLOPs per token"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        if "smallest" in row:
+            table.add_row(row["method"], f"needs {row['smallest']:,}", "-", "-", "-")
+            continue
+        choice = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in row["choice"].items())
+        size = f"{row['bytes'] / 2**20:,.1f} MiB"
+        table.add_row(row["method"], choice or "-", f"{row['parameters']:,}", size, f"{row['flops_percent']:.2f} %")
+    return table

@@ -1,0 +1,188 @@
+"""A recipe becomes a run: load, attach, train with transformers' Trainer, score, save."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from peft import get_peft_model
+from torch import nn
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, set_seed
+
+from ..states import LayerStateCache, cache_layer_states
+from ..tasks.splits import Splits, load_splits
+from ..tuner import FusionConfig
+from ..tuner.budget import count_trainable
+from .card import model_card
+from .environment import peak_of_process, versions
+from .evaluation import evaluations, reload_difference
+from .files import check_output, json_text, written_aside
+from .loading import check_lengths, load_model
+from .recipe import Recipe
+from .tokenizers import load_tokenizer, match_padding
+from .trainers import make_trainer
+
+
+def run_recipe(
+    recipe: Recipe, output: str | Path, overwrite: bool = False, cache: str | Path | None = None
+) -> dict[str, Any]:
+    """Trains what a recipe describes and writes the run to a folder.
+
+    The folder holds `adapter/` (what peft saves), `metrics.json`, `run.json` (what `predict` needs: recipe, labels) and
+    `recipe.yaml`. It appears when the run is complete.
+
+    Args:
+        recipe: The recipe.
+        output: The folder, new or empty.
+        overwrite: Replace an earlier run in that folder.
+        cache: A folder of cached layer states to train from, see `cache_recipe`.
+
+    Returns:
+        The content of `metrics.json`.
+
+    Raises:
+        StaleCacheError: If the cache belongs to something else.
+        ValueError: If data, adapter and backbone do not fit.
+        OSError: If the model, the data or the output folder cannot be read or written.
+    """
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:  # set by torchrun, accelerate and their like
+        raise ValueError(
+            f"A recipe is trained in one process, and this is one of {processes}, which would write over each other's run. Start it "
+            "without a launcher; on several processes, train with transformers' Trainer in a script of your own (README)."
+        )
+    output = check_output(output, overwrite)
+    config = adapter_config(recipe)
+    started = time.perf_counter()
+    splits = load_splits(recipe.data, recipe.task, recipe.seed)
+    model, tokenizer = load_attached(recipe, config, splits.labels)
+    states = None
+    if cache is not None:
+        states = LayerStateCache(cache, model)
+        states.check(model, tokenizer=tokenizer, max_length=recipe.data.max_length)
+    with written_aside(output, overwrite) as folder:
+        metrics = train(model, tokenizer, recipe, splits, folder, states)
+        # the name to record is the recipe's, not the folder of an installed package
+        base = model.get_base_model()
+        base.name_or_path = base.config._name_or_path = config.base_model_name_or_path = recipe.backbone.model
+        (folder / "adapter").mkdir()
+        (folder / "adapter" / "README.md").write_text(model_card(recipe, metrics, splits.labels), encoding="utf-8")
+        model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+        length = min(64, recipe.data.max_length)  # a look at the beginnings is enough
+        metrics["reload_difference"] = reload_difference(
+            model, folder / "adapter", tokenizer, splits.dev, recipe.task, length
+        )
+        metrics["bytes"] = {p.name: p.stat().st_size for p in sorted((folder / "adapter").iterdir())}
+        metrics["seconds"]["total"] = round(time.perf_counter() - started, 2)
+        run = {"recipe": recipe.model_dump(), "labels": splits.labels}
+        (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False), encoding="utf-8")
+        (folder / "metrics.json").write_text(json_text(metrics), encoding="utf-8")
+    return metrics
+
+
+def cache_recipe(recipe: Recipe, folder: str | Path, dtype: str = "float16") -> LayerStateCache:
+    """Computes the layer states of a recipe's data once, for `run_recipe(..., cache=folder)`.
+
+    Args:
+        recipe: The recipe; its backbone must stay as it is, so no LoRA.
+        folder: See `cache_layer_states`.
+        dtype: See there.
+    """
+    config = adapter_config(recipe)
+    splits = load_splits(recipe.data, recipe.task, recipe.seed)
+    model, tokenizer = load_attached(recipe, config, splits.labels)
+    length = recipe.data.max_length
+    rows = [row for part in splits.encoded(recipe.task, tokenizer, length).values() for row in part.rows]
+    check_lengths(model, rows)
+    if recipe.backbone.bits is None:  # a quantised model is where it was loaded
+        model.to(PartialState().device)
+    collator = DataCollatorWithPadding(tokenizer)
+    return cache_layer_states(model, rows, folder, collator, dtype=dtype, tokenizer=tokenizer, max_length=length)
+
+
+def adapter_config(recipe: Recipe) -> FusionConfig:
+    """The adapter that a recipe describes."""
+    fields = copy.deepcopy(recipe.adapter)  # peft adds to the config's lists when it attaches
+    return FusionConfig(task_type=recipe.task.peft_type, **fields)  # type: ignore[arg-type]
+
+
+def load_attached(recipe: Recipe, config: FusionConfig, labels: list[str]) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Seeds, loads backbone and tokenizer, and attaches the adapter with a fresh head."""
+    set_seed(recipe.seed)
+    if not torch.cuda.is_available():
+        # sharp softmaxes over depth make denormal numbers, on which a CPU is several times slower
+        torch.set_flush_denormal(True)
+    tokenizer = load_tokenizer(recipe.backbone, recipe.task)
+    backbone: Any = load_model(recipe.backbone, recipe.task, labels, config.modules_to_save or ())
+    match_padding(backbone, tokenizer)
+    return get_peft_model(backbone, config), tokenizer  # type: ignore[arg-type]
+
+
+def train(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    splits: Splits,
+    folder: Path,
+    cache: LayerStateCache | None = None,
+) -> dict[str, Any]:
+    """Trains an attached model on the splits, keeps the best epoch by the development score, and measures.
+
+    Args:
+        model: The attached model.
+        tokenizer: Its tokenizer.
+        recipe: Training arguments, task and seed.
+        splits: The data.
+        folder: Where checkpoints go while training; they are removed at the end.
+        cache: Layer states to train and score from, instead of running the backbone.
+
+    Returns:
+        Scores, counts, times, memory and versions, as in `metrics.json`.
+    """
+    task = recipe.task
+    encoded = splits.encoded(task, tokenizer, recipe.data.max_length)
+    sets = evaluations(model, task, splits, encoded, cache)
+    check_lengths(model, [row for part in encoded.values() for row in part.rows])
+    trainer = make_trainer(model, tokenizer, recipe, sets["train"], sets["dev"], folder / "checkpoints")
+    begun = time.perf_counter()
+    trainer.train()
+    trained = time.perf_counter()
+    _check_finite(model, trainer.args.learning_rate)
+    scores = {name: sets[name].predicted_scores(trainer) for name in ("dev", "test") if name in sets}
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    name = task.main.name
+    history = [
+        {"epoch": round(entry["epoch"], 2), "loss": entry["eval_loss"], name: entry[f"eval_{name}"]}
+        for entry in trainer.state.log_history
+        if f"eval_{name}" in entry
+    ]
+    return {
+        "scores": scores,
+        "dev_by_epoch": history,
+        "parameters": count_trainable(model),
+        "examples": {name: len(s.examples) for name, s in sets.items()},
+        "notes": {name: part.notes for name, part in encoded.items()},
+        "seconds": {"train": round(trained - begun, 2)},
+        "peak_memory_mib": peak_of_process(),
+        "device": str(trainer.args.device),
+        "seed": recipe.seed,
+        "versions": versions(),
+    }
+
+
+def _check_finite(model: nn.Module, rate: float) -> None:
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    broken = [n for n, p in trained.items() if not bool(p.detach().isfinite().all())]
+    if broken:
+        raise ValueError(
+            f"The training diverged: {len(broken)} of {len(trained)} trained tensors hold values that are not finite. Lower "
+            f"training.learning_rate ({rate:g}), or give more training.warmup_steps."
+        )

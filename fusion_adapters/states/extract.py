@@ -1,0 +1,275 @@
+"""One forward pass over the data that writes the layer states, shard by shard; it can be stopped and gone on with."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..backbone.blocks import Backbone
+from .cache import LayerStateCache
+from .key import backbone_of, key_differences
+from .plan import BATCH_SIZE, Plan, plan_cache
+from .recording import only_backbone, recorded
+from .storage import (
+    DTYPES,
+    MANIFEST,
+    StaleCacheError,
+    is_only_begun,
+    read_index,
+    read_manifest,
+    remove_leftovers,
+    shard_is_whole,
+    write_index,
+    write_plan,
+    write_shard,
+)
+
+INT8_MAX = 127
+POSITIVE_INFINITY, NEGATIVE_INFINITY = 0x7C00, 0xFC00  # bits of float16
+
+
+def cache_layer_states(
+    model: nn.Module,
+    rows: Sequence[Mapping[str, Any]],
+    folder: str | Path,
+    collator: Callable[[list[Any]], Any] | None = None,
+    *,
+    dtype: str = "float16",
+    layers: Sequence[int] | None = None,
+    batch_size: int = BATCH_SIZE,
+    shard_bytes: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int | None = None,
+    progress: bool = True,
+) -> LayerStateCache:
+    """Computes the layer states of rows once, and writes them to a folder.
+
+    Rows run in batches of like length, without a graph. A run that was stopped goes on at the first shard that is not
+    whole; a damaged shard is made again; the bytes are those of an unbroken run. Under `accelerate launch`, each process
+    makes a part of the shards.
+
+    Args:
+        model: A transformers model, with a fusion attached or not; nothing inside its backbone may train.
+        rows: Tokenised rows; labels are not needed.
+        folder: New, empty, or with the same cache begun.
+        collator: Pads a list of rows to a batch, the task's own for example; may be left out if all rows have one length.
+        dtype: `float16`, `bfloat16`, `float32`, or `int8` (half the bytes of 16 bits, one scale per token and layer).
+        layers: Layer states to keep; None means those that the attached fusion reads, without one `1 .. L`. `z_L` is always
+            among them.
+        batch_size: Rows per batch.
+        shard_bytes: Size of a shard at most, unless one batch is larger; None means that of the cache begun in the folder,
+            without one a 64th of the cache, between 8 MiB and 1 GiB.
+        tokenizer: Goes into the key, so that another one is noticed as such.
+        max_length: Likewise.
+        progress: Print the size before writing, and show a bar.
+
+    Returns:
+        The cache, its checksums verified.
+
+    Raises:
+        StaleCacheError: If the folder holds a cache of something else.
+        OSError: If the disk would not hold it; nothing is written then.
+        ValueError: If something trains inside the backbone, or a state does not fit float16.
+    """
+    folder = Path(folder)
+    if shard_bytes is None and (folder / MANIFEST).is_file():
+        shard_bytes = read_manifest(folder)["shard_bytes"]
+    plan = plan_cache(
+        model,
+        rows,
+        dtype=dtype,
+        layers=layers,
+        batch_size=batch_size,
+        shard_bytes=shard_bytes,
+        tokenizer=tokenizer,
+        max_length=max_length,
+    )
+    process = PartialState()
+    shards = plan.manifest["shards"]
+    if process.is_main_process:
+        _prepare(folder, plan, progress)
+    process.wait_for_everyone()
+    todo = [i for i, shard in enumerate(shards) if not shard_is_whole(folder / shard["file"], shard)]
+    process.wait_for_everyone()  # no process may take another's fresh shard for one that was there
+    mine = todo[process.process_index :: process.num_processes]
+    bar = tqdm(
+        total=sum(shards[i]["rows"] for i in mine),
+        unit="row",
+        desc="layer states",
+        disable=not (progress and process.is_main_process and mine),
+    )
+    backbone, _ = backbone_of(model)
+    # beside a GPU a shard is hashed and written while the next is computed; a CPU's own threads would wait for that
+    beside = backbone.device.type != "cpu"
+    with bar, ThreadPoolExecutor(1) as writer, only_backbone(model, backbone):
+        writing: Future[None] | None = None
+        for number in mine:
+            tensors = _extract(backbone, rows, plan, number, collator, bar)
+            if writing is not None:  # never more than two shards in memory
+                writing.result()
+            writing = writer.submit(_write, folder / shards[number]["file"], tensors, plan.manifest["layers"])
+            if not beside:
+                writing.result()
+        if writing is not None:
+            writing.result()
+    process.wait_for_everyone()
+    return LayerStateCache(folder, model, verify=False)
+
+
+def _prepare(folder: Path, plan: Plan, tell: bool) -> None:
+    """Checks folder and disk, tells the size, and writes the plan."""
+    index_is_whole = False
+    if (folder / MANIFEST).is_file():
+        index_is_whole = _check_same(folder, plan)
+    elif folder.exists() and not is_only_begun(folder):
+        raise FileExistsError(
+            f"The folder {str(folder)!r} is not empty and holds no cache of layer states. Give a new or empty folder."
+        )
+    if folder.exists():
+        remove_leftovers(folder)
+    there = folder
+    while not there.exists():
+        there = there.parent
+    present = [folder / s["file"] for s in plan.manifest["shards"] if (folder / s["file"]).is_file()]
+    done = sum(path.stat().st_size for path in present)
+    free = shutil.disk_usage(there).free
+    if plan.bytes - done > free:
+        raise OSError(
+            f"The layer states need {(plan.bytes - done) / 2**20:,.1f} MiB ({plan}), and the disk of {str(there)!r} has "
+            f"{free / 2**20:,.1f} MiB free. Nothing was written. Choose another folder, dtype='int8', fewer layers "
+            "(fusion_layers), or fewer rows."
+        )
+    if tell:
+        print(f"{folder}: {plan}; {len(present)} of them there", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / MANIFEST).is_file():
+        write_plan(folder, plan.manifest, plan.signatures, plan.places)
+    elif not index_is_whole:  # it follows from the rows
+        write_index(folder, plan.signatures, plan.places)
+
+
+def _check_same(folder: Path, plan: Plan) -> bool:
+    """Whether the index of a folder is whole; raises StaleCacheError if the folder was begun with another plan."""
+    stored = read_manifest(folder)
+    wrong = key_differences(stored["key"], plan.manifest["key"])
+    names = ("dtype", "layers", "batch_size")
+    wrong += [f"{n}: {stored[n]} in the cache, {plan.manifest[n]} now" for n in names if stored[n] != plan.manifest[n]]
+    try:
+        stored_signatures: Tensor | None = read_index(folder, stored)[0]
+    except ValueError:
+        stored_signatures = None
+    if not wrong and stored["index"] != plan.manifest["index"]:
+        sizes = stored["shard_bytes"], plan.manifest["shard_bytes"]
+        wrong = [f"shard_bytes: {sizes[0]} in the cache, {sizes[1]} now (None takes that of the cache)"]
+        if stored_signatures is None:
+            wrong = ["rows or shard_bytes: others, of which the cache's damaged index does not tell more"]
+        else:
+            known, wanted = ({s.tobytes() for s in each.numpy()} for each in (stored_signatures, plan.signatures))
+            new, gone = len(wanted - known), len(known - wanted)
+            if new or gone:
+                wrong = [f"text: {new} of {len(wanted)} rows are not in the cache, {gone} of its rows are not among these"]
+    if wrong:
+        raise StaleCacheError(
+            f"The folder {str(folder)!r} holds a cache of something else; {'; '.join(wrong)}. Give another folder, or delete "
+            "this one."
+        )
+    return stored_signatures is not None
+
+
+def _extract(
+    backbone: Backbone,
+    rows: Sequence[Mapping[str, Any]],
+    plan: Plan,
+    number: int,
+    collator: Callable[[list[Any]], Any] | None,
+    bar: Any,
+) -> dict[str, Tensor]:
+    """The tensors of one shard."""
+    m = plan.manifest
+    layers, dtype, tokens = m["layers"], m["dtype"], m["shards"][number]["tokens"]
+    result = {"states": torch.empty(tokens, len(layers), m["hidden_size"], dtype=DTYPES[dtype])}
+    if dtype == "int8":
+        result["scales"] = torch.empty(tokens, len(layers))
+    start, row = 0, sum(shard["rows"] for shard in m["shards"][:number])
+    for batch in plan.batches[number]:
+        inputs = _inputs(backbone, [rows[i] for i in batch], m["inputs"], collator)
+        mask = inputs.get("attention_mask") if "input_ids" in inputs else None
+        real = None if mask is None or bool(mask.all()) else mask.flatten().nonzero().squeeze(1)
+        where = slice(start, start + int(plan.places[row : row + len(batch), 2].sum()))
+        row += len(batch)
+
+        def take(layer: int, state: Tensor, where: slice = where, real: Tensor | None = real) -> None:
+            flat = state.flatten(0, 1)  # (B T, d)
+            _store(result, where, layers.index(layer), flat if real is None else flat.index_select(0, real))
+
+        with recorded(backbone, layers, take):
+            backbone.base(**inputs)
+        start = where.stop
+        bar.update(len(batch))
+    return result
+
+
+def _inputs(
+    backbone: Backbone, rows: list[Mapping[str, Any]], names: Sequence[str], collator: Callable[[list[Any]], Any] | None
+) -> dict[str, Any]:
+    plain = [{n: row[n] for n in names if row.get(n) is not None} for row in rows]
+    if collator is not None:
+        batch = dict(collator(plain))
+    elif len({tuple(len(v) for v in row.values()) for row in plain}) == 1:
+        batch = {n: torch.stack([torch.as_tensor(row[n]) for row in plain]) for n in plain[0]}
+    else:
+        raise ValueError("The rows differ in length, and there is no collator to pad them. Give the task's collator.")
+    known = inspect.signature(backbone.base.forward).parameters
+    wanted = {*names, "attention_mask"} & known.keys()  # a collator that pads may make the mask
+    inputs: dict[str, Any] = {n: v.to(backbone.device) for n, v in batch.items() if n in wanted}
+    if "use_cache" in known:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def _store(result: dict[str, Tensor], where: slice, column: int, states: Tensor) -> None:
+    """Writes states `(tokens, d)` into a column of a shard."""
+    if len(states) != where.stop - where.start:
+        raise ValueError(
+            f"A batch has {len(states)} positions, but its rows have {where.stop - where.start}. Give a collator that pads rows "
+            "and makes an attention_mask, and does not cut them."
+        )
+    target = result["states"]
+    if target.dtype == torch.int8:
+        scales = states.float().abs().amax(-1).clamp_min(1e-12) / INT8_MAX  # (tokens,)
+        result["scales"][where, column] = scales.cpu()
+        target[where, column] = (states.float() / scales[:, None]).round().to(torch.int8).cpu()
+    else:
+        target[where, column].copy_(states)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], layers: Sequence[int]) -> None:
+    """Writes a shard, unless float16 could not hold a state."""
+    states = tensors["states"]
+    if states.dtype == torch.float16 and not _all_finite(states):
+        wrong = [layer for column, layer in enumerate(layers) if not bool(states[:, column].isfinite().all())]
+        raise ValueError(
+            f"The layer states {wrong} hold values beyond {torch.finfo(torch.float16).max:,.0f}, where float16 ends, or NaN. Use "
+            "dtype='bfloat16', or mend the backbone or rows that make NaN. Nothing of this shard was written."
+        )
+    write_shard(path, tensors)
+
+
+def _all_finite(states: Tensor) -> bool:
+    """Whether float16 values are neither infinite nor NaN, by their bits: these are the largest of each sign.
+
+    In numpy: torch would start threads of its own for the writing thread, which then keep the cores from the backbone.
+    """
+    bits = states.numpy().view(np.uint16)
+    return not len(bits) or bool(bits.view(np.int16).max() < POSITIVE_INFINITY and bits.max() < NEGATIVE_INFINITY)

@@ -1,0 +1,180 @@
+"""What a cache belongs to: backbone, quantisation, tokenizer, versions; and the signature of a row."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ..backbone.blocks import Backbone, find_backbones
+from ..tuner import FusionLayer, adapters_in_use, fusion_layers, idle_tensors, scalings_in_use
+
+VALUES_PER_TENSOR = 64  # sampled from every weight of the backbone
+LABELS = ("labels", "label", "label_ids")  # of a row: the states do not depend on them
+
+
+def backbone_of(model: nn.Module) -> tuple[Backbone, FusionLayer | None]:
+    """The one stack whose states can be cached, and the fusion layer on it if one is attached.
+
+    Raises:
+        ValueError: If something trains inside the backbone, or it is an encoder-decoder.
+    """
+    layers = fusion_layers(model)
+    backbones = [layer.backbone for layer in layers] or find_backbones(model)
+    backbone = backbones[0]
+    if len(backbones) > 1 or backbone.stack is not None:
+        raise ValueError(
+            f"The layer states of an encoder-decoder ({backbone.model_type!r}) cannot be cached: the decoder's depend on the "
+            "encoder's and on the labels. Train it live, without a cache."
+        )
+    layer = layers[0] if layers else None
+    trained = [n for m in backbone.upstream for n, p in m.named_parameters() if p.requires_grad] if layer else []
+    if trained:
+        lora = any(".lora_" in f".{name}" for name in trained)
+        raise ValueError(
+            f"{len(trained)} parameters train inside the backbone ({'LoRA, ' if lora else ''}for example {trained[0]!r}), so its "
+            "layer states change with every step and states computed once would be wrong from the second step on. Train "
+            "live, without a cache; or train the fusion alone (target_modules=None), whose backbone stays as it is."
+        )
+    return backbone, layer
+
+
+def cache_key(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, max_length: int | None = None
+) -> dict[str, Any]:
+    """What the states of a model depend on, besides the rows: a dictionary of named parts.
+
+    Args:
+        model: A transformers model, attached or not.
+        tokenizer: The tokenizer of the rows, if there is one.
+        max_length: The length to which texts were cut.
+    """
+    backbone, _ = backbone_of(model)
+    config: Any = getattr(backbone.base, "config", None)
+    quantised = getattr(config, "quantization_config", None)
+    key: dict[str, Any] = {
+        "backbone": f"{backbone.model_type}, {backbone.num_layers} blocks of width {backbone.hidden_size}",
+        "weights": weights_signature(backbone),
+        "adapters": adapters_in_use(backbone),
+        "quantization": _quantization_name(quantised),
+        "dtype": str(_dtype_of(backbone)).removeprefix("torch."),
+        "tokenizer": None if tokenizer is None else tokenizer_signature(tokenizer),
+        "max_length": max_length,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }
+    if quantised is not None:
+        key["quantization library"] = _library_version(key["quantization"])
+    return key
+
+
+def key_differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """The parts that differ, in words; a part that one side does not know (None) is left out."""
+    names = [n for n in {**stored, **wanted} if None not in (stored.get(n), wanted.get(n))]
+    return [f"{n}: {stored[n]} in the cache, {wanted[n]} now" for n in names if stored[n] != wanted[n]]
+
+
+def made_by_other_versions(stored: Mapping[str, Any]) -> bool:
+    """Whether the states of a key were computed with other versions of the libraries than those that are here."""
+    now = {"torch": torch.__version__, "transformers": version("transformers")}
+    if "quantization library" in stored:
+        now["quantization library"] = _library_version(stored["quantization"])
+    return any(stored.get(name) != here for name, here in now.items())
+
+
+def input_names(backbone: Backbone, columns: Iterable[str]) -> list[str]:
+    """Those of the columns that the backbone is called with; labels and columns that it does not know are none."""
+    known = set(known_inputs(backbone))
+    return sorted(known.intersection(columns))
+
+
+def known_inputs(backbone: Backbone) -> list[str]:
+    """The names of all inputs that the backbone takes."""
+    return sorted(set(inspect.signature(backbone.base.forward).parameters) - set(LABELS))
+
+
+def uncached_inputs(row: Mapping[str, Any], known: Sequence[str], cached: Sequence[str]) -> list[str]:
+    """Inputs of a row that states computed without them do not know, and that say more than a backbone assumes without."""
+    neutral = {"token_type_ids": 0, "attention_mask": 1}
+    new = [name for name in known if name not in cached and row.get(name) is not None]
+    return [n for n in new if n not in neutral or bool((torch.as_tensor(row[n]) != neutral[n]).any())]
+
+
+def row_signature(row: Mapping[str, Any], names: Sequence[str]) -> bytes:
+    """Sixteen bytes that stand for the model inputs of a row.
+
+    Args:
+        row: The row.
+        names: Which of its entries count; one that is not there or None is left out.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name in names:
+        if row.get(name) is None:
+            continue
+        value = torch.as_tensor(row[name])
+        value = value.float() if value.is_floating_point() else value.long()
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(value.contiguous().cpu().numpy().tobytes())
+    return digest.digest()
+
+
+def _dtype_of(backbone: Backbone) -> torch.dtype:
+    return next((p.dtype for m in backbone.upstream for p in m.parameters() if p.is_floating_point()), torch.float32)
+
+
+def weights_signature(backbone: Backbone) -> str:
+    """A hash of values sampled from every tensor that runs before or in the blocks.
+
+    Quantised weights are left out, because libraries move and pack them between calls; the tensors around them (norms,
+    embeddings, biases) stand for the checkpoint. So are adapters that take no part in the states.
+    """
+    digest = hashlib.sha256()
+    idle = idle_tensors(backbone)
+    for scaling in scalings_in_use(backbone):
+        digest.update(struct.pack("<d", scaling))
+    for module in backbone.upstream:
+        for tensor in (*module.parameters(), *module.buffers()):
+            if not tensor.is_floating_point() or tensor.is_meta or id(tensor) in idle:
+                continue
+            flat = tensor.detach().flatten()
+            sample: Tensor = flat[:: max(1, flat.numel() // VALUES_PER_TENSOR)][:VALUES_PER_TENSOR]
+            digest.update(f"{tuple(tensor.shape)}".encode())
+            digest.update(sample.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_signature(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of everything that turns a text into pieces, padding and truncation left out."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        text = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    else:
+        content = json.loads(backend.to_str())
+        # padding and truncation belong to the last call, not to the tokenizer
+        text = json.dumps({k: v for k, v in content.items() if k not in ("padding", "truncation")}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _quantization_name(config: Any) -> str:
+    if config is None:
+        return "none"
+    values = config if isinstance(config, dict) else config.to_dict()
+    method = str(getattr(values.get("quant_method"), "value", values.get("quant_method")))
+    signature = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return f"{method} {signature}"
+
+
+def _library_version(name: str) -> str:
+    package = name.split(maxsplit=1)[0]
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return package

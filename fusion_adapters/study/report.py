@@ -1,0 +1,160 @@
+"""What a comparison leaves: results.csv, summary.md, summary.json and the figures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..runs.files import json_text, write_text_whole
+from .figures import draw_budget, draw_depth, draw_losses, draw_samples, draw_steps, trained_parameters
+from .recipe import StudyRecipe
+
+COLUMNS = (
+    "data",
+    "method",
+    "regime",
+    "size",
+    "seed",
+    "stage",
+    "rate",
+    "dev",
+    "test",
+    "dev_loss",
+    "test_loss",
+    "best_step",
+    "steps",
+    "fusion_parameters",
+    "lora_parameters",
+    "head_parameters",
+    "seconds",
+    "evaluation_seconds",
+    "peak_memory_mib",
+    "adapter",
+)
+
+
+def write_report(study: StudyRecipe, runs: Sequence[dict[str, Any]], summary: dict[str, Any], output: Path) -> None:
+    """Writes tables and figures of a comparison into its folder.
+
+    Args:
+        study: The recipe of the comparison.
+        runs: All runs, also those that chose learning rates.
+        summary: From `study.statistics.summarise`.
+        output: The folder.
+    """
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for run in runs:
+        parts = {f"{part}_parameters": run["parameters"][part] for part in ("fusion", "lora", "head")}
+        flat = {**run, **parts, "adapter": json.dumps(run["adapter"], sort_keys=True)}
+        writer.writerow({name: flat.get(name, "") for name in COLUMNS})
+    write_text_whole(output / "results.csv", table.getvalue())
+    write_text_whole(output / "summary.json", json_text(summary, indent=1))
+    write_text_whole(output / "summary.md", summary_text(summary))
+    draw_samples(summary, output / "samples.png")
+    draw_budget(summary, output / "budget.png")
+    draw_steps(runs, output / "steps.png", study.task.main)
+    traced = [run for run in runs if run.get("loss_curve")]  # runs of earlier versions kept no loss
+    depths = [run for run in runs if run.get("depth") and not _constant(run["depth"])]
+    for name in ("loss.png", "depth.png"):  # not beside a table of other methods
+        (output / name).unlink(missing_ok=True)
+    if any(run["stage"] == "report" for run in traced):
+        draw_losses(traced, output / "loss.png", *([study.task.loss.unit] if study.task.loss else []))
+    if depths:
+        draw_depth(depths, output / "depth.png")
+
+
+def _constant(depth: dict[str, list[float]]) -> bool:
+    """Whether all weights over depth are the same: those of a control, of which a picture says nothing."""
+    return len({weight for weights in depth.values() for weight in weights}) == 1
+
+
+def summary_text(summary: dict[str, Any]) -> str:
+    """The tables of a comparison as Markdown."""
+    rows = summary["rows"]
+    lines = ["# Comparison", ""]
+    made = [", ".join(f"{name} {version}" for name, version in each.items()) for each in summary["versions"]]
+    if len(made) > 1:
+        lines += [f"**Runs were made with {len(made)} sets of versions:** {'; '.join(made)}.", ""]
+    elif made:
+        lines += [f"Made with {made[0]}.", ""]
+    for data in dict.fromkeys(row["data"] for row in rows):
+        here = [row for row in rows if row["data"] == data]
+        sizes = sorted({row["size"] for row in here})
+        measure = here[0]["measure"]
+        lines += [
+            f"## {data}",
+            "",
+            f"Score on the {'test' if measure == 'test' else 'development'} data: mean and standard deviation over "
+            f"{len(here[0]['seeds'])} seeds, by number of training examples.",
+            "",
+            *_grid(here, sizes, lambda row, measure=measure: _spread(row[measure]), with_counts=True),
+        ]
+        lost = f"{measure}_loss"
+        if any(lost in row for row in here):
+            lines += [
+                f"Loss on the same data: {summary['loss']}; less is better.",
+                "",
+                *_grid(here, sizes, lambda row, lost=lost: _spread(row[lost], 3) if lost in row else "-"),
+            ]
+            if measure == "test":
+                lines += [
+                    "Loss on the development data, of the same weights.",
+                    "",
+                    *_grid(here, sizes, lambda row: _spread(row["dev_loss"], 3) if "dev_loss" in row else "-"),
+                ]
+        for key, name in (("to_baseline", summary["baseline"]), ("to_reference", summary["reference"])):
+            if any(row[key] for row in here):
+                lines += [
+                    f"Difference to `{name}`, paired by seed: mean and 95 % bootstrap interval.",
+                    "",
+                    *_grid(
+                        [row for row in here if row["method"] != name], sizes, lambda row, key=key: _difference(row[key])
+                    ),
+                ]
+        lines += [
+            "Seconds of training without evaluation, steps to 90 % of the run's best development score, chosen learning rate "
+            "(with a star the lowest or highest of its grid: a wider grid may have a better one).",
+            "",
+            *_grid(here, sizes, _course),
+        ]
+    return "\n".join(lines)
+
+
+def _grid(rows: list[dict[str, Any]], sizes: list[int], cell: Any, with_counts: bool = False) -> list[str]:
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    found = {(row["method"], row["size"]): row for row in rows}
+    head = ["method", *(["parameters"] if with_counts else []), *(f"{size:,}" for size in sizes)]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for method in methods:
+        own = next(row for row in rows if row["method"] == method)
+        count = trained_parameters(own["parameters"])
+        cells = [cell(found[method, size]) if (method, size) in found else "-" for size in sizes]
+        lines.append(f"| {' | '.join([f'`{method}`', *([f'{count:,}'] if with_counts else []), *cells])} |")
+    return [*lines, ""]
+
+
+def _course(row: dict[str, Any]) -> str:
+    edge = "*" if row["rate_at_edge"] else ""
+    return f"{row['training_seconds']:.1f} s, {row['steps_to_90']:.0f}, {row['rate']:g}{edge}"
+
+
+def _spread(values: dict[str, Any], digits: int = 1) -> str:
+    diverged = sum(not math.isfinite(value) for value in values["values"])
+    if diverged:
+        return f"diverged ({diverged} of {len(values['values'])})"
+    spread = f" ± {values['sd']:.{digits}f}" if values["sd"] is not None else ""
+    return f"{values['mean']:.{digits}f}{spread}"
+
+
+def _difference(values: dict[str, Any] | None) -> str:
+    if values is None:
+        return "-"
+    inside = f" [{values['interval'][0]:+.1f}, {values['interval'][1]:+.1f}]" if values["interval"] else ""
+    return f"{values['mean']:+.1f}{inside}"

@@ -1,0 +1,1 @@
+"""What is asked of a text: reading, encoding, scores, prediction. Knows transformers, not peft."""

@@ -1,0 +1,43 @@
+"""Where the examples of a recipe are, and how they are cut: its section `data`."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
+
+from .readers import READERS
+
+
+class DataRecipe(BaseModel):
+    """Where the examples are, and how they are cut."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str = Field(description="A folder, a hub dataset id, or package:quickstart.")
+    train: str | None = Field(None, description="Training file in the folder, or split of the hub dataset.")
+    dev: str | None = Field(None, description="Development file or split; without one, dev_fraction of train is cut off.")
+    test: str | None = Field(None, description="Test file or split.")
+    config_name: str | None = Field(None, description="Configuration of a hub dataset.")
+    format: str | None = Field(None, description="Format of the files; None reads it from the name.")
+    text: str | list[str] | None = Field(
+        None, description="Column of the text (or of the tokens), a list of two for pairs; None takes the usual names."
+    )
+    label: str | None = Field(None, description="Column of the label (or of the tags); None takes the usual names.")
+    labels: list[str] | None = Field(None, description="The label set; None takes the labels of the training data.")
+    dev_fraction: float = Field(
+        0.1, gt=0, lt=1, description="Share of train to cut off for development, if there is no dev."
+    )
+    test_fraction: float | None = Field(
+        None, gt=0, lt=1, description="Share of train to cut off for testing, if there is no test; the same for every seed."
+    )
+    limit: int | None = Field(None, ge=1, description="Use this many training examples, drawn by the seed.")
+    max_length: int = Field(
+        256, ge=8, description="Word pieces per row; longer sentences of tokens, and texts of masked_lm, are split."
+    )
+
+    @field_validator("format")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        if value is not None and value not in READERS:
+            raise PydanticCustomError("format", "Input should be one of {formats}", {"formats": ", ".join(READERS)})
+        return value

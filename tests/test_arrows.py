@@ -92,8 +92,3 @@ def modules_after(code):
 def test_importing_the_method_is_light():
     code = "import fusion_adapters, fusion_adapters.fusions\nfrom fusion_adapters import FusionConfig"
     assert not modules_after(code) & {"datasets", "pandas", "matplotlib"}
-
-
-def test_help_needs_no_torch():
-    code = "import sys; sys.argv = ['fusion-adapters', '--help']; from fusion_adapters.cli import main\n"
-    assert not modules_after(code + "try: main()\nexcept SystemExit: pass") & {"torch", "transformers", "peft"}

@@ -18,7 +18,7 @@ from fusion_adapters.tasks.data import DataRecipe
 from fusion_adapters.tasks.registry import TASKS
 from fusion_adapters.tasks.splits import load_splits
 
-QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.py"
+QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.py"
 
 
 def run(*arguments):

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from fusion_adapters import machine
+from fusion_adapters.runs import environment
 from fusion_adapters.runs.environment import PeakMemory
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the meter reads the GPU's memory")
@@ -16,8 +16,8 @@ MIB = 2**18  # float32 values
 def way(request, monkeypatch):
     """By the kernel's own mark, or, where the system keeps none, by looking again and again."""
     if request.param == "looks":
-        monkeypatch.setattr(machine, "_reset_peak", lambda: False)
-    elif not machine.CLEAR.exists():
+        monkeypatch.setattr(environment, "_reset_peak", lambda: False)
+    elif not environment.CLEAR.exists():
         pytest.skip("the system keeps no mark")
 
 

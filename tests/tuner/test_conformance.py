@@ -37,7 +37,9 @@ EVERY = [
     for turn, family in enumerate(("bert", "gpt2", "llama", "t5-both"))
     for number, method in enumerate(METHODS)
 ]
-REGRESSION = sorted(p for p in (Path(__file__).parent / "regression").glob("*/*") if (p / "adapter_config.json").is_file())
+REGRESSION = sorted(
+    p for p in (Path(__file__).parents[1] / "regression").glob("*/*") if (p / "adapter_config.json").is_file()
+)
 in_turn = pytest.mark.parametrize(("family", "method", "lora"), TURNS)
 every_method = pytest.mark.parametrize(("family", "method", "lora"), list(dict.fromkeys([*TURNS, *EVERY])))
 

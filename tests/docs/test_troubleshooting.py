@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from fusion_adapters import FusionConfig, depth_weights
 from fusion_adapters.tuner import fusion_layers
 
-PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
+PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
 
 
 def plain(family="bert", head="token", **settings):

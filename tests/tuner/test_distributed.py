@@ -13,13 +13,13 @@ from families import FAMILIES, answer, attach, inputs
 from packaging.version import Version
 from safetensors.torch import load_file
 from support import disturb, without_dropout
+from support_cache import pad, rows_of
 from support_text import write_recipe
-from test_features import pad, rows_of
 
 from fusion_adapters.states import cache_layer_states
 from fusion_adapters.tuner import fusion_layers
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 LAUNCH = [
     *(BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),

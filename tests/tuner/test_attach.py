@@ -286,37 +286,6 @@ def test_inference_keeps_what_the_fusion_needs_of_a_state_and_not_the_state(fami
     assert len(calls) == 1 and torch.equal(expected, logits(model))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@each_method
-def test_16_bit_backbones_train_float32_adapters_and_heads(family, dtype, method, lora):
-    model = attached(family, model=tiny(family, dtype=dtype), **fields(method, family, lora)).train()
-    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
-    answer = model(**batch())
-    answer.loss.backward()
-    assert answer.logits.isfinite().all()
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    backbone = layer_of(model).backbone
-    assert {p.dtype for b in backbone.blocks for n, p in b.named_parameters() if "lora_" not in n} == {dtype}
-
-
-def test_a_16_bit_output_head_that_trains_answers_in_float32():
-    model = attached("llama", "lm", tiny("llama", "lm", dtype=torch.bfloat16), modules_to_save=["lm_head"])
-    model.add_adapter("second", FusionConfig(task_type="CAUSAL_LM", modules_to_save=["lm_head"]))
-    for name in ("default", "second"):
-        model.set_adapter(name)
-        assert logits(model, "lm").dtype == torch.float32
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_autocast_works_on_float32_and_bfloat16_backbones(family, method):
-    for dtype in (torch.float32, torch.bfloat16):
-        model = disturb(attached(family, model=tiny(family, dtype=dtype), **METHODS[method])).train()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(**batch()).loss
-        loss.backward()
-        assert loss.isfinite()
-
-
 def test_depth_weights_come_on_request(family):
     model = disturb(attached(family, fusion_heads=2))
     weights = depth_weights(model, **batch())

@@ -112,8 +112,8 @@ def test_trained_saved_reloaded(family, head, lora, tmp_path, table):
     table.cell(family, "with LoRA" if lora else "alone", "yes")
 
 
-@each_family
-@with_and_without_lora
+# with LoRA every other one; test_quantised has both in 8 and 4 bits
+@pytest.mark.parametrize(("family", "lora"), [(family, i % 2 == 1) for i, family in enumerate(FAMILIES)])
 def test_eight_bits(family, lora, tmp_path, table):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra: quantised)")
     spec, head = FAMILIES[family], first_head(family)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .runs.training import run_recipe
     from .states import LayerStateCache, StaleCacheError, cache_layer_states
     from .tuner import FusionConfig, FusionModel, depth_weights
-    from .tuner.budget import count_trainable
+    from .tuner.counts import count_trainable
 
 # Where each public name is defined.
 _HOME = {
@@ -38,7 +38,7 @@ _HOME = {
     "LayerStateCache": "states",
     "StaleCacheError": "states",
     "cache_layer_states": "states",
-    "count_trainable": "tuner.budget",
+    "count_trainable": "tuner.counts",
     "depth_weights": "tuner",
     "load_recipe": "runs.recipe",
     "load_run": "runs.predicting",

@@ -162,7 +162,8 @@ def budget(
     """Fit methods to one budget of trainable parameters and print what each then costs."""
     from .runs.pretrained import resolve_model
     from .runs.tables import budget_table
-    from .tuner.budget import compare_budgets, skeleton
+    from .tuner.costs import compare_budgets
+    from .tuner.counts import skeleton
     from .tuner.sizes import read_count
 
     names, modules = ([n.strip() for n in given.split(",") if n.strip()] for given in (methods, lora or ""))

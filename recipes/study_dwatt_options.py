@@ -1,4 +1,4 @@
-"""Which options of DWAtt win in the few-shot and the full setting? Writes the table of docs/methods.md.
+"""Which options of DWAtt win in the few-shot and the full setting? The table of docs/results/defaults.md.
 
 Trains fusion and head on layer states of frozen all-MiniLM-L6-v2 that are computed once, and scores on development data
 (never on test data): WNUT-17's own development set, and for WikiGold a cut by a fixed seed (1,200 / 300 sentences).

@@ -1,25 +1,17 @@
-"""Finds the blocks, width and depth of a transformers model. The only file that knows model families."""
+"""Finds the blocks, width and depth of a transformers model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from .families import DEPTH_NAMES, HIDDEN_SIZE_NAMES, STACKS, blocks_in_order, is_causal, layer_drop, text_config
 
 LAYER_NAME = "layer_fusion"  # where a fusion hangs in the module tree: a child of the backbone
-HIDDEN_SIZE_NAMES = ("hidden_size", "d_model", "n_embd", "dim")
-STACKS = ("encoder", "decoder")
-SEES_BOTH_WAYS = ("xlnet",)  # of the families that transformers knows for causal language modelling alone
-# How configurations of encoder-decoders name the depth of each stack, the first that is there.
-DEPTH_NAMES = {
-    "encoder": ("encoder_layers", "num_layers", "num_hidden_layers"),
-    "decoder": ("decoder_layers", "num_decoder_layers", "num_layers", "num_hidden_layers"),
-}
 
 
 @dataclass
@@ -90,9 +82,7 @@ class Backbone:
     @property
     def layer_drop(self) -> float:
         """The probability of skipping a whole block in training (OPT, BART, Whisper, wav2vec 2.0)."""
-        rates = [getattr(m, "layerdrop", 0.0) for m in self.root.modules()]
-        rates += [getattr(getattr(self.root, "config", None), "layerdrop", 0.0)]
-        return max((float(r) for r in rates if isinstance(r, (int, float))), default=0.0)
+        return layer_drop(self.root)
 
 
 def find_backbones(model: nn.Module, blocks_name: str | None = None, stack: str | None = None) -> list[Backbone]:
@@ -112,7 +102,7 @@ def find_backbones(model: nn.Module, blocks_name: str | None = None, stack: str 
             has no such stack.
     """
     base = getattr(model, "base_model", model)
-    config = _text_config(model)
+    config = text_config(model)
     if blocks_name is not None:
         name, blocks = _named_blocks(model, base, blocks_name)
         return [_backbone(model, base, name, list(blocks))]
@@ -140,16 +130,11 @@ def find_backbones(model: nn.Module, blocks_name: str | None = None, stack: str 
     return [_backbone(model, base, *stacks[s], stack=s) for s in wanted]
 
 
-def _text_config(model: nn.Module) -> Any:
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
 def _backbone(model: nn.Module, base: nn.Module, name: str, blocks: list[nn.Module], stack: str | None = None) -> Backbone:
     root_name, root = _innermost_model(base, name)
     inner = name.removeprefix(f"{root_name}.") if root_name else name
-    text_config = _text_config(root if getattr(root, "config", None) is not None else model)
-    hidden_size = next((getattr(text_config, n) for n in HIDDEN_SIZE_NAMES if hasattr(text_config, n)), None)
+    config = text_config(root if getattr(root, "config", None) is not None else model)
+    hidden_size = next((getattr(config, n) for n in HIDDEN_SIZE_NAMES if hasattr(config, n)), None)
     if hidden_size is None:
         raise ValueError(
             f"The hidden size of {type(model).__name__} is unknown: its configuration has none of "
@@ -162,7 +147,7 @@ def _backbone(model: nn.Module, base: nn.Module, name: str, blocks: list[nn.Modu
         blocks_name=inner,
         hidden_size=hidden_size,
         model_type=getattr(getattr(model, "config", None), "model_type", None) or type(root).__name__,
-        causal=_is_causal(root, blocks, getattr(text_config, "model_type", None), stack),
+        causal=is_causal(root, blocks[-1], getattr(config, "model_type", None), stack),
         stack=stack,
         path=name,
     )
@@ -219,12 +204,8 @@ def _outermost(candidates: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]
 def _search_blocks(model: nn.Module, base: nn.Module, config: Any) -> tuple[str, list[nn.Module]]:
     depth = getattr(config, "num_hidden_layers", None)
     candidates = _candidates(base)
-    outermost = _outermost(candidates)
-    fitting = {n: list(m) for n, m in outermost.items() if len(m) == depth}
-    groups = getattr(config, "num_hidden_groups", None)  # ALBERT: few groups of weights, each run many times
-    if groups and depth and not fitting:
-        order = [int(i / (depth / groups)) for i in range(depth)]
-        fitting = {n: [m[g] for g in order] for n, m in outermost.items() if len(m) == groups}
+    ordered = {n: blocks_in_order(config, list(m)) for n, m in _outermost(candidates).items()}
+    fitting = {n: blocks for n, blocks in ordered.items() if blocks is not None}
     if len(fitting) == 1:
         return next(iter(fitting.items()))
     found = "None was found" if not fitting else f"{len(fitting)} were found"
@@ -240,23 +221,3 @@ def _describe(candidates: dict[str, nn.ModuleList]) -> str:
     if not candidates:
         return "The model holds no list of modules at all; is it a transformers model?"
     return "Its lists of modules are: " + ", ".join(f"{n!r} ({len(m)} members)" for n, m in candidates.items()) + "."
-
-
-def _is_causal(root: nn.Module, blocks: Sequence[nn.Module], model_type: str | None, stack: str | None) -> bool:
-    """Whether a position sees only those before it.
-
-    Attention modules that say so are believed (`is_causal`). Without a word of theirs the family decides: one for causal
-    language modelling alone (BLOOM, MPT), or, where it has both (BERT), its configuration. State-space models are causal.
-    """
-    if stack is not None:
-        return stack == "decoder"
-    modules = list(blocks[-1].modules())
-    flags = [m.is_causal for m in modules if isinstance(getattr(m, "is_causal", None), bool)]
-    if flags:
-        return any(flags)
-    if not any("attention" in type(m).__name__.lower() for m in modules):
-        return True
-    if bool(getattr(getattr(root, "config", None), "is_decoder", False)):
-        return True
-    both_ways = model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or model_type in SEES_BOTH_WAYS
-    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not both_ways

@@ -1,61 +1,104 @@
-"""What a call of a model brings along, and what Python's stack tells of the calls that are under way."""
+"""One call of the backbone: what it leaves in the taps, and the wrapper that begins and ends it."""
 
 from __future__ import annotations
 
-import sys
-from types import FrameType
-from typing import Any
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from ..fusions import Context
+from .replay import GivenStates
 
-CACHE_NAMES = ("past_key_values", "cache_params")
+_ACCELERATES = "_old_forward"  # where accelerate keeps the `forward` that it wraps, for a backbone spread over devices
 
 
-def left_over(module: nn.Module, noted: list[Any]) -> int:
-    """How many of the calls noted for a module, in one of its own, are over without a word.
+@dataclass
+class Frame:
+    """What one call of the backbone has left in the taps so far.
 
-    After a KeyboardInterrupt torch runs no hooks, also not those that run always. What is under way still stands in
-    Python's stack, looked at only where something is noted: in a call within a call, and after an interrupt.
+    Attributes:
+        wanted: The layers whose states are kept; None if no fusion is active.
+        states: The states by layer number, `z_0 .. z_L`.
+        context: What a fusion may know besides the states.
+        reached: The number of the block that ran last.
+        absorbs: Whether the fusion takes each state in as it comes, so that `kept` stands for the states so far.
+        kept: See `Fusion.absorb`.
+        given: States that stand for the blocks in this call.
+        cuts: Whether the states are kept without the graph behind them.
     """
-    if not noted or torch.compiler.is_compiling():
-        return 0
-    running, python = 0, sys._getframe()
-    while python is not None:
-        running += python.f_code is nn.Module._call_impl.__code__ and python.f_locals.get("self") is module
-        python = python.f_back  # type: ignore[assignment]
-    return max(0, len(noted) + 1 - running) if running else 0  # the last of those that run is not noted yet
+
+    wanted: frozenset[int] | None
+    states: list[Tensor | None]
+    context: Context
+    reached: int = 0
+    absorbs: bool = False
+    kept: Any = None
+    given: GivenStates | None = None
+    cuts: bool = False
 
 
-def wants_gradient(*inputs: Any) -> bool:
-    """Whether one of the inputs is a tensor that requires a gradient."""
-    return any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+class Opener(Protocol):
+    """What is told of the calls of a module."""
+
+    def open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A call begins; returns the arguments with which it goes on."""
+        ...
+
+    def close(self, answered: bool) -> None:
+        """The innermost call ends, with an answer or with an exception."""
 
 
-def with_block_inputs(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context:
-    """Adds the inputs of the last block, without the KV cache, which belongs to the backbone's own blocks."""
-    context.block_args = tuple(None if hasattr(a, "get_seq_length") else a for a in args[1:])
-    context.block_kwargs = {k: v for k, v in kwargs.items() if k not in ("hidden_states", *CACHE_NAMES)}
-    return context
+class WrappedForward:
+    """Takes the place of a module's `forward`, and tells when a call begins and ends, however it ends.
 
+    Hooks do not do: torch runs none where `forward` is called by name, as sentence-transformers does, and none after a
+    KeyboardInterrupt. A class, so that the module can be copied and pickled. Where accelerate has wrapped the module, it
+    stands inside of that wrapper, which accelerate makes anew when it places a model again.
 
-def cached_positions(cache: Any) -> int:
-    """How many positions a KV cache holds; 1 for a state-space model's cache that has seen some, it does not count."""
-    if cache is None or not hasattr(cache, "get_seq_length"):
-        return 0
-    try:
-        return int(cache.get_seq_length())
-    except ValueError:  # no attention layer in it
-        return int(cache.has_previous_state())
+    Args:
+        module: The module.
+        opener: What is told.
+    """
 
+    def __init__(self, module: nn.Module, opener: Opener) -> None:
+        self.module = module
+        self.opener: Opener | None = opener
+        place = _ACCELERATES if _ACCELERATES in module.__dict__ else "forward"
+        self.replaced: Any = module.__dict__.get(place)  # None for the method of the module's class
+        setattr(module, place, self)
 
-def running_forwards(module: nn.Module) -> list[FrameType]:
-    """Python's frames of the module's own `forward` that are under way in this thread, the innermost first."""
-    found, python = [], sys._getframe()
-    while python is not None:
-        if python.f_code.co_name == "forward" and python.f_locals.get("self") is module:
-            found.append(python)
-        python = python.f_back  # type: ignore[assignment]
-    return found
+    @property
+    def __wrapped__(self) -> Any:
+        """The module's own `forward`, whose signature `inspect` then takes for ours."""
+        return MethodType(type(self.module).forward, self.module) if self.replaced is None else self.replaced
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module's own `forward`, between `open` and `close`."""
+        if self.opener is None:
+            return self.__wrapped__(*args, **kwargs)
+        args, kwargs = self.opener.open(args, kwargs)
+        answered = False
+        try:
+            # not __wrapped__: torch.compile traces no MethodType that is made on the way
+            output = (
+                type(self.module).forward(self.module, *args, **kwargs)
+                if self.replaced is None
+                else self.replaced(*args, **kwargs)
+            )
+            answered = True
+            return output
+        finally:
+            self.opener.close(answered)
+
+    def remove(self) -> None:
+        """Puts the module's own `forward` back; where somebody has wrapped this one since, it stays and does nothing."""
+        self.opener = None
+        # accelerate may have come or gone since
+        if self.module.__dict__.get(_ACCELERATES) is self:
+            self.module._old_forward = self.__wrapped__
+        elif self.module.__dict__.get("forward") is self:
+            del self.module.forward
+            if self.replaced is not None:
+                self.module.forward = self.replaced

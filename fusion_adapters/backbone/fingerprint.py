@@ -1,20 +1,25 @@
-"""A signature of a backbone's weights, by which an adapter knows the backbone that it was made for."""
+"""Two signatures of a backbone's weights, by which adapters and caches know the backbone that they were made for.
+
+An adapter outlives casts, quantisation and new tokens: its `fingerprint` samples what these leave alone, and is compared up to
+rounding. Cached layer states do not: their `weights_signature` samples every tensor, and must be equal.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Container, Iterable, Sequence
 
 from torch import Tensor, nn
 
 from .blocks import Backbone
+from .families import input_embeddings, is_norm
 
 FINGERPRINT_VERSION = "v1"
 # Token ids whose embeddings are sampled: small, so that a vocabulary resized for new tokens keeps its fingerprint.
 FINGERPRINT_ROWS = (3, 11, 101, 307)
-FINGERPRINT_VALUES = 8  # sampled per tensor
+FINGERPRINT_VALUES, SIGNATURE_VALUES = 8, 64  # sampled per tensor
 # A cast to bf16 moves a weight by up to 2^-9 of its size; twice that is allowed.
 FINGERPRINT_TOLERANCE = 2.0**-8
 SMALLEST_STEP = 2.0**-24  # between numbers of float16 near zero
@@ -32,7 +37,8 @@ def fingerprint(backbone: Backbone) -> str | None:
     tensors = [t for t in (*_embedding_rows(backbone), *_norms(backbone.blocks)) if t.numel() > 0]
     if not tensors or any(t.is_meta for t in tensors):
         return None
-    values = [v for t in tensors for v in _sample(t)]
+    sampled = [v for t in tensors for v in _sample(t, FINGERPRINT_VALUES).tolist()]
+    values = [v if math.isfinite(v) else 0.0 for v in sampled]
     return f"{FINGERPRINT_VERSION}:{struct.pack(f'<{len(values)}f', *values).hex()}"
 
 
@@ -60,17 +66,42 @@ def fingerprints_differ(first: str | None, second: str | None) -> str | None:
     return f"{far} of {len(values)} sampled weights differ" if far else None
 
 
+def weights_signature(backbone: Backbone, idle: Container[int] = (), scalings: Iterable[float] = ()) -> str:
+    """A hash of values sampled from every tensor that runs before or in the blocks.
+
+    Quantised weights are left out, because libraries move and pack them between calls; the tensors around them (norms,
+    embeddings, biases) stand for the checkpoint.
+
+    Args:
+        backbone: The backbone.
+        idle: The `id` of tensors that take no part in the layer states: those of adapters that are not active.
+        scalings: The factors with which active adapters enter the blocks.
+
+    Returns:
+        Sixteen hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for scaling in scalings:
+        digest.update(struct.pack("<d", scaling))
+    for module in backbone.upstream:
+        for tensor in (*module.parameters(), *module.buffers()):
+            if not tensor.is_floating_point() or tensor.is_meta or id(tensor) in idle:
+                continue
+            digest.update(f"{tuple(tensor.shape)}".encode())
+            digest.update(_sample(tensor, SIGNATURE_VALUES).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def _parse(text: str) -> tuple[str, tuple[float, ...]]:
     version, _, data = text.partition(":")
     raw = bytes.fromhex(data)
     return version, struct.unpack(f"<{len(raw) // 4}f", raw)
 
 
-def _sample(tensor: Tensor) -> list[float]:
+def _sample(tensor: Tensor, count: int) -> Tensor:
+    """At most `count` values of a tensor at equal distances, float32 on the CPU."""
     flat = tensor.detach().flatten()
-    step = max(1, flat.numel() // FINGERPRINT_VALUES)
-    values = flat[::step][:FINGERPRINT_VALUES].float().tolist()
-    return [v if math.isfinite(v) else 0.0 for v in values]
+    return flat[:: max(1, flat.numel() // count)][:count].float().cpu()
 
 
 def _embedding_rows(backbone: Backbone) -> list[Tensor]:
@@ -83,10 +114,7 @@ def _embedding_rows(backbone: Backbone) -> list[Tensor]:
 
 def _embedding_weight(backbone: Backbone) -> Tensor | None:
     """The word embeddings; None for models of images and sound."""
-    try:
-        embedding: Any = backbone.root.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
+    embedding = input_embeddings(backbone.root)
     embedding = getattr(embedding, "original_module", embedding)
     weight = getattr(getattr(embedding, "base_layer", embedding), "weight", None)
     fits = isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
@@ -99,7 +127,7 @@ def _norms(blocks: list[nn.Module]) -> list[Tensor]:
         weights = [
             p
             for module in block.modules()
-            if "norm" in type(module).__name__.lower()
+            if is_norm(module)
             for n, p in module.named_parameters(recurse=False)
             if n in ("weight", "bias") and p.dim() == 1
         ]

@@ -8,16 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .families import HEAD_NAMES
+
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
-
-# Output layers of transformers' head classes. A list replaces transformers' own, so lm_head must be in it.
-HEAD_NAMES = (
-    *("classifier", "score", "qa_outputs", "lm_head"),
-    *("pre_classifier", "pooler", "projector", "classification_head", "head"),  # DistilBERT, BERT, speech, BART, ModernBERT
-    *("cls", "predictions", "generator_predictions", "generator_lm_head", "vocab_transform", "vocab_projector"),  # masked LM
-    *("embed_out", "proj_out"),  # GPT-NeoX, Whisper
-)
 
 
 def quantization_config(bits: int = 8, extra_skip: tuple[str, ...] = (), **kwargs: Any) -> BitsAndBytesConfig:

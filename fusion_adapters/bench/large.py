@@ -16,8 +16,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..backbone.quantization import quantization_config
-from ..tuner.budget import count_trainable
 from ..tuner.config import FusionConfig
+from ..tuner.counts import count_trainable
 from .recipe import BenchRecipe
 
 RANK = 16

@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..study.figures import COLOURS, MARKERS, pyplot
+from ..runs.plots import COLOURS, MARKERS, pyplot
+from .cases import CASES
 
 ENOUGH = 3  # rounds, for a median that one slow round does not move
 
@@ -113,7 +114,7 @@ def _large_line(row: dict[str, Any]) -> str:
 
 def _draw_epochs(summary: dict[str, Any], path: Path) -> None:
     plt = pyplot()
-    cases = [c for c in summary["seconds"] if c not in ("bare model", "last attached", "DWAtt attached", "bare forward")]
+    cases = [c for c in summary["seconds"] if CASES[c].work != "forward"]
     lora = summary["seconds"]["LoRA"]["median"]
     figure, axis = plt.subplots(figsize=(6.4, 0.34 * len(cases) + 1.1), layout="constrained")
     values = [summary["seconds"][c]["median"] / lora for c in cases]

@@ -17,12 +17,13 @@ from tqdm.auto import tqdm
 
 from ..runs.environment import cores
 from ..runs.files import check_output, written_aside
-from ..tuner.budget import count_trainable
 from ..tuner.config import FusionConfig
-from .cases import EXTRACTIONS, FORWARDS, Setting, epoch_cases
+from ..tuner.counts import count_trainable
+from .cases import EXTRACTIONS, FORWARDS, SHARE, epoch_cases
 from .large import measure_large
 from .recipe import BenchRecipe
 from .report import write_bench_report
+from .rounds import Setting
 from .scaling import exponents, measure_scaling
 from .workers import DEEP_CASES, MEMORY_CASES, alternate, deep_inference_memory, peak_memory
 
@@ -67,8 +68,8 @@ def run_bench(recipe: BenchRecipe, output: str | Path, overwrite: bool = False) 
         del model
         seconds = {
             **alternate(recipe, epochs, Path(scratch), advance),
-            **alternate(recipe, FORWARDS, Path(scratch), advance),
-            **alternate(recipe, EXTRACTIONS, Path(scratch), advance),
+            **alternate(recipe, list(FORWARDS), Path(scratch), advance),
+            **alternate(recipe, list(EXTRACTIONS), Path(scratch), advance),
         }
         memory = peak_memory(recipe, Path(scratch), advance)
         deep_memory = deep_inference_memory(recipe, advance)
@@ -151,8 +152,8 @@ def measure_checkpoints(setting: Setting, folder: Path) -> dict[str, dict[str, A
 
     found: dict[str, dict[str, Any]] = {}
     fields: dict[str, dict[str, Any]] = {
-        "DWAtt": {"fusion_budget": "dwatt-paper"},
-        "DWAtt 20 %": {"fusion_budget": setting.small_budget()},
+        "DWAtt": {"fusion_budget": setting.budget(1)},
+        "DWAtt 20 %": {"fusion_budget": setting.budget(SHARE)},
         f"DWAtt, {LOAD_PARAMETERS // 10**6} M": {"fusion_budget": LOAD_PARAMETERS},
     }
     for name, field in fields.items():

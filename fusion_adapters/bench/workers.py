@@ -15,11 +15,12 @@ from peft import get_peft_model
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from ..runs.environment import PeakMemory
+from ..runs.memory import PeakMemory
 from ..tuner import fusion_layers
 from ..tuner.config import FusionConfig
-from .cases import ROUNDS, Setting
+from .cases import CASES
 from .recipe import BenchRecipe
+from .rounds import Setting, begin
 
 DEEP_CASES = ("bare model", "DWAtt, all states kept", "DWAtt")
 BOTTLENECK = 64  # a quarter of the width of the deep backbone
@@ -37,7 +38,7 @@ def alternate(
 
     Args:
         recipe: The benchmark.
-        cases: Names in `cases.ROUNDS`, each run in a process of its own.
+        cases: Names in `cases.CASES`, each run in a process of its own.
         folder: Where cached states are, and temporary ones go.
         advance: Called with what is done next, for a progress bar.
 
@@ -126,7 +127,7 @@ def _answer(connection: Any, case: str) -> float:
 def _work(connection: Any, recipe: BenchRecipe, case: str, folder: Path) -> None:
     try:
         transformers.utils.logging.disable_progress_bar()
-        run = ROUNDS[case](Setting(recipe, folder), case)
+        run = begin(Setting(recipe, folder), CASES[case])
         connection.send(0.0)
         while connection.recv() == "go":
             connection.send(run())
@@ -140,7 +141,7 @@ def _measure_memory(connection: Any, recipe: BenchRecipe, case: str, kind: str, 
     try:
         transformers.utils.logging.disable_progress_bar()
         setting = Setting(recipe, folder)
-        model = setting.attached(case)
+        model = setting.attached(CASES[case])
         rows = sorted(setting.rows, key=lambda row: -len(row["input_ids"]))[: recipe.batch_size]
         small, large = (
             {k: v.to(setting.device) for k, v in setting.collator(chosen).items()} for chosen in (rows[:1], rows)

@@ -5,33 +5,49 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 from torch import nn
 
-from .attnres import AttnRes
-from .concat import Concat
 from .contract import Context, Fusion, resolve_layers
-from .controls import MLP, Last
-from .deeper import Deeper
-from .dwatt import DWAtt
-from .dwconcat import DWConcat
-from .laya import LAYA
-from .scalar_mix import ScalarMix
+from .options import Option, joint_options, options_of
+from .widths import Budget, BudgetTooSmallError
 
-__all__ = ["FUSIONS", "Context", "Fusion", "build_fusion", "fusion_class", "fusion_options", "resolve_layers"]
+__all__ = [
+    "FUSIONS",
+    "Budget",
+    "BudgetTooSmallError",
+    "Context",
+    "Fusion",
+    "Option",
+    "all_options",
+    "build_fusion",
+    "fusion_class",
+    "fusion_options",
+    "resolve_layers",
+]
 
-FUSIONS: dict[str, type[Fusion]] = {
-    "dwatt": DWAtt,
-    "dwconcat": DWConcat,
-    "concat": Concat,
-    "scalar_mix": ScalarMix,
-    "attnres": AttnRes,
-    "laya": LAYA,
-    "deeper": Deeper,
-    "mlp": MLP,
-    "last": Last,
+# The methods: the name, and the file and class behind it.
+_METHODS = {
+    "dwatt": "dwatt.DWAtt",
+    "dwconcat": "dwconcat.DWConcat",
+    "concat": "concat.Concat",
+    "scalar_mix": "scalar_mix.ScalarMix",
+    "attnres": "attnres.AttnRes",
+    "laya": "laya.LAYA",
+    "deeper": "deeper.Deeper",
+    "mlp": "controls.MLP",
+    "last": "controls.Last",
 }
+
+
+def _load(path: str) -> type[Fusion]:
+    file, name = path.split(".")
+    return getattr(import_module(f".{file}", __name__), name)
+
+
+FUSIONS: dict[str, type[Fusion]] = {name: _load(path) for name, path in _METHODS.items()}
 
 
 def fusion_class(name: str) -> type[Fusion]:
@@ -49,8 +65,12 @@ def fusion_class(name: str) -> type[Fusion]:
 
 def fusion_options(name: str) -> dict[str, Any]:
     """The options of a method with their defaults; `FusionConfig` offers each as `fusion_<option>`."""
-    parameters = inspect.signature(fusion_class(name)).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "last_block"}
+    return {option: told.default for option, told in options_of(fusion_class(name)).items()}
+
+
+def all_options() -> dict[str, Option]:
+    """The options of all methods."""
+    return joint_options(FUSIONS)
 
 
 def build_fusion(

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contract import Context, Fusion, bottleneck_width, check_init, linear, linear_bias, linear_weight
+from .contract import Context, Fusion
+from .numerics import bottleneck_width, check_init, linear, linear_bias, linear_weight
 
 
 class Concat(Fusion):
@@ -25,6 +26,7 @@ class Concat(Fusion):
         init: `"identity"` adds to `z_L` and starts the last map at zero; `"paper"` has no residual.
     """
 
+    widths = ("bottleneck",)
     absorbs = True
 
     def __init__(

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .contract import BottleneckMLP, Context, Fusion, bottleneck_width, check_init
+from .contract import Context, Fusion
+from .numerics import BottleneckMLP, bottleneck_width, check_init
 
 
 class Last(Fusion):
@@ -35,6 +36,8 @@ class MLP(Fusion):
         bottleneck: Width `r`; an int, or a float as fraction of `d`.
         init: `"identity"` starts the second map at zero, `"paper"` like a linear layer.
     """
+
+    widths = ("bottleneck",)
 
     def __init__(
         self,

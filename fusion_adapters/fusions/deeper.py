@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contract import Context, Fusion, check_heads, check_init, layer_norm, linear, linear_bias, linear_weight
+from .contract import Context, Fusion
+from .numerics import check_heads, check_init, layer_norm, linear, linear_bias, linear_weight
+from .widths import Budget, BudgetTooSmallError
 
 
 class EncoderBlock(nn.Module):
@@ -86,6 +88,7 @@ class Deeper(Fusion):
     """
 
     paper: ClassVar[dict[str, Any]] = {"num_blocks": 1, "init": "paper"}
+    widths = ("num_blocks", "feedforward")
     mixes_positions = True
 
     def __init__(
@@ -121,6 +124,12 @@ class Deeper(Fusion):
         if identity:
             for block in self.blocks:
                 block.zero_output()  # type: ignore[operator]
+
+    @classmethod
+    def fit_widths(cls, budget: Budget) -> dict[str, int]:
+        if budget.options.get("copy_last"):
+            return _fit_copies(budget)
+        return _fit_blocks(budget)
 
     def forward(
         self, states: Sequence[Tensor], last: Tensor, context: Context | None = None, return_weights: bool = False
@@ -197,3 +206,29 @@ def _to_dtype(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, dict):
         return {k: _to_dtype(v, dtype) for k, v in value.items()}
     return value
+
+
+def _fit_copies(budget: Budget) -> dict[str, int]:
+    """The largest number of copies of the backbone's last block within the budget: the count is linear in it."""
+    one, two = (budget.count(num_blocks=blocks) for blocks in (1, 2))
+    if one > budget.parameters:
+        what = f"{budget.fusion!r} with one copy of the backbone's last block"
+        raise BudgetTooSmallError(what, one, budget.parameters)
+    return {"num_blocks": 1 + (budget.parameters - one) // (two - one)}
+
+
+def _fit_blocks(budget: Budget) -> dict[str, int]:
+    """The number of blocks, each up to the usual feed-forward width, that comes nearest to the budget from below."""
+    one = budget.count(num_blocks=1, feedforward=1)
+    # linear in the number of blocks and in their width
+    block = budget.count(num_blocks=2, feedforward=1) - one
+    unit = budget.count(num_blocks=1, feedforward=2) - one
+    if one > budget.parameters:
+        raise BudgetTooSmallError("'deeper' of one block with a feed-forward width of 1", one, budget.parameters)
+    fits = []  # parameters, fewer blocks first, width
+    for blocks in range(1, 2 + (budget.parameters - one) // block):
+        smallest = one + (blocks - 1) * block
+        width = min(4 * budget.hidden_size, 1 + (budget.parameters - smallest) // (blocks * unit))
+        fits.append((smallest + blocks * (width - 1) * unit, -blocks, width))
+    _, blocks, width = max(fits)
+    return {"num_blocks": -blocks, "feedforward": width}

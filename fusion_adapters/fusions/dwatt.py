@@ -9,18 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contract import (
-    BottleneckMLP,
-    Context,
-    Fusion,
-    bottleneck_width,
-    check_heads,
-    check_init,
-    each_layer,
-    layer_norm,
-    linear,
-    linear_weight,
-)
+from .contract import Context, Fusion
+from .numerics import BottleneckMLP, bottleneck_width, check_heads, check_init, each_layer, layer_norm, linear, linear_weight
 
 POSITION_SIZE = 24  # d_pos, the same for every depth (Table 4)
 # From the identity start the outer gains must grow from 0 to about 1, a long way for an optimizer that moves each
@@ -44,7 +34,7 @@ class DWAtt(Fusion):
         layers: The states to attend over.
         bottleneck: Width of the MLPs; an int, or a float as fraction of `d` (the paper's gamma).
         heads: Distributions over depth per token; must divide `d`.
-        scale: Whether to scale the scores.
+        scale: Whether the scores are divided by the square root of the size of a head.
         dropout: Probability of dropping a weight over depth in training.
         weights: `"attention"`, or `"uniform"` for the control that gives every layer the same weight and has neither query
             nor keys: what the attention over depth adds is the difference between the two.
@@ -53,6 +43,7 @@ class DWAtt(Fusion):
     """
 
     paper: ClassVar[dict[str, Any]] = {"bottleneck": 0.5, "heads": 1, "scale": False, "dropout": 0.0, "init": "paper"}
+    widths = ("bottleneck",)
     has_weights = True
     absorbs = True
 

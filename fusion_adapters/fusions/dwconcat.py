@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contract import Context, Fusion, bottleneck_width, check_init, each_layer, layer_norm, linear, linear_weight
+from .contract import Context, Fusion
+from .numerics import bottleneck_width, check_init, each_layer, layer_norm, linear, linear_weight
 
 
 class DWConcat(Fusion):
@@ -30,6 +31,7 @@ class DWConcat(Fusion):
         init: `"identity"`, or `"paper"` for `U` and `c` started like a linear layer.
     """
 
+    widths = ("bottleneck",)
     has_weights = True
     absorbs = True
 

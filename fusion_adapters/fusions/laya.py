@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contract import Context, Fusion, bottleneck_width, check_init, linear, linear_bias, linear_weight
+from .contract import Context, Fusion
+from .numerics import bottleneck_width, check_init, linear, linear_bias, linear_weight
 
 
 class LAYA(Fusion):
@@ -24,11 +25,12 @@ class LAYA(Fusion):
         hidden_size: Hidden size `d`.
         layers: The states to fuse.
         bottleneck: Width `r` of the `x_n`; an int, or a float as fraction of `d`.
-        temperature: `tau`.
+        temperature: `tau`, by which the scores are divided.
         init: `"identity"` or `"paper"`, as above.
     """
 
     paper: ClassVar[dict[str, Any]] = {"temperature": 1.5, "init": "paper"}
+    widths = ("bottleneck",)
     has_weights = True
 
     def __init__(

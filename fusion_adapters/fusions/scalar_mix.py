@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contract import Context, Fusion, check_init
+from .contract import Context, Fusion
+from .numerics import check_init
 
 
 class ScalarMix(Fusion):

@@ -95,14 +95,6 @@ def written_aside(path: Path, overwrite: bool = False, kind: str = "run") -> Ite
         ) from error
 
 
-def write_text_whole(path: Path, text: str) -> None:
-    """Writes a file that is whole or not there, and the folders above it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
-
-
 def json_text(value: Any, indent: int = 2) -> str:
     """A value as JSON, with null for what JSON has no number for: the loss of an epoch or a run that diverged."""
     return json.dumps(_without_nan(value), indent=indent, allow_nan=False) + "\n"

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..backbone.families import positions_of
 from ..backbone.quantization import quantization_config
 from ..tasks.base import Task
 from ..tuner import TASK_HEADS
 from .pretrained import load_pretrained
 from .recipe import BackboneRecipe
-
-POSITIONS = ("position_embeddings", "embed_positions", "wpe")  # how models name a table of absolute positions
 
 
 def load_model(recipe: BackboneRecipe, task: Task, labels: Sequence[str], trained: Sequence[str] = ()) -> nn.Module:
@@ -111,14 +110,8 @@ def check_lengths(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> None:
     """
     longest = max((len(row["input_ids"]) for row in rows), default=0)
     for name, table in model.named_modules():
-        kind = name.rpartition(".")[2]
-        if kind not in POSITIONS or not isinstance(table, nn.Embedding):
-            continue
-        # RoBERTa and its like begin to count after the padding, OPT and BART after two
-        counted = kind == "position_embeddings" and table.padding_idx is not None
-        first: int = getattr(table, "offset", table.padding_idx + 1 if counted else 0)  # type: ignore[operator]
-        positions = table.num_embeddings - first
-        if longest > positions:
+        positions = positions_of(name, table)
+        if positions is not None and longest > positions:
             raise ValueError(
                 f"The longest of {len(rows)} rows has {longest} pieces, but the backbone has {positions} positions. Set "
                 f"data.max_length to {positions} or less."

@@ -34,7 +34,7 @@ def metrics_table(metrics: dict[str, Any], task: Task, title: str) -> Table:
 
 
 def budget_table(rows: list[dict[str, Any]], title: str) -> Table:
-    """Methods fitted to one budget, from `budget.compare_budgets`."""
+    """Methods fitted to one budget, from `costs.compare_budgets`."""
     table = Table(title=title, title_justify="left")
     table.add_column("method")
     for name in ("choice", "parameters", "adapter on disk", "extra FLOPs per token"):

@@ -20,12 +20,13 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, set_s
 from ..states import LayerStateCache, cache_layer_states
 from ..tasks.splits import Splits, load_splits
 from ..tuner import FusionConfig
-from ..tuner.budget import count_trainable
+from ..tuner.counts import count_trainable
 from .card import model_card
-from .environment import peak_of_process, versions
+from .environment import versions
 from .evaluation import evaluations, reload_difference
 from .files import check_output, json_text, written_aside
 from .loading import check_lengths, load_model
+from .memory import peak_of_process
 from .recipe import Recipe
 from .tokenizers import load_tokenizer, match_padding
 from .trainers import make_trainer
@@ -65,8 +66,7 @@ def run_recipe(
     model, tokenizer = load_attached(recipe, config, splits.labels)
     states = None
     if cache is not None:
-        states = LayerStateCache(cache, model)
-        states.check(model, tokenizer=tokenizer, max_length=recipe.data.max_length)
+        states = LayerStateCache(cache, model, tokenizer=tokenizer, max_length=recipe.data.max_length)
     with written_aside(output, overwrite) as folder:
         metrics = train(model, tokenizer, recipe, splits, folder, states)
         # the name to record is the recipe's, not the folder of an installed package

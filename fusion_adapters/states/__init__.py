@@ -9,6 +9,7 @@ from .dataset import CachedCollator, CachedDataset
 from .extract import cache_layer_states
 from .key import cache_key
 from .plan import Plan, plan_cache
+from .source import Source, source_of
 from .storage import StaleCacheError
 
 __all__ = [
@@ -16,8 +17,10 @@ __all__ = [
     "CachedDataset",
     "LayerStateCache",
     "Plan",
+    "Source",
     "StaleCacheError",
     "cache_key",
     "cache_layer_states",
     "plan_cache",
+    "source_of",
 ]

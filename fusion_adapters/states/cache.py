@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from ..tuner import layers_read
 from .dataset import CachedCollator, CachedDataset
-from .key import backbone_of, cache_key, key_differences, row_signature, uncached_inputs
+from .key import cache_key, key_differences, row_signature, uncached_inputs
+from .source import Source, source_of
 from .storage import DTYPES, StaleCacheError, read_index, read_manifest, shard_is_whole
 
 
@@ -21,9 +22,10 @@ class LayerStateCache:
 
     Args:
         folder: A folder that `cache_layer_states` wrote.
-        model: The model that will train from it; its backbone must be the one that the states come from, and datasets
-            hold the layers that its fusion reads.
+        model: The model that will train from it, see `check`; datasets then hold the layers that its fusion reads.
         verify: Read every shard once and compare its checksum.
+        tokenizer: That of the rows, see `check`.
+        max_length: Likewise.
 
     Attributes:
         layers: Indices of the cached layer states, ascending; the last is `L`.
@@ -35,7 +37,15 @@ class LayerStateCache:
         ValueError: If the index or a shard is damaged.
     """
 
-    def __init__(self, folder: str | Path, model: nn.Module | None = None, verify: bool = True) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        model: nn.Module | Source | None = None,
+        verify: bool = True,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_length: int | None = None,
+    ) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         self.layers: list[int] = self.manifest["layers"]
@@ -53,9 +63,9 @@ class LayerStateCache:
         self._places: list[tuple[int, int, int]] = places.tolist()  # shard, first token, tokens
         self.wanted = self.layers  # what a dataset reads
         if model is not None:
-            self.check(model)
-            _, layer = backbone_of(model)
-            self.wanted = self.layers if layer is None else list(layers_read(layer))
+            source = source_of(model)
+            self.check(source, tokenizer, max_length)
+            self.wanted = self.layers if source.layers is None else list(source.layers)
         if verify:
             damaged = [s["file"] for s in self.manifest["shards"] if not shard_is_whole(self.folder / s["file"], s)]
             if damaged:
@@ -77,25 +87,31 @@ class LayerStateCache:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_readers": {}}  # open files do not travel to the processes of a data loader
 
-    def check(self, model: nn.Module, **parts: Any) -> None:
+    def check(
+        self,
+        model: nn.Module | Source,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_length: int | None = None,
+    ) -> None:
         """Checks that the states are those of a model's backbone.
 
         Args:
-            model: The model, attached or not.
-            **parts: `tokenizer` and `max_length`, see `cache_key`.
+            model: The model, attached or not, or a `Source`.
+            tokenizer: The tokenizer of the rows; None leaves it out of the comparison.
+            max_length: The length to which texts are cut; None likewise.
 
         Raises:
             StaleCacheError: If a part of the key differs (the message names it), or the fusion reads a layer that was
                 not cached.
         """
-        wrong = key_differences(self.manifest["key"], cache_key(model, **parts))
+        source = source_of(model)
+        wrong = key_differences(self.manifest["key"], cache_key(source, tokenizer, max_length))
         if wrong:
             raise StaleCacheError(
                 f"The cache {str(self.folder)!r} was made for something else; {'; '.join(wrong)}. Its states would be wrong "
                 "here. Extract into another folder, or go back to what the cache was made for."
             )
-        _, layer = backbone_of(model)
-        lacking = sorted(set(layers_read(layer)) - set(self.layers)) if layer is not None else []
+        lacking = sorted(set(source.layers or ()) - set(self.layers))
         if lacking:
             raise StaleCacheError(
                 f"The fusion reads the layer states {lacking}, which the cache {str(self.folder)!r} does not hold (it has "

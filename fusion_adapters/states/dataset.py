@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import BatchEncoding
 
-PACKED_LENGTH = 32  # positions of a packed row, within what any model allows
-IGNORED = -100  # the label of positions without one, as torch's cross-entropy wants it
+from ..backbone.replay import LayerStates
 
-if TYPE_CHECKING:
-    from .cache import LayerStateCache
+PACKED_LENGTH = 32  # positions of a packed row, within what any model allows
+IGNORED = nn.CrossEntropyLoss().ignore_index  # -100, the label of positions without one
+
+
+class RowStates(Protocol):
+    """What a dataset asks of a cache, see `LayerStateCache`."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    def find(self, rows: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The numbers of rows in the cache."""
+
+    def length(self, number: int) -> int:
+        """The number of positions of a row."""
+
+    def read(
+        self,
+        numbers: Sequence[int],
+        layers: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+        keep: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """States of rows, one after the other, `(N, tokens, d)`."""
 
 
 class CachedRow(BatchEncoding):
@@ -57,7 +79,7 @@ class CachedDataset(Dataset[CachedRow]):
 
     def __init__(
         self,
-        cache: LayerStateCache,
+        cache: RowStates,
         rows: Sequence[Mapping[str, Any]],
         layers: Sequence[int],
         positions: str = "all",
@@ -95,10 +117,8 @@ class CachedDataset(Dataset[CachedRow]):
 class CachedCollator:
     """The collator of a task, which pads inputs and labels as ever, with the states of the rows added to the batch.
 
-    The batch gains `layer_states`: `states` `(N, tokens, d)` without padding, the layers ascending, and `positions`
-    `(tokens,)`, the place of each token in the padded batch, counted along rows; further what they are, so that a model
-    can refuse them: `layers`, their numbers; `kept`, the `positions` of the dataset; and `adapters`, those inside the
-    backbone at the extraction. A model with an attached fusion takes them instead of running its blocks.
+    The batch gains `layer_states`, see `LayerStates`. A model with an attached fusion takes them instead of running its
+    blocks.
 
     Args:
         collator: What would collate the rows without a cache.
@@ -143,7 +163,7 @@ class CachedCollator:
         return {**batch, "layer_states": _described(source, states, torch.arange(tokens))}
 
 
-def _described(source: CachedDataset, states: Tensor, positions: Tensor) -> dict[str, Any]:
+def _described(source: CachedDataset, states: Tensor, positions: Tensor) -> LayerStates:
     # no tensors: comparing those would wait for the device at every step
     return {
         "states": states,

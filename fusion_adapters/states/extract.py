@@ -17,10 +17,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..backbone.blocks import Backbone
+from ..backbone.record import recorded
 from .cache import LayerStateCache
-from .key import backbone_of, key_differences
+from .key import key_differences
 from .plan import BATCH_SIZE, Plan, plan_cache
-from .recording import only_backbone, recorded
+from .source import Source, source_of
 from .storage import (
     DTYPES,
     MANIFEST,
@@ -40,7 +41,7 @@ POSITIVE_INFINITY, NEGATIVE_INFINITY = 0x7C00, 0xFC00  # bits of float16
 
 
 def cache_layer_states(
-    model: nn.Module,
+    model: nn.Module | Source,
     rows: Sequence[Mapping[str, Any]],
     folder: str | Path,
     collator: Callable[[list[Any]], Any] | None = None,
@@ -60,7 +61,7 @@ def cache_layer_states(
     makes a part of the shards.
 
     Args:
-        model: A transformers model, with a fusion attached or not; nothing inside its backbone may train.
+        model: A transformers model, with a fusion attached or not; nothing inside its backbone may train. Or a `Source`.
         rows: Tokenised rows; labels are not needed.
         folder: New, empty, or with the same cache begun.
         collator: Pads a list of rows to a batch, the task's own for example; may be left out if all rows have one length.
@@ -85,8 +86,9 @@ def cache_layer_states(
     folder = Path(folder)
     if shard_bytes is None and (folder / MANIFEST).is_file():
         shard_bytes = read_manifest(folder)["shard_bytes"]
+    source = source_of(model)
     plan = plan_cache(
-        model,
+        source,
         rows,
         dtype=dtype,
         layers=layers,
@@ -109,10 +111,10 @@ def cache_layer_states(
         desc="layer states",
         disable=not (progress and process.is_main_process and mine),
     )
-    backbone, _ = backbone_of(model)
+    backbone = source.backbone
     # beside a GPU a shard is hashed and written while the next is computed; a CPU's own threads would wait for that
     beside = backbone.device.type != "cpu"
-    with bar, ThreadPoolExecutor(1) as writer, only_backbone(model, backbone):
+    with bar, ThreadPoolExecutor(1) as writer, source.quiet():
         writing: Future[None] | None = None
         for number in mine:
             tensors = _extract(backbone, rows, plan, number, collator, bar)
@@ -124,7 +126,7 @@ def cache_layer_states(
         if writing is not None:
             writing.result()
     process.wait_for_everyone()
-    return LayerStateCache(folder, model, verify=False)
+    return LayerStateCache(folder, source, verify=False)
 
 
 def _prepare(folder: Path, plan: Plan, tell: bool) -> None:

@@ -5,65 +5,39 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..backbone.blocks import Backbone, find_backbones
-from ..tuner import FusionLayer, adapters_in_use, fusion_layers, idle_tensors, scalings_in_use
+from ..backbone.blocks import Backbone
+from ..backbone.fingerprint import weights_signature
+from .source import Source, source_of
 
-VALUES_PER_TENSOR = 64  # sampled from every weight of the backbone
 LABELS = ("labels", "label", "label_ids")  # of a row: the states do not depend on them
 
 
-def backbone_of(model: nn.Module) -> tuple[Backbone, FusionLayer | None]:
-    """The one stack whose states can be cached, and the fusion layer on it if one is attached.
-
-    Raises:
-        ValueError: If something trains inside the backbone, or it is an encoder-decoder.
-    """
-    layers = fusion_layers(model)
-    backbones = [layer.backbone for layer in layers] or find_backbones(model)
-    backbone = backbones[0]
-    if len(backbones) > 1 or backbone.stack is not None:
-        raise ValueError(
-            f"The layer states of an encoder-decoder ({backbone.model_type!r}) cannot be cached: the decoder's depend on the "
-            "encoder's and on the labels. Train it live, without a cache."
-        )
-    layer = layers[0] if layers else None
-    trained = [n for m in backbone.upstream for n, p in m.named_parameters() if p.requires_grad] if layer else []
-    if trained:
-        lora = any(".lora_" in f".{name}" for name in trained)
-        raise ValueError(
-            f"{len(trained)} parameters train inside the backbone ({'LoRA, ' if lora else ''}for example {trained[0]!r}), so its "
-            "layer states change with every step and states computed once would be wrong from the second step on. Train "
-            "live, without a cache; or train the fusion alone (target_modules=None), whose backbone stays as it is."
-        )
-    return backbone, layer
-
-
 def cache_key(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, max_length: int | None = None
+    model: nn.Module | Source, tokenizer: PreTrainedTokenizerBase | None = None, max_length: int | None = None
 ) -> dict[str, Any]:
     """What the states of a model depend on, besides the rows: a dictionary of named parts.
 
     Args:
-        model: A transformers model, attached or not.
+        model: A transformers model, attached or not, or a `Source`.
         tokenizer: The tokenizer of the rows, if there is one.
         max_length: The length to which texts were cut.
     """
-    backbone, _ = backbone_of(model)
+    source = source_of(model)
+    backbone = source.backbone
     config: Any = getattr(backbone.base, "config", None)
     quantised = getattr(config, "quantization_config", None)
     key: dict[str, Any] = {
         "backbone": f"{backbone.model_type}, {backbone.num_layers} blocks of width {backbone.hidden_size}",
-        "weights": weights_signature(backbone),
-        "adapters": adapters_in_use(backbone),
+        "weights": weights_signature(backbone, source.idle, source.scalings),
+        "adapters": source.adapters,
         "quantization": _quantization_name(quantised),
         "dtype": str(_dtype_of(backbone)).removeprefix("torch."),
         "tokenizer": None if tokenizer is None else tokenizer_signature(tokenizer),
@@ -128,27 +102,6 @@ def row_signature(row: Mapping[str, Any], names: Sequence[str]) -> bytes:
 
 def _dtype_of(backbone: Backbone) -> torch.dtype:
     return next((p.dtype for m in backbone.upstream for p in m.parameters() if p.is_floating_point()), torch.float32)
-
-
-def weights_signature(backbone: Backbone) -> str:
-    """A hash of values sampled from every tensor that runs before or in the blocks.
-
-    Quantised weights are left out, because libraries move and pack them between calls; the tensors around them (norms,
-    embeddings, biases) stand for the checkpoint. So are adapters that take no part in the states.
-    """
-    digest = hashlib.sha256()
-    idle = idle_tensors(backbone)
-    for scaling in scalings_in_use(backbone):
-        digest.update(struct.pack("<d", scaling))
-    for module in backbone.upstream:
-        for tensor in (*module.parameters(), *module.buffers()):
-            if not tensor.is_floating_point() or tensor.is_meta or id(tensor) in idle:
-                continue
-            flat = tensor.detach().flatten()
-            sample: Tensor = flat[:: max(1, flat.numel() // VALUES_PER_TENSOR)][:VALUES_PER_TENSOR]
-            digest.update(f"{tuple(tensor.shape)}".encode())
-            digest.update(sample.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def tokenizer_signature(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..backbone.blocks import Backbone
-from ..tuner import layers_read
-from .key import backbone_of, cache_key, input_names, known_inputs, row_signature
-from .recording import only_backbone, recorded
+from ..backbone.record import recorded
+from .key import cache_key, input_names, known_inputs, row_signature
+from .source import Source, source_of
 from .storage import DTYPES, index_checksum
 
 BATCH_SIZE = 32
@@ -52,7 +52,7 @@ class Plan:
 
 
 def plan_cache(
-    model: nn.Module,
+    model: nn.Module | Source,
     rows: Sequence[Mapping[str, Any]],
     *,
     dtype: str = "float16",
@@ -71,8 +71,9 @@ def plan_cache(
         raise ValueError(f"dtype={dtype!r} is not a format of caches. Choose one of {', '.join(DTYPES)}.")
     if not len(rows):
         raise ValueError("There are no rows to cache. Give at least one tokenised row.")
-    backbone, layer = backbone_of(model)
-    wanted = layers_read(layer) if layers is None and layer is not None else layers
+    source = source_of(model)
+    backbone = source.backbone
+    wanted = source.layers if layers is None else layers
     chosen = sorted({*(range(1, backbone.num_layers + 1) if wanted is None else wanted), backbone.num_layers})
     if chosen[0] < 0 or chosen[-1] > backbone.num_layers:
         raise ValueError(f"layers={chosen}: the backbone has the layer states 0 to {backbone.num_layers}.")
@@ -82,7 +83,7 @@ def plan_cache(
     # each row once, in an order that does not depend on that of the rows: a cache can be mended from shuffled data
     first = {signature: i for i, signature in reversed(list(enumerate(signatures)))}
     shapes = {i: _shape(rows[i], names) for i in first.values()}
-    with only_backbone(model, backbone):
+    with source.quiet():
         lengths = _lengths(backbone, rows, shapes, names)
     order = sorted(first.values(), key=lambda i: (-lengths[i], shapes[i], signatures[i]))
     token_bytes = len(chosen) * (backbone.hidden_size * DTYPES[dtype].itemsize + (4 if dtype == "int8" else 0))
@@ -105,7 +106,7 @@ def plan_cache(
     ordered = torch.frombuffer(bytearray(b"".join(signatures[i] for i in order)), dtype=torch.uint8).view(-1, 16)
     located = torch.tensor(places)
     manifest = {
-        "key": cache_key(model, tokenizer, max_length),
+        "key": cache_key(source, tokenizer, max_length),
         "layers": chosen,
         "dtype": dtype,
         "hidden_size": backbone.hidden_size,

@@ -9,11 +9,10 @@ scales   (tokens, layers)     float32, for int8 only: a state is states * scales
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..backbone.atomic import temporary_of, write_text_whole, written_whole
+
 FORMAT = 2
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 MANIFEST = "manifest.json"
 INDEX = "index.safetensors"
 CHECKSUM = "xxh3_128"
-ASIDE = re.compile(r"\.(?:manifest\.json|index\.safetensors|shard-\d+\.safetensors)\.(\d+)")  # see _aside
+FILES = re.compile(r"manifest\.json|index\.safetensors|shard-\d+\.safetensors")
 
 
 class StaleCacheError(ValueError):
@@ -47,7 +48,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(
             f"The folder {str(folder)!r} holds no cache of layer states (no {MANIFEST}). Make one by 'fusion-adapters "
-            "cache', or by fusion_adapters.features.cache_layer_states."
+            "cache', or by fusion_adapters.cache_layer_states."
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -97,8 +98,7 @@ def write_index(folder: Path, signatures: Tensor, places: Tensor) -> None:
 def write_plan(folder: Path, manifest: dict[str, Any], signatures: Tensor, places: Tensor) -> None:
     """Writes index and manifest; the manifest last, so that a folder with one has the other."""
     write_index(folder, signatures, places)
-    with _aside(folder / MANIFEST) as aside:
-        aside.write_text(json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n", encoding="utf-8")
+    write_text_whole(folder / MANIFEST, json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n")
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -119,31 +119,26 @@ def shard_is_whole(path: Path, planned: Mapping[str, Any]) -> bool:
 
 def is_only_begun(folder: Path) -> bool:
     """Whether a folder without a manifest holds nothing but what a run leaves that was killed before it wrote one."""
-    return all(path.name == INDEX or ASIDE.fullmatch(path.name) for path in folder.iterdir())
+    return all(path.name == INDEX or _writer(path) is not None for path in folder.iterdir())
 
 
 def remove_leftovers(folder: Path) -> None:
     """Removes the files that runs which are dead by now were writing; call it before this run writes any."""
     for path in folder.iterdir():
-        aside = ASIDE.fullmatch(path.name)
-        if aside and (int(aside[1]) == os.getpid() or not psutil.pid_exists(int(aside[1]))):
+        process = _writer(path)
+        if process is not None and (process == os.getpid() or not psutil.pid_exists(process)):
             path.unlink(missing_ok=True)
 
 
+def _writer(path: Path) -> int | None:
+    """The id of the process that writes, or was writing, a file of a cache under a temporary name; None for other files."""
+    name, process = temporary_of(path.name) or ("", None)
+    return process if FILES.fullmatch(name) else None
+
+
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    with _aside(path) as aside:
-        save_file(tensors, aside, metadata)
-
-
-@contextlib.contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """Yields a name to write under; a file there gets its own name when the body ends well, and is gone if not."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield aside
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary, metadata)
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -1,4 +1,4 @@
-"""The figures of a comparison: readable in print and by the colour-blind, axes with units."""
+"""The figures of a comparison, axes with units."""
 
 from __future__ import annotations
 
@@ -7,24 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..runs.plots import COLOURS, MARKERS, pyplot
 from ..tasks.base import Measure
 
-# Okabe and Ito's colours, told apart by people with any colour vision; marker and dash tell them apart in print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p")
 DASHES = ("-", "--", "-.", ":")
 LEGEND_LINE = 0.17  # inches; a figure has room for three lines and grows for more
-
-
-def pyplot() -> Any:
-    """Matplotlib without a screen, in the style of our figures."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150})
-    return plt
 
 
 def _styles(methods: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runs.files import json_text, write_text_whole
+from ..backbone.atomic import write_text_whole
+from ..runs.files import json_text
 from .figures import draw_budget, draw_depth, draw_losses, draw_samples, draw_steps, trained_parameters
 from .recipe import StudyRecipe
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import yaml
 
+from ..backbone.atomic import write_text_whole
 from ..backbone.blocks import find_backbones
-from ..runs.files import write_text_whole
+from ..backbone.fingerprint import weights_signature
 from ..runs.loading import load_model
 from ..runs.tokenizers import load_tokenizer
 from ..runs.training import adapter_config
 from ..runs.yaml import validated
-from ..states.key import tokenizer_signature, weights_signature
+from ..states.key import tokenizer_signature
 from .examples import splits_of
 from .recipe import StudyRecipe
 

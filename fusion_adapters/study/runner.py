@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..backbone.atomic import write_text_whole
 from ..fusions import fusion_options
 from ..runs.environment import cores
-from ..runs.files import write_text_whole
 from ..runs.pretrained import resolve_model
 from ..runs.training import adapter_config
-from ..tuner.budget import settle_budget, skeleton
+from ..tuner.budget import settle_budget
 from ..tuner.config import FusionConfig
+from ..tuner.counts import skeleton
 from .examples import count_examples, forget, training_sizes
 from .recipe import StudyRecipe
 from .report import write_report

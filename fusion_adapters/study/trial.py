@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -16,14 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
-from ..runs.environment import PeakMemory, versions
+from ..backbone.atomic import written_whole
+from ..runs.environment import versions
 from ..runs.evaluation import evaluations
 from ..runs.loading import check_lengths
+from ..runs.memory import PeakMemory
 from ..runs.trainers import TRAINING_DEFAULTS, make_trainer
 from ..runs.training import adapter_config, load_attached
 from ..states import LayerStateCache
 from ..tasks.base import Measure
-from ..tuner.budget import count_trainable
+from ..tuner.counts import count_trainable
 from .depth import depth_by_label
 from .examples import encoded_part, splits_of, subset
 from .recipe import StudyRecipe
@@ -117,13 +118,13 @@ def run_trial(
     model, tokenizer = load_attached(recipe, config, splits.labels)
     if start is not None:
         start_from(model, start)
+    task, length = recipe.task, recipe.data.max_length
     cache = None
     if not config.has_lora:
-        cache = LayerStateCache(states_folder(study, run.data, run.method, states), model, verify=False)
-        cache.check(model, tokenizer=tokenizer, max_length=recipe.data.max_length)
+        cached = states_folder(study, run.data, run.method, states)
+        cache = LayerStateCache(cached, model, verify=False, tokenizer=tokenizer, max_length=length)
     classes = [example.labels[0] for example in splits.train] if study.per_class else None
     chosen = [splits.train[i] for i in subset(classes, len(splits.train), run.size, run.seed)]
-    task, length = recipe.task, recipe.data.max_length
     encoded = {"train": task.encode(chosen, tokenizer, splits.labels, length)}
     for name in ("dev", "test") if run.stage == "report" and splits.test else ("dev",):
         encoded[name] = encoded_part(recipe.data.model_dump_json(), task, study.backbone.model_dump_json(), name)
@@ -161,10 +162,8 @@ def run_trial(
     if task.loss is not None:
         result["dev_loss"] = dict(keep.losses)[keep.best[1]]
     if keep_weights is not None:
-        keep_weights.parent.mkdir(parents=True, exist_ok=True)
-        aside = keep_weights.with_name(f".{keep_weights.name}.{os.getpid()}")
-        save_file(keep.weights, aside)
-        aside.replace(keep_weights)
+        with written_whole(keep_weights) as temporary:
+            save_file(keep.weights, temporary)
     if run.stage == "report":
         model.load_state_dict(keep.weights, strict=False)
         if "test" in sets:

@@ -11,9 +11,11 @@ from peft.tuners.lora import LoraModel
 
 from .active import adapters_in_use, idle_tensors, scalings_in_use
 from .config import FusionConfig, FusionPeftType
+from .depth import depth_weights
 from .heads import TASK_HEADS
-from .layer import FusionLayer, depth_weights, fusion_layers, layers_read
+from .layer import FusionLayer, fusion_layers
 from .model import FusionModel
+from .replay import layers_read
 
 __all__ = [
     "TASK_HEADS",

@@ -1,120 +1,35 @@
-"""Parameter counts, and the solver that fits a method to a budget. Nothing here needs the backbone's weights."""
+"""Fits the size of a method to a budget of parameters. Nothing here needs the backbone's weights."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from peft import get_peft_model
+from peft import LoraConfig
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
-from transformers.pytorch_utils import Conv1D
 
-from ..backbone.blocks import LAYER_NAME, Backbone, find_backbones
-from ..fusions import build_fusion, fusion_options
+from ..backbone.blocks import Backbone, find_backbones
+from ..fusions import Budget, BudgetTooSmallError, fusion_class
+from .build import build_for
 from .config import FusionConfig
+from .counts import count_lora, empty_copy
 from .sizes import DWATT_PAPER, lora_rank, read_count
 
-BYTES_PER_PARAMETER = 4  # adapters are stored in float32
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # how configurations name the number of experts
+__all__ = ["BudgetTooSmallError", "fit_budget", "has_own_width", "resolve_budget", "settle_budget", "warn_if_large"]
 
-
-def count_trainable(model: nn.Module) -> dict[str, int]:
-    """Counts the trainable parameters of an attached model.
-
-    Returns:
-        `fusion`, `lora`, `head` (everything in `modules_to_save`), `other`, and their sum, `total`.
-    """
-    counts = {"fusion": 0, "lora": 0, "head": 0, "other": 0}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if f".{LAYER_NAME}." in name:
-            part = "fusion"
-        elif ".lora_" in name:
-            part = "lora"
-        elif ".modules_to_save." in name:
-            part = "head"
-        else:
-            part = "other"
-        counts[part] += parameter.numel()
-    return {**counts, "total": sum(counts.values())}
-
-
-class BudgetTooSmallError(ValueError):
-    """A budget below the smallest size of a method.
-
-    Attributes:
-        smallest: The parameters of that size.
-    """
-
-    def __init__(self, what: str, smallest: int, parameters: int) -> None:
-        self.smallest = smallest
-        super().__init__(
-            f"The budget of {parameters:,} parameters is too small: {what} trains {smallest:,}. Raise the budget to at "
-            "least that, or choose another method."
-        )
-        self._arguments = (what, smallest, parameters)
-
-    def __reduce__(self) -> tuple[type, tuple[str, int, int]]:
-        """Lets the error cross from one process to another."""
-        return type(self), self._arguments
-
-
-def skeleton(model: str | PreTrainedConfig, model_class: Any = AutoModel) -> nn.Module:
-    """A model without weights (meta device), from its configuration alone; of any size in seconds.
-
-    Args:
-        model: A hub id, a folder with a `config.json`, or a configuration.
-        model_class: One of transformers' `AutoModel...` classes, for a model with a task head.
-
-    Raises:
-        OSError: If there is no configuration to be had under that name.
-    """
-    config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model
-    with init_empty_weights():
-        return model_class.from_config(config)
-
-
-def count_config(config: FusionConfig, model: nn.Module) -> dict[str, int]:
-    """What a config would train on a model, split as in `count_trainable`.
-
-    The adapter is attached to a copy without weights, so that the count is that of the real adapter for every method,
-    every option of LoRA and every model.
-
-    Args:
-        config: Any config; it is not changed.
-        model: A model with or without weights, see `skeleton`.
-    """
-    config = copy.deepcopy(config)
-    config.init_lora_weights = True  # others refuse some ranks, or compute with weights that are not there
-    with init_empty_weights(), torch.device("meta"):
-        return count_trainable(get_peft_model(_empty_copy(model), config, low_cpu_mem_usage=True))
-
-
-def _empty_copy(model: nn.Module) -> nn.Module:
-    """A copy without weights, and without the adapters of a model that has some."""
-    if _is_empty(model):
-        return copy.deepcopy(model)
-    try:
-        return type(model)(model.config)  # type: ignore[call-arg]
-    except (AttributeError, TypeError):  # a class of somebody's own, with other arguments or no configuration
-        weights = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
-        buffers: dict[int, Any] = {id(b): b.to("meta") for b in model.buffers()}
-        return copy.deepcopy(model, {**weights, **buffers})
+LARGE = 50_000_000  # parameters of a fusion that should be somebody's choice
 
 
 def fit_budget(config: FusionConfig, model: nn.Module, parameters: int) -> FusionConfig:
     """Chooses the free width of a method so that fusion and LoRA together train at most so many parameters.
 
-    Free are the bottleneck of `dwatt`, `dwconcat`, `concat`, `laya` and `mlp`; feed-forward width and number of blocks of `deeper`, with
-    `fusion_copy_last` the number of copies; and for `last` with LoRA the rank. The largest width that fits is taken. LoRA beside
-    another fusion keeps its rank.
+    Free are the `widths` of the method's class (the bottleneck; for `deeper` the number of blocks and their feed-forward width,
+    with `fusion_copy_last` the number of copies), and for `last` with LoRA the rank. The largest that fits is taken, see
+    `Fusion.fit_widths`. LoRA beside another fusion keeps its rank.
 
     Args:
         config: The config to start from; it is not changed.
@@ -131,27 +46,17 @@ def fit_budget(config: FusionConfig, model: nn.Module, parameters: int) -> Fusio
     config = replace(config, fusion_budget=None)
     if config.fusion == "last" and config.has_lora:
         return _fit_rank(config, model, parameters)
-    if config.fusion_copy_last:
-        return _fit_copies(config, model, parameters)
-    lora = _count_lora(config, model) if config.has_lora else 0
-    backbones = find_backbones(model, config.fusion_blocks, config.fusion_stack)
+    lora = _lora_and_biases(config, model) if config.has_lora else 0
+    # what is copied of the backbone is copied without its weights
+    source = empty_copy(model) if config.fusion_copy_last else model
+    backbones = find_backbones(source, config.fusion_blocks, config.fusion_stack)
 
-    def count(**options: Any) -> int:
-        return lora + _count_fusions(config, backbones, **options)
+    def count(**widths: int) -> int:
+        return lora + _parameters(config, backbones, **widths)
 
-    known = fusion_options(config.fusion)
-    if "bottleneck" in known:
-        width = _largest(lambda r: count(bottleneck=r), parameters)
-        if width < 1:
-            raise BudgetTooSmallError(f"{config.fusion!r} with a bottleneck of 1", count(bottleneck=1), parameters)
-        while width > 1 and count(bottleneck=width - 1) == count(bottleneck=width):
-            width -= 1  # a method that rounds its width down: say the one that is built
-        return replace(config, fusion_bottleneck=width)
-    if "feedforward" in known:
-        return _fit_blocks(config, count, 4 * backbones[0].hidden_size, parameters)
-    if count() > parameters:
-        raise BudgetTooSmallError(f"{config.fusion!r}, which has no width to choose,", count(), parameters)
-    return config
+    budget = Budget(config.fusion, parameters, backbones[0].hidden_size, config.options, count)
+    widths: dict[str, Any] = fusion_class(config.fusion).fit_widths(budget)
+    return replace(config, **{f"fusion_{name}": width for name, width in widths.items()})
 
 
 def resolve_budget(config: FusionConfig, model: nn.Module) -> int | None:
@@ -172,7 +77,7 @@ def resolve_budget(config: FusionConfig, model: nn.Module) -> int | None:
         return budget
     if budget == DWATT_PAPER:
         backbones = find_backbones(model, config.fusion_blocks, config.fusion_stack)
-        return _count_fusions(FusionConfig.paper("dwatt"), backbones)
+        return _parameters(FusionConfig.paper("dwatt"), backbones)
     rank = lora_rank(budget)
     if rank is None:
         return read_count(budget)
@@ -183,44 +88,53 @@ def resolve_budget(config: FusionConfig, model: nn.Module) -> int | None:
             f"fusion_budget={budget!r}: peft knows no usual modules for LoRA in a {model_type!r}. Set target_modules (then "
             "LoRA trains beside the fusion), or give the budget as a number of parameters."
         )
-    lora = FusionConfig(
-        fusion="last",
-        r=rank,
-        target_modules=modules,
-        fusion_blocks=config.fusion_blocks,
-        fusion_stack=config.fusion_stack,
-    )
-    return count_config(lora, model)["lora"]
+    return count_lora(LoraConfig(r=rank, target_modules=modules), model)["lora"]
 
 
 def settle_budget(config: FusionConfig, model: nn.Module) -> None:
-    """Puts the width that fits `config.fusion_budget` into the config, in the budget's place."""
+    """Puts the widths that fit `config.fusion_budget` into the config, in the budget's place."""
     parameters = resolve_budget(config, model)
     if parameters is None:
         return
     fitted = fit_budget(config, model, parameters)
-    for name in ("fusion_budget", "fusion_bottleneck", "fusion_num_blocks", "fusion_feedforward", "r"):
+    for name in ("fusion_budget", "r", *(f"fusion_{width}" for width in config.widths)):
         setattr(config, name, getattr(fitted, name))
 
 
-def _count_fusions(config: FusionConfig, backbones: list[Backbone], **options: Any) -> int:
-    chosen = {**config.options, **options}
+def has_own_width(config: FusionConfig) -> bool:
+    """Whether the size of the fusion was chosen: by a budget, a width, or when the adapter was made."""
+    # a copy of the backbone's block has that block's size
+    chosen = (config.fusion_budget, config.fusion_copy_last, *config.widths.values())
+    return config.bound or any(value is not None for value in chosen)
+
+
+def warn_if_large(config: FusionConfig, fusions: Sequence[nn.Module]) -> None:
+    """Warns of a default width that makes much of a large backbone."""
+    count = sum(p.numel() for fusion in fusions for p in fusion.parameters())
+    if count > LARGE and not any(p.is_meta for fusion in fusions for p in fusion.parameters()):
+        warnings.warn(
+            f"fusion={config.fusion!r} at its default width trains {count:,} parameters on this backbone: {count / 2**28:.1f} GiB in "
+            "float32, four times that with gradients and Adam. Set fusion_budget, for example '10M', or the width itself "
+            f"({', '.join(f'fusion_{name}' for name in config.widths)}), which also says that it is meant.",
+            stacklevel=2,
+        )
+
+
+def _parameters(config: FusionConfig, backbones: list[Backbone], **widths: int) -> int:
     with torch.device("meta"):
-        fusions = [
-            build_fusion(config.fusion, b.hidden_size, b.num_layers, config.fusion_layers, **chosen) for b in backbones
-        ]
+        fusions = [build_for(backbone, config, **widths) for backbone in backbones]
     return sum(p.numel() for fusion in fusions for p in fusion.parameters())
 
 
-def _count_lora(config: FusionConfig, model: nn.Module) -> int:
+def _lora_and_biases(config: FusionConfig, model: nn.Module) -> int:
     """What LoRA trains: its matrices, and biases where `bias` asks for them."""
-    counts = count_config(config, model)
+    counts = count_lora(config, model)
     return counts["lora"] + counts["other"]
 
 
 def _fit_rank(config: FusionConfig, model: nn.Module, parameters: int) -> FusionConfig:
     """The largest rank within the budget: what LoRA trains is linear in it, biases and DoRA's magnitudes are its offset."""
-    one, two = (_count_lora(replace(config, r=rank), model) for rank in (1, 2))
+    one, two = (_lora_and_biases(replace(config, r=rank), model) for rank in (1, 2))
     if one > parameters:
         raise BudgetTooSmallError("LoRA of rank 1", one, parameters)
     if one == two:
@@ -234,124 +148,3 @@ def _fit_rank(config: FusionConfig, model: nn.Module, parameters: int) -> Fusion
         if not rank:
             raise BudgetTooSmallError("LoRA of rank 2, the least with init_lora_weights='orthogonal',", two, parameters)
     return replace(config, r=rank)
-
-
-def _fit_copies(config: FusionConfig, model: nn.Module, parameters: int) -> FusionConfig:
-    """The largest number of copies of the backbone's last block within the budget: the count is linear in it."""
-    counts = [count_config(replace(config, fusion_num_blocks=blocks), model) for blocks in (1, 2)]
-    one, two = (sum(count[part] for part in ("fusion", "lora", "other")) for count in counts)
-    if one > parameters:
-        raise BudgetTooSmallError(f"{config.fusion!r} with one copy of the backbone's last block", one, parameters)
-    return replace(config, fusion_num_blocks=1 + (parameters - one) // (two - one))
-
-
-def _fit_blocks(config: FusionConfig, count: Callable[..., int], usual: int, parameters: int) -> FusionConfig:
-    """The number of blocks, each up to the usual feed-forward width, that comes nearest to the budget from below."""
-    one = count(num_blocks=1, feedforward=1)
-    block, unit = count(num_blocks=2, feedforward=1) - one, count(num_blocks=1, feedforward=2) - one
-    if one > parameters:
-        raise BudgetTooSmallError("'deeper' of one block with a feed-forward width of 1", one, parameters)
-    fits = []  # parameters, fewer blocks first, blocks, width
-    for blocks in range(1, 2 + (parameters - one) // block):
-        left = parameters - one - (blocks - 1) * block
-        width = min(usual, 1 + left // (blocks * unit))
-        fits.append((_blocks_count(one, block, unit, blocks, width), -blocks, width))
-    _, blocks, width = max(fits)
-    return replace(config, fusion_num_blocks=-blocks, fusion_feedforward=width)
-
-
-def _blocks_count(one: int, block: int, unit: int, blocks: int, width: int) -> int:
-    """Parameters of `blocks` equal blocks: linear in their number and in their width."""
-    return one + (blocks - 1) * block + blocks * (width - 1) * unit
-
-
-def _largest(count: Callable[[int], int], limit: int) -> int:
-    """The largest width whose count is within the limit; 0 if none is."""
-    low, high = 0, 1
-    while count(high) <= limit:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) <= limit else (low, middle)
-    return low
-
-
-def _is_empty(model: nn.Module) -> bool:
-    return all(p.is_meta for p in model.parameters())
-
-
-def compare_budgets(model: nn.Module, methods: list[str], parameters: int, lora: list[str]) -> list[dict[str, Any]]:
-    """Fits methods to one budget.
-
-    Args:
-        model: The backbone, see `skeleton`.
-        methods: Names in `FUSIONS`, with their defaults.
-        parameters: The budget, heads excluded.
-        lora: Modules for a row of LoRA alone; empty for none.
-
-    Returns:
-        A row a method: `method`, `choice` (the widths that were solved), `parameters`, `bytes` of the file's tensors, and
-        `flops_percent`, the multiply-adds per token added to the forward pass, against those of the backbone's weights
-        (two a weight; attention over positions and embeddings are left out on both sides). A method that does not fit has
-        `smallest` instead, the budget that it needs.
-
-    Raises:
-        ValueError: If a name in `lora` is that of no module: peft would leave it out without a word.
-    """
-    names = [name for name, _ in model.named_modules()]
-    unknown = [module for module in lora if not any(f".{name}".endswith(f".{module}") for name in names)]
-    if unknown:
-        linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))})
-        raise ValueError(
-            f"The model ({type(model).__name__}) has no module {unknown[0]!r} for LoRA. Its linear maps are: {', '.join(linear)}."
-        )
-    backbone = _weights_of_a_token(model)
-    configs = [(name, FusionConfig(fusion=name)) for name in methods]
-    if lora:
-        configs.append(("lora", FusionConfig(fusion="last", r=1, target_modules=lora)))
-    rows = []
-    for name, config in configs:
-        try:
-            fitted = fit_budget(config, model, parameters)
-        except BudgetTooSmallError as error:
-            rows.append({"method": name, "smallest": error.smallest})
-            continue
-        counts = count_config(fitted, model)
-        total = counts["fusion"] + counts["lora"]
-        rows.append(
-            {
-                "method": name,
-                "choice": _choice(fitted),
-                "parameters": total,
-                "bytes": BYTES_PER_PARAMETER * total,
-                "flops_percent": 100 * total / backbone,
-            }
-        )
-    return rows
-
-
-def _weights_of_a_token(model: nn.Module) -> float:
-    """Weights of the backbone, without embeddings, that a token is multiplied by.
-
-    A block that runs several times (ALBERT) counts as often; of a mixture of experts only as many as the router chooses.
-    """
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    blocks = [block for backbone in find_backbones(model) for block in backbone.blocks]
-    runs = {id(p): max(1, sum(block is other for other in blocks)) for block in blocks for p in block.parameters()}
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    experts = next((getattr(config, n) for n in EXPERTS if getattr(config, n, None)), None)
-    chosen = getattr(config, "num_experts_per_tok", None)
-    share = chosen / experts if chosen and experts else 1.0
-    return sum(
-        parameter.numel() * runs.get(id(parameter), 1) * (share if "experts" in name.split(".") else 1)
-        for name, parameter in model.named_parameters()
-        if id(parameter) not in embeddings
-    )
-
-
-def _choice(config: FusionConfig) -> dict[str, Any]:
-    if config.has_lora:
-        return {"r": config.r}
-    names = ("bottleneck", "num_blocks", "feedforward")
-    return {n: config.options[n] for n in names if n in config.options}

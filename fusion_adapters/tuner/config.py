@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field, fields
+import textwrap
+from dataclasses import dataclass, field, make_dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 from peft import LoraConfig
 
-from ..fusions import fusion_class, fusion_options
-from .card import add_loading_section
+from ..fusions import all_options, fusion_class, fusion_options
+from .card import ModelClass, add_loading_section
 from .sizes import check_budget
 
 
@@ -21,39 +22,40 @@ class FusionPeftType(str, enum.Enum):  # noqa: UP042 - as peft has its own
     FUSION = "FUSION"
 
 
-# Fields named fusion_* that are not options of a method.
-_GENERAL = {
-    "fusion_layers",
-    "fusion_budget",
-    "fusion_stop_gradient",
-    "fusion_blocks",
-    "fusion_stack",
-    "fusion_model_type",
-    "fusion_hidden_size",
-    "fusion_num_layers",
-    "fusion_fingerprint",
+# The options of all methods; each is a field of the config under the prefix fusion_.
+_OPTIONS = all_options()
+# How the values of an option are checked by its types, and the words for what fits. A text is left to the fusion.
+_CHECKS: dict[frozenset[Any], tuple[Any, str]] = {
+    frozenset({int, float}): (Real, "a width (a whole number) or a fraction of the hidden size"),
+    frozenset({float}): (Real, "a number"),
+    frozenset({int}): (Integral, "a whole number"),
+    frozenset({bool}): (bool, "true or false"),
 }
 
 
-# Of values that are not None; a text that reaches a fusion is found only when it is built, or in the first forward pass.
-_TYPES: dict[str, tuple[Any, str]] = {
-    "fusion_bottleneck": (Real, "a width (a whole number) or a fraction of the hidden size"),
-    "fusion_dropout": (Real, "a number"),
-    "fusion_temperature": (Real, "a number"),
-    "fusion_heads": (Integral, "a whole number"),
-    "fusion_num_blocks": (Integral, "a whole number"),
-    "fusion_feedforward": (Integral, "a whole number"),
-    "fusion_scale": (bool, "true or false"),
-    "fusion_copy_last": (bool, "true or false"),
-}
-
-
-def _option(text: str) -> Any:
+def _optional(text: str) -> Any:
     return field(default=None, metadata={"help": text})
 
 
+if TYPE_CHECKING:
+
+    class _MethodOptions(LoraConfig):
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    _MethodOptions = make_dataclass(
+        "_MethodOptions",
+        [
+            (f"fusion_{name}", Optional[Union[option.kinds or (Any,)]], _optional(option.help))  # noqa: UP007, UP045
+            for name, option in _OPTIONS.items()
+        ],
+        bases=(LoraConfig,),
+        namespace={"__module__": __name__, "__doc__": "LoRA's config with the options of all methods."},
+    )
+
+
 @dataclass
-class FusionConfig(LoraConfig):
+class FusionConfig(_MethodOptions):
     """Configuration of a fusion adapter, with or without LoRA inside the backbone.
 
     All fields of `peft.LoraConfig` keep their meaning, with one exception: `target_modules=None` means no LoRA. The
@@ -62,16 +64,7 @@ class FusionConfig(LoraConfig):
     Args:
         fusion: The method, a name in `FUSIONS`.
         fusion_layers: The layer states to fuse, `0` (embeddings) to `L` (last block) or negative; None means `1 .. L`.
-        fusion_bottleneck: Width of the method's inner layer; an int, or a float as fraction of the hidden size.
-        fusion_heads: Heads of the method's attention (over depth in `dwatt` and `dwconcat`, over positions in `deeper`).
-        fusion_scale: Whether `dwatt` scales its scores by the square root of the size of a head.
-        fusion_dropout: Probability of dropping a weight over depth in training.
-        fusion_weights: `"uniform"` gives `dwatt` and `dwconcat` the same weight for every layer, a control.
-        fusion_temperature: Divides the scores of `laya`.
-        fusion_init: `"identity"` (a fresh adapter leaves the model's answers as they were) or `"paper"`.
-        fusion_num_blocks: How many blocks `deeper` adds.
-        fusion_feedforward: Feed-forward width of the blocks that `deeper` adds.
-        fusion_copy_last: Whether `deeper` starts from copies of the backbone's last block.
+        fusion_OPTION: The options of the methods, which stand here by name in `help(FusionConfig)`.
         fusion_budget: How many parameters fusion and LoRA may train together: a number, `"1M"`, `"dwatt-paper"` (what the
             paper's DWAtt would train) or `"lora:r=16"` (what that LoRA would). When attached, the method's free width (see
             `fit_budget`) is set to the largest that fits, and this field to None.
@@ -90,29 +83,21 @@ class FusionConfig(LoraConfig):
     """
 
     fusion: str = field(default="dwatt", metadata={"help": "The fusion method, a name in fusion_adapters.FUSIONS."})
-    fusion_layers: list[int] | None = _option("Layer states to fuse; None means the outputs of all blocks.")
-    fusion_bottleneck: float | None = _option(
-        "Width of the method's inner layer: int, or float as fraction of the hidden size."
-    )
-    fusion_heads: int | None = _option("Heads of the method's attention.")
-    fusion_scale: bool | None = _option("Whether dwatt scales its scores.")
-    fusion_dropout: float | None = _option("Dropout on the weights over depth.")
-    fusion_weights: str | None = _option("'attention', or 'uniform' for the control.")
-    fusion_temperature: float | None = _option("Temperature of laya's softmax over depth.")
-    fusion_init: str | None = _option("'identity' or 'paper'.")
-    fusion_num_blocks: int | None = _option("How many blocks 'deeper' adds.")
-    fusion_feedforward: int | None = _option("Feed-forward width of the blocks that 'deeper' adds.")
-    fusion_copy_last: bool | None = _option("Whether 'deeper' copies the backbone's last block.")
-    fusion_budget: int | str | None = _option("Trainable parameters to choose the method's width by.")
+    fusion_layers: list[int] | None = _optional("Layer states to fuse; None means the outputs of all blocks.")
+    fusion_budget: int | str | None = _optional("Trainable parameters to choose the method's width by.")
     fusion_stop_gradient: bool = field(
         default=False, metadata={"help": "Whether the fusion sends no gradient into a backbone with LoRA."}
     )
-    fusion_blocks: str | None = _option("Name of the backbone's list of blocks.")
-    fusion_stack: str | None = _option("Stack of an encoder-decoder: 'encoder', 'decoder' or 'both'.")
-    fusion_model_type: str | None = _option("Filled in when attached.")
-    fusion_hidden_size: int | list[int] | None = _option("Filled in when attached.")
-    fusion_num_layers: int | list[int] | None = _option("Filled in when attached.")
-    fusion_fingerprint: str | None = _option("Filled in when attached.")
+    fusion_blocks: str | None = _optional("Name of the backbone's list of blocks.")
+    fusion_stack: str | None = _optional("Stack of an encoder-decoder: 'encoder', 'decoder' or 'both'.")
+    fusion_model_type: str | None = _optional("Filled in when attached.")
+    fusion_hidden_size: int | list[int] | None = _optional("Filled in when attached.")
+    fusion_num_layers: int | list[int] | None = _optional("Filled in when attached.")
+    fusion_fingerprint: str | None = _optional("Filled in when attached.")
+
+    if TYPE_CHECKING:  # the options are not known before the methods are imported
+
+        def __init__(self, fusion: str = "dwatt", **fields: Any) -> None: ...
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,6 +106,8 @@ class FusionConfig(LoraConfig):
         self.bound = self.fusion_num_layers is not None
         # Where the config was loaded from; its weights are checked against the model before they are used.
         self.source: tuple[str, dict[str, Any]] | None = None
+        # The class of the model that it is attached to, for the card; known when the adapter is saved.
+        self.model_class: ModelClass | None = None
         self._check_types()
         self._check_method()
         self._check_budget()
@@ -163,8 +150,13 @@ class FusionConfig(LoraConfig):
     @property
     def options(self) -> dict[str, Any]:
         """The method's options that were set, without the prefix `fusion_`."""
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name.startswith("fusion_")}
-        return {n.removeprefix("fusion_"): v for n, v in given.items() if n not in _GENERAL and v is not None}
+        given = {name: getattr(self, f"fusion_{name}") for name in _OPTIONS}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def widths(self) -> dict[str, Any]:
+        """Those options of the method that say its size, without the prefix; None where they were not set."""
+        return {name: getattr(self, f"fusion_{name}") for name in fusion_class(self.fusion).widths}
 
     def settle_options(self) -> None:
         """Writes the method's defaults into the fields, so that a saved adapter does not change when a default does."""
@@ -178,9 +170,12 @@ class FusionConfig(LoraConfig):
         return bool(self.target_modules) or bool(self.target_parameters)
 
     def _check_types(self) -> None:
-        for name, (kind, words) in _TYPES.items():
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool)):
+        for option, value in self.options.items():
+            name, allowed = f"fusion_{option}", frozenset(_OPTIONS[option].kinds)
+            if allowed not in _CHECKS:
+                continue
+            kind, words = _CHECKS[allowed]
+            if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
                 raise ValueError(f"{name}={value!r} must be {words}.")
         if isinstance(self.modules_to_save, str):
             raise ValueError(
@@ -197,8 +192,9 @@ class FusionConfig(LoraConfig):
                     f"fusion={self.fusion!r} has no option fusion_{name} (given: {value!r}). Its options are: {offered}. "
                     "Remove the field, or choose another method."
                 )
-        if self.fusion_dropout is not None and not 0 <= self.fusion_dropout < 1:
-            raise ValueError(f"fusion_dropout={self.fusion_dropout} must be at least 0 and below 1.")
+        dropout = self.options.get("dropout", 0)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"fusion_dropout={dropout} must be at least 0 and below 1.")
         if self.fusion_stack not in (None, "encoder", "decoder", "both"):
             raise ValueError(
                 f"fusion_stack={self.fusion_stack!r} is unknown. Use 'encoder', 'decoder', 'both', or leave it unset."
@@ -215,7 +211,7 @@ class FusionConfig(LoraConfig):
         if self.fusion_budget is None:
             return
         self.fusion_budget = check_budget(self.fusion_budget)
-        given = [f for f in ("fusion_bottleneck", "fusion_num_blocks", "fusion_feedforward") if getattr(self, f) is not None]
+        given = [f"fusion_{name}" for name, value in self.widths.items() if value is not None]
         if given:
             raise ValueError(
                 f"fusion_budget={self.fusion_budget!r} chooses the width of {self.fusion!r}, but {' and '.join(given)} "
@@ -238,3 +234,13 @@ class FusionConfig(LoraConfig):
                 f"bias={self.bias!r} trains biases of the backbone, but target_modules=None asks for a fusion alone, which "
                 "trains nothing inside it. Set target_modules, or leave bias='none'."
             )
+
+
+def _told_options() -> str:
+    lines = (f"        fusion_{name}: {option.help}" for name, option in _OPTIONS.items())
+    return "\n".join(textwrap.fill(line, 125, subsequent_indent=" " * 12) for line in lines)
+
+
+if FusionConfig.__doc__:  # python -OO has none
+    _line = next(line for line in FusionConfig.__doc__.splitlines() if "fusion_OPTION" in line)
+    FusionConfig.__doc__ = FusionConfig.__doc__.replace(_line, _told_options())

@@ -10,14 +10,11 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..backbone.blocks import Backbone
+from ..backbone.families import has_new_head
 from .config import FusionConfig
 
 # peft's own names; for some tasks it adds them to modules_to_save only after the injection
 TASK_HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
-
-
-# What the names of transformers' classes with a new head have in common; others predict tokens by the embeddings.
-CLASSIFIERS = ("Classification", "QuestionAnswering", "MultipleChoice")
 
 
 def task_heads(config: FusionConfig) -> list[str]:
@@ -55,7 +52,7 @@ def check_head(model: nn.Module, backbones: list[Backbone], config: FusionConfig
         inside_covered = any(".".join(parts[:i]).endswith(key) for i in range(1, len(parts) + 1) for key in wanted)
         if own is not None and id(module) not in in_backbone and not inside_covered:
             forgotten.append(name or own[0])
-    if not forgotten or not any(kind in type(model).__name__ for kind in CLASSIFIERS) or config.inference_mode:
+    if not forgotten or not has_new_head(model) or config.inference_mode:
         return
     named = ", ".join(map(repr, forgotten))
     if task_heads(config):

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..backbone.blocks import Backbone
+from ..backbone.families import input_embeddings
 from ..backbone.fingerprint import fingerprint
 from ..backbone.quantization import keep_unpacked
-from ..backbone.taps import GivenStates, Taps
-from ..fusions import FUSIONS, Context, Fusion
-from .active import adapters_in_use, modules_in, trains
-
-CAUSAL_LM_HEADS = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+from ..backbone.replay import GivenStates, LayerStates
+from ..backbone.taps import Taps
+from ..fusions import Context, Fusion
+from .active import modules_in, trains
 
 
 class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
@@ -30,11 +27,25 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
     It hangs in the module tree as a child of the backbone, so that peft, transformers, optimizers and `.to()` find its
     parameters. To peft it is a training wrapper (its weights are saved and loaded whole) and a tuner layer (peft and
     transformers switch it on and off with the LoRA layers).
+
+    Args:
+        backbone: The stack that it fuses.
+        adapter_name: The name of the first adapter.
+        fusion: That adapter's fusion.
+        model: See `Taps`.
+        check: See `Taps`.
     """
 
     adapter_layer_names: tuple[str, ...] = ("fusions",)
 
-    def __init__(self, backbone: Backbone, adapter_name: str, fusion: Fusion) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        adapter_name: str,
+        fusion: Fusion,
+        model: nn.Module | None = None,
+        check: Callable[[nn.Module, LayerStates], GivenStates] | None = None,
+    ) -> None:
         super().__init__(nn.Identity(), adapter_name, fusion=fusion)
         self._active_adapter: list[str] = []
         self.training = backbone.root.training
@@ -43,8 +54,7 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
         self.fingerprint = fingerprint(backbone)  # now: a training may change what it samples (bias='all')
         self.recording: list[Tensor] | None = None
         self._trainable: dict[str, bool] = {}
-        self.taps = Taps(backbone.root, backbone.blocks, self, backbone.causal)
-        self.taps.cut_graph = self._cuts_graph
+        self.taps = Taps(backbone.root, backbone.blocks, self, backbone.causal, model, check)
 
     # what a forward pass does
 
@@ -84,6 +94,11 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
         fused, weights = fusion(chosen, last, context, return_weights=True)
         self.recording.append(weights.detach())
         return fused
+
+    def cuts_graph(self) -> bool:
+        """Whether nothing below the fusion trains, so that states are kept without the graph behind them."""
+        # gradient checkpointing makes the embeddings' output require a gradient, which nothing would use here
+        return self.training and not self.trains_states()
 
     def absorbs(self) -> bool:
         """Whether the active fusion may take in the states one by one, see `Fusion.absorb`: then no call is seen.
@@ -132,9 +147,7 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
                 # most blocks have gone with the child of the root that holds them
                 frozen.add(module.eval() if module.training else module)
         keep_unpacked(modules_in([self.backbone.base], without=frozen))
-        embeddings: Any = None
-        with contextlib.suppress(NotImplementedError, AttributeError):  # sound has none, a class of one's own no such method
-            embeddings = self.backbone.base.get_input_embeddings()  # type: ignore[operator]
+        embeddings = input_embeddings(self.backbone.base)
         if frozen and getattr(embeddings, "neftune_noise_alpha", None) and not embeddings.training:
             warnings.warn(
                 "neftune_noise_alpha adds no noise here: nothing trains inside the backbone, which therefore stays in evaluation "
@@ -142,10 +155,6 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
                 stacklevel=2,
             )
         return self
-
-    def _cuts_graph(self) -> bool:
-        # gradient checkpointing makes the embeddings' output require a gradient, which nothing would use here
-        return self.training and not self.trains_states()
 
     # what peft and transformers ask of a wrapper and of a tuner layer
 
@@ -231,94 +240,3 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
 def fusion_layers(model: nn.Module) -> list[FusionLayer]:
     """The fusion layers of an attached model: one, or for an encoder-decoder one for each stack that has fusions."""
     return [m for m in model.modules() if isinstance(m, FusionLayer)]
-
-
-def replaying(model: nn.Module, layer_states: dict[str, Any]) -> AbstractContextManager[None]:
-    """For calls in the body, takes layer states that were computed earlier instead of running the blocks.
-
-    Raises:
-        ValueError: If the model has no single active fusion, something trains inside its backbone, or the states are those
-            of other layers or positions than it needs.
-    """
-    layers = fusion_layers(model)
-    if len(layers) != 1 or layers[0].backbone.stack is not None or layers[0].active_fusion is None:
-        raise ValueError(
-            "layer_states stand for the blocks of one stack under an active fusion; this model is an encoder-decoder, or its "
-            "adapter is disabled. Call it without layer_states."
-        )
-    if layers[0].trains_states():
-        raise ValueError(
-            "layer_states were computed before training, but parameters inside the backbone train now (LoRA, or "
-            "modules_to_save before the blocks), so the states would change with every step. Train live, without a cache."
-        )
-    _check_held(model, layers[0], layer_states)
-    return layers[0].taps.replaying(GivenStates(layer_states["states"], layer_states["positions"]))
-
-
-def _check_held(model: nn.Module, layer: FusionLayer, layer_states: dict[str, Any]) -> None:
-    held, kept, wanted = layer_states.get("layers"), layer_states.get("kept"), layers_read(layer)
-    then, now = layer_states.get("adapters"), adapters_in_use(layer.backbone)
-    if then not in (None, now):
-        raise ValueError(
-            f"layer_states were computed with other adapters inside the backbone (LoRA, or modules_to_save before the blocks): "
-            f"{then}, and {now} now. Activate what was active at the extraction, or extract again into another folder."
-        )
-    if held is None or tuple(held) != wanted:
-        raise ValueError(
-            f"layer_states holds the layers {'that it does not name' if held is None else list(held)}, but the active fusion "
-            f"wants {list(wanted)}. Take the dataset from a cache opened with this model as it is now, "
-            "LayerStateCache(folder, model).dataset(rows)."
-        )
-    if kept == "all":
-        return
-    causal = any(c.__name__ in CAUSAL_LM_HEADS for c in type(model).__mro__)
-    if causal or layer.mixes_positions:
-        why = "is a causal language model, whose loss compares each position with the next label"
-        if layer.mixes_positions:
-            why = f"has a fusion ({type(layer.active_fusion).__name__}) that mixes positions"
-        raise ValueError(
-            f"layer_states holds the positions {kept!r} alone, but the model {why}: it needs all of them. Take "
-            "cache.dataset(rows, positions='all')."
-        )
-
-
-def layers_read(layer: FusionLayer) -> tuple[int, ...]:
-    """The layer states that training the active fusion needs, ascending: those that it reads, and `z_L`."""
-    return tuple(sorted({*(layer.wanted_layers() or ()), layer.backbone.num_layers}))
-
-
-def depth_weights(model: nn.Module, *, stack: str | None = None, **inputs: Any) -> Tensor:
-    """The weights over depth that the active fusion gives each token of a batch.
-
-    Args:
-        model: A model with an attached fusion.
-        stack: `"encoder"` or `"decoder"`, for an adapter with a fusion in both; None takes the decoder's.
-        **inputs: What the model is called with.
-
-    Returns:
-        float32 on the backbone's device, `(B, T, N)`, or `(B, T, H, N)` for a fusion with several heads; the `N` layers
-        are those of the fusion, `fusion_layers`.
-
-    Raises:
-        ValueError: If no fusion is active, or the active one has no weights over depth.
-    """
-    active = [layer for layer in fusion_layers(model) if layer.active_fusion is not None]
-    if stack is not None:
-        active = [layer for layer in active if layer.backbone.stack == stack]
-    if not active:
-        raise ValueError(
-            f"The model has no active fusion{f' in its {stack}' if stack else ''}: attach a FusionConfig by get_peft_model, "
-            "or enable its adapter."
-        )
-    layer = active[-1]  # the decoder comes last
-    fusion = layer.active_fusion
-    if fusion is None or not fusion.has_weights:
-        having = ", ".join(name for name, method in FUSIONS.items() if method.has_weights)
-        raise ValueError(f"{type(fusion).__name__} gives no weights over depth. Methods that do: {having}.")
-    layer.recording = []
-    try:
-        with torch.no_grad():
-            model(**inputs)
-        return layer.recording[-1]
-    finally:
-        layer.recording = None

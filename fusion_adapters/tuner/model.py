@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections import OrderedDict
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,30 +16,19 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, PeftType,
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 
-from ..backbone.blocks import LAYER_NAME, Backbone, find_backbones
+from ..backbone.blocks import LAYER_NAME, find_backbones
 from ..backbone.fingerprint import fingerprint, join_fingerprints
-from ..fusions import Fusion, build_fusion
-from .binding import (
-    MODEL_PREFIX,
-    bind,
-    check_adapter_name,
-    check_layer_drop,
-    check_saved_names,
-    check_wrapped_tensors,
-    compare_tensors,
-    has_own_width,
-    read_weights,
-    warn_if_compiled,
-    warn_if_large,
-    without_embeddings,
-    wrapped_keys,
-)
-from .budget import settle_budget
-from .card import add_loading_section
+from .binding import bind, check_adapter_name, check_saved_names
+from .budget import has_own_width, settle_budget, warn_if_large
+from .build import build_for
+from .card import CardWriter, class_of
 from .config import FusionConfig
 from .heads import check_head, name_task_heads, remove_float32_hook, train_head_in_float32
-from .layer import FusionLayer, fusion_layers, replaying
+from .layer import FusionLayer, fusion_layers
+from .replay import checked_states
+from .weights import MODEL_PREFIX, check_wrapped_tensors, compare_tensors, read_weights, without_embeddings, wrapped_keys
 
 
 class FusionModel(LoraModel):
@@ -78,7 +66,7 @@ class FusionModel(LoraModel):
         backbones = find_backbones(model, config.fusion_blocks, config.fusion_stack)
         layers = {id(layer.backbone.root): layer for layer in fusion_layers(model)}
         if not layers:
-            warn_if_compiled(model)
+            _warn_if_compiled(model)
         # those of attached stacks as they were then
         backbones = [layers[id(b.root)].backbone if id(b.root) in layers else b for b in backbones]
         known = {root: layer.fingerprint for root, layer in layers.items()}
@@ -87,7 +75,7 @@ class FusionModel(LoraModel):
         check_head(model, backbones, config)
         weights = read_weights(config)
         with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
-            fusions = [_fusion_for(backbone, config) for backbone in backbones]
+            fusions = [build_for(backbone, config) for backbone in backbones]
         if not own_width:
             warn_if_large(config, fusions)
         there = [fusion for layer in layers.values() for fusion in layer.fusions.values()]
@@ -103,40 +91,22 @@ class FusionModel(LoraModel):
             for backbone, fusion in zip(backbones, fusions, strict=True):
                 layer = layers.get(id(backbone.root))
                 if layer is None:
-                    layer = FusionLayer(backbone, adapter_name, fusion)
+                    # one of its layers takes the layer_states that come with a call
+                    first = model if backbone is backbones[0] and not layers else None
+                    layer = FusionLayer(backbone, adapter_name, fusion, first, checked_states)
                     setattr(backbone.root, LAYER_NAME, layer)
-                    if backbone is backbones[0] and not layers:
-                        layer.taps.accept_states(model, replaying)  # peft calls a model without task type past our forward
                 else:
                     layer.update(adapter_name, fusion=fusion)
                 fusion.requires_grad_(False)
             for layer in fusion_layers(model):
                 if adapter_name in self.active_adapters:
                     layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-                check_layer_drop(layer)
+                _check_layer_drop(layer)
             if weights is not None:
                 check_wrapped_tensors(model, adapter_name, weights)
         config.source = None  # checked: a copy of the config stands for another adapter, and the folder may go
         for layer in fusion_layers(model):
             layer.train(layer.training)
-
-    def forward(self, *args: Any, layer_states: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        """Calls the model; with `layer_states` (see `fusion_adapters.features`) the blocks do not run.
-
-        Args:
-            *args: What the model is called with.
-            layer_states: `states` `(N, tokens, d)` of the layers that the fusion reads, and `z_L` last; `positions`
-                `(tokens,)` of each token in the padded batch; `layers`, their numbers; `kept`, `"all"` or which
-                positions are there (see `CachedDataset`); and maybe `adapters`, see `adapters_in_use`.
-            **kwargs: As `args`.
-
-        Raises:
-            ValueError: If the states do not fit the fusion, or something trains inside the backbone.
-        """
-        if layer_states is None:
-            return super().forward(*args, **kwargs)
-        with replaying(self.model, layer_states):
-            return super().forward(*args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; if it was active, the first of those that are left becomes active."""
@@ -220,12 +190,13 @@ class FusionModel(LoraModel):
         return {**{k: v for k, v in output_state_dict.items() if "lora_" not in k}, **converted}
 
     @classmethod
-    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        # Every save passes here, with the PeftModel. Trainer.push_to_hub writes the card anew after saving, by peft's
-        # method; this instance's then adds our section again.
-        if isinstance(model, PeftModel) and not isinstance(model.create_or_update_model_card, _Card):
-            model.create_or_update_model_card = _Card(model)  # type: ignore[method-assign]
-        return super()._get_adapter_state_dict(model, *args, **kwargs)
+    def _get_adapter_state_dict(cls, model: nn.Module, config: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        # Every save passes here, before the config is saved, which writes how the model is loaded into the card.
+        config.model_class = class_of(model)
+        # Trainer.push_to_hub writes the card anew after saving, by peft's method; this instance's then adds our section again.
+        if isinstance(model, PeftModel) and not isinstance(model.create_or_update_model_card, CardWriter):
+            model.create_or_update_model_card = CardWriter(model)  # type: ignore[method-assign]
+        return super()._get_adapter_state_dict(model, config, *args, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -249,40 +220,27 @@ class FusionModel(LoraModel):
         )
 
 
-class _Card:
-    """Writes the model card of one PeftModel by peft's own method, and adds how the adapter is loaded."""
-
-    def __init__(self, model: PeftModel) -> None:
-        self.model = model
-
-    def __call__(self, output_dir: str) -> None:
-        type(self.model).create_or_update_model_card(self.model, output_dir)
-        add_loading_section(output_dir, self.model.active_peft_config)
-
-
-def _fusion_for(backbone: Backbone, config: FusionConfig) -> Fusion:
-    fusion = build_fusion(
-        config.fusion,
-        backbone.hidden_size,
-        backbone.num_layers,
-        config.fusion_layers,
-        last_block=_plain_copy(backbone.blocks[-1]) if config.fusion_copy_last else None,
-        **config.options,
-    )
-    fusion.stop_gradient = config.fusion_stop_gradient
-    return fusion
+def _warn_if_compiled(model: nn.Module) -> None:
+    """Warns if the model was compiled already: code that torch compiled earlier does not see hooks that come later."""
+    compiled = [n for n, m in model.named_modules() if m._compiled_call_impl is not None]
+    if isinstance(model, OptimizedModule) or compiled:
+        warnings.warn(
+            "The model was compiled before the adapter was attached. Code compiled earlier does not see the fusion's hooks, so "
+            "answers may leave the fusion out. Attach first (get_peft_model), then compile (torch.compile); or call "
+            "torch.compiler.reset() now.",
+            stacklevel=2,
+        )
 
 
-def _plain_copy(block: nn.Module) -> nn.Module:
-    """A copy of a block without hooks and without tuner layers."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    memo: dict[int, Any] = {id(getattr(m, name)): OrderedDict() for m in block.modules() for name in hooks}
-    clone = copy.deepcopy(block, memo)
-    for name, module in list(clone.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            parent, _, child = name.rpartition(".")
-            setattr(clone.get_submodule(parent), child, module.get_base_layer())
-    return clone
+def _check_layer_drop(layer: FusionLayer) -> None:
+    """Raises ValueError if training would skip whole blocks at random, and with them layer states."""
+    rate = layer.backbone.layer_drop
+    if rate and layer.trains_states():
+        raise ValueError(
+            f"The backbone skips each block with probability {rate} in training (layerdrop), and a fusion needs the states of "
+            "all of them. Load it with layerdrop=0.0 (from_pretrained(..., layerdrop=0.0); BART and Whisper name it "
+            "encoder_layerdrop and decoder_layerdrop), or train the fusion alone, without LoRA."
+        )
 
 
 @contextlib.contextmanager

@@ -11,9 +11,10 @@ from support import tiny
 from support_text import SENTENCES, conll, save_model
 
 from fusion_adapters.bench import large, load_bench, run_bench, workers
-from fusion_adapters.bench.cases import EPOCHS, EXTRACTIONS, FORWARDS, ROUNDS, Setting, epoch_cases
+from fusion_adapters.bench.cases import CASES, EPOCHS, EXTRACTIONS, FORWARDS, epoch_cases
 from fusion_adapters.bench.large import measure_large
 from fusion_adapters.bench.report import write_bench_report
+from fusion_adapters.bench.rounds import Setting, begin
 from fusion_adapters.bench.runner import compare_with_bars, measure_checkpoints, ratio
 from fusion_adapters.bench.scaling import exponents, measure_scaling
 from fusion_adapters.bench.workers import alternate, deep_inference_memory, peak_memory
@@ -50,9 +51,9 @@ def recipe(tmp_path):
     return recipe_in(tmp_path)
 
 
-@pytest.mark.parametrize("case", [case for case in ROUNDS if case not in EPOCHS])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in EPOCHS])
 def test_every_case_does_a_round_of_work(case, recipe, tmp_path):
-    run = ROUNDS[case](Setting(recipe, tmp_path), case)
+    run = begin(Setting(recipe, tmp_path), CASES[case])
     assert run() > 0 and run() > 0
 
 
@@ -63,8 +64,8 @@ def test_a_round_trains_what_its_name_says(case, recipe, tmp_path):
     setting = Setting(recipe, tmp_path)
     kept = {}
     original = setting.attached
-    setting.attached = lambda name: kept.setdefault("model", original(name))
-    run = ROUNDS[case](setting, case)
+    setting.attached = lambda case: kept.setdefault("model", original(case))
+    run = begin(setting, CASES[case])
     before = {n: p.detach().clone() for n, p in kept["model"].named_parameters()}
     assert run() > 0
     moved = {n for n, p in kept["model"].named_parameters() if not torch.equal(p, before[n])}
@@ -114,7 +115,7 @@ def summary(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("summary")
     recipe = recipe_in(tmp_path)
     setting = Setting(recipe, tmp_path)
-    rounds = {case: {"median": 2.0, "rounds": [1.0, 2.0, 3.0]} for case in ROUNDS}
+    rounds = {case: {"median": 2.0, "rounds": [1.0, 2.0, 3.0]} for case in CASES}
     rounds["LoRA"] = {"median": 50.0, "rounds": [30.0, 50.0, 60.0]}
     scaling = measure_scaling(recipe, lambda what: None)
     return {
@@ -153,7 +154,7 @@ def test_bars_and_report(summary, tmp_path):
     assert "| LoRA epoch / cached DWAtt epoch | 25 | at least 20 | yes |" in text
     for name in ("epochs", "memory", "scaling"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "results.csv").read_text().count("seconds,") > len(ROUNDS)
+    assert (tmp_path / "results.csv").read_text().count("seconds,") > len(CASES)
 
 
 @pytest.mark.slow

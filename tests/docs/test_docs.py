@@ -1,6 +1,8 @@
-"""The Python code in README and docs runs as it stands; the names that a reader brings along are given."""
+"""README and docs: the Python code runs, links lead somewhere, tables and numbers are those of their sources."""
 
+import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -16,11 +18,12 @@ from fusion_adapters.runs.pretrained import resolve_model
 from fusion_adapters.runs.recipe import BackboneRecipe, load_recipe
 from fusion_adapters.runs.tokenizers import load_tokenizer
 from fusion_adapters.study import load_study
+from fusion_adapters.tasks.readers import READERS
 from fusion_adapters.tasks.registry import TASKS
 
 ROOT = Path(__file__).parents[2]
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
+PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page):
@@ -42,7 +45,6 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     ]
     names = {
         "name": folder,
-        "backbone": AutoModelForTokenClassification.from_pretrained(folder, num_labels=9),
         "collator": DataCollatorForTokenClassification(tokenizer),
         "train_set": Dataset.from_list(rows),
         "batch": tokenizer(["A short text."], return_tensors="pt"),
@@ -51,6 +53,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         AutoModelForTokenClassification.from_pretrained(folder, num_labels=9), FusionConfig(task_type="TOKEN_CLS")
     )
     for block in code:
+        names["backbone"] = AutoModelForTokenClassification.from_pretrained(folder, num_labels=9)
         exec(compile(block.replace(f'"{MINILM}"', repr(folder)), page, "exec"), names)
     if page == "README.md":
         assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 5_000_000
@@ -58,11 +61,50 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         torch.testing.assert_close(names["weights"].sum(-1), torch.ones(names["weights"].shape[:-1]))
 
 
+def anchors(page):
+    """The names that links to the headings of a page have on GitHub."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_between_pages_lead_somewhere():
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+?)\)", (ROOT / page).read_text(encoding="utf-8")):
+        for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text(encoding="utf-8")):
             if not target.startswith("http"):
-                assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+                name, _, anchor = target.partition("#")
+                file = (ROOT / page).parent / name if name else ROOT / page
+                assert file.exists(), f"{page} links to {target}"
+                assert not anchor or anchor in anchors(file), f"{page} links to {target}"
+
+
+def test_every_page_is_found_from_the_readme():
+    seen, ahead = set(), [ROOT / "README.md"]
+    while ahead:
+        page = ahead.pop()
+        seen.add(page)
+        links = re.findall(r"\]\(([^)#]+\.md)", page.read_text(encoding="utf-8"))
+        ahead += {(page.parent / link).resolve() for link in links if not link.startswith("http")} - seen
+    assert not {ROOT / page for page in PAGES} - seen
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_prose_keeps_to_its_line_length(page):
+    lines = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S).splitlines()
+    assert not [line for line in lines if len(line) >= 140 and not line.startswith(("|", "<!--"))]
+
+
+def test_tables_that_name_a_csv_file_are_what_the_script_prints():
+    spec = importlib.util.spec_from_file_location("table", ROOT / "docs" / "results" / "table.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    checked = set()
+    for page in (ROOT / "docs" / "results").glob("*.md"):
+        for arguments, shown in re.findall(r"<!-- table\.py (.*?) -->\n\n((?:\|.*\n)+)", page.read_text(encoding="utf-8")):
+            assert shown.rstrip("\n") == script.table(shlex.split(arguments)), f"{page.name}: table.py {arguments}"
+            checked.add(shlex.split(arguments)[0])
+        marked = page.read_text(encoding="utf-8").count("<!-- table.py")
+        assert marked == len(re.findall(r"<!-- table\.py .*? -->\n\n\|", page.read_text(encoding="utf-8"))), page.name
+    assert checked == {path.name for path in (ROOT / "docs" / "results").glob("*.csv")}
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: p.name)
@@ -77,6 +119,30 @@ def test_every_recipe_is_valid_explains_itself_and_stands_in_the_docs(recipe):
     else:
         load_recipe(recipe)
     assert f"`{recipe.relative_to(ROOT / 'recipes')}`" in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+
+
+def test_the_recipe_in_the_docs_is_valid_also_with_the_lines_that_other_tasks_change(tmp_path):
+    lines = {}
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"), flags=re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        lines.update({line.partition(":")[0]: line for line in block.splitlines()})
+        (tmp_path / "recipe.yaml").write_text("\n".join(lines.values()))
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_tasks_and_formats_in_the_docs_are_those_of_the_code():
+    rows = table("docs/recipes.md", "`task`")
+    assert [row[0].strip("`") for row in rows] == list(TASKS)
+    for (_, _, texts, labels, scores), task in zip(rows, TASKS.values(), strict=True):
+        if labels != "as above":
+            assert re.findall(r"`(\w+)`", labels) == list(task.label_columns), task.name
+        assert re.findall(r"`(\w+)`", texts) == [word for name in task.text_columns for word in name.split(" and ")], (
+            task.name
+        )
+        assert task.main.name in scores.split(",")[0].lower(), task.name
+    formats = {row[0].strip("`"): re.findall(r"`([.\w]+)`", row[1]) for row in table("docs/recipes.md", "`data.format`")}
+    assert formats == {name: list(reader.suffixes) for name, reader in READERS.items()}
 
 
 def table(page, first):

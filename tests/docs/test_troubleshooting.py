@@ -11,8 +11,9 @@ import torch
 from families import FAMILIES, attach, inputs
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from support_cache import cached, some_rows
 
-from fusion_adapters import FusionConfig, depth_weights
+from fusion_adapters import FusionConfig, LayerStateCache, depth_weights
 from fusion_adapters.tuner import fusion_layers
 
 PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
@@ -91,47 +92,63 @@ def block_by_hand(folder):
     fusion_layers(model)[0].backbone.blocks[0](torch.randn(1, 3, 32))
 
 
+def opened_by_another(folder, seed, layers):
+    cached(attach("bert", "token", fusion_layers=[2, 3, 4]), some_rows(2), folder)
+    LayerStateCache(folder, attach("bert", "token", model=plain(seed=seed), fusion_layers=layers))
+
+
+# the heading of each message in the page, words of the message itself
 CASES = {
-    "The plug-in was not imported": without_the_plug_in,
-    "Another type, width or depth of backbone": lambda f: PeftModel.from_pretrained(plain(num_hidden_layers=3), saved(f)),
-    "The same shape, other weights": lambda f: PeftModel.from_pretrained(plain(seed=1), saved(f)),
-    "A tensor is missing": lambda f: PeftModel.from_pretrained(
+    "KeyError: 'FUSION'": without_the_plug_in,
+    "The adapter was made for another backbone": lambda f: PeftModel.from_pretrained(plain(num_hidden_layers=3), saved(f)),
+    "The adapter was made for a backbone of the same shape but with other weights": lambda f: PeftModel.from_pretrained(
+        plain(seed=1), saved(f)
+    ),
+    "... tensors are missing": lambda f: PeftModel.from_pretrained(
         plain(), edited(f, lambda t: t.pop("base_model.model.bert.layer_fusion.position"))
     ),
-    "A tensor is surplus": lambda f: PeftModel.from_pretrained(
+    "... have no place in the model": lambda f: PeftModel.from_pretrained(
         plain(), edited(f, lambda t: t.update({"base_model.model.bert.layer_fusion.extra": torch.ones(2)}))
     ),
-    "The file is cut short": cut_short,
-    "The blocks are not found": two_lists,
-    "The blocks are named wrongly": lambda f: attach("bert", "token", fusion_blocks="encoder.layers"),
-    "A stack that is not there": lambda f: attach("bert", "token", fusion_stack="decoder"),
-    "Layers out of range": lambda f: attach("bert", "token", fusion_layers=[1, 9]),
-    "The head is quantised": quantised_head,
-    "A part of the head would be forgotten": lambda f: attach("modernbert", "token", modules_to_save=None),
-    "The head has no task": frozen_head,
-    "The model carries an adapter already": lambda f: get_peft_model(
+    "The weights of the adapter in 'FOLDER' cannot be read": cut_short,
+    "... could not be determined: one list of blocks is wanted": two_lists,
+    "... does not name a list of blocks": lambda f: attach("bert", "token", fusion_blocks="encoder.layers"),
+    "... is not an encoder-decoder, its blocks are one stack": lambda f: attach("bert", "token", fusion_stack="decoder"),
+    "... out of range. A backbone of 4 blocks has the layer states": lambda f: attach("bert", "token", fusion_layers=[1, 9]),
+    "... was quantised with the backbone": quantised_head,
+    "... would stay frozen and would not be saved": lambda f: attach("modernbert", "token", modules_to_save=None),
+    "... stays frozen and is not saved with the adapter": frozen_head,
+    "... was made for something else": lambda f: opened_by_another(f, seed=1, layers=[2, 3, 4]),
+    "... does not hold": lambda f: opened_by_another(f, seed=0, layers=None),
+    "The model is a PeftModel already": lambda f: get_peft_model(
         attach("bert", "token"), FusionConfig(task_type="TOKEN_CLS")
     ),
-    "Two fusions at once": lambda f: [
+    "... adapters with a fusion cannot be active together": lambda f: [
         model := attach("bert", "token"),
         model.add_adapter("second", FusionConfig(task_type="TOKEN_CLS")),
         model.base_model.set_adapter(["default", "second"]),
     ],
-    "Several adapters in one batch": lambda f: attach("bert", "token").eval()(
+    "adapter_names (several adapters in one batch) does not work with a fusion": lambda f: attach("bert", "token").eval()(
         **inputs("bert", "token"), adapter_names=["default", "__base__"]
     ),
-    "Merging": lambda f: attach("bert", "token").merge_and_unload(),
-    "Weighted sums of adapters": lambda f: attach("bert", "token").add_weighted_adapter(["default"], [1.0], "sum"),
-    "Generating with `deeper`": lambda f: attach("llama", "causal", fusion="deeper").generate(
+    "... cannot be folded into the backbone's weights and would be lost": lambda f: attach(
+        "bert", "token"
+    ).merge_and_unload(),
+    "add_weighted_adapter combines LoRA matrices": lambda f: attach("bert", "token").add_weighted_adapter(
+        ["default"], [1.0], "sum"
+    ),
+    "... where its own blocks cannot see them": lambda f: attach("llama", "causal", fusion="deeper").generate(
         input_ids=torch.tensor([[1, 5, 6]]), max_new_tokens=3, do_sample=False
     ),
-    "Blocks that are skipped in training": lambda f: attach(
+    "The backbone skips each block with probability": lambda f: attach(
         "wav2vec2", "audio", lora=True, model=plain("wav2vec2", "audio", layerdrop=0.1)
     ),
-    "Blocks run outside of the backbone": block_by_hand,
-    "`torch.nn.DataParallel`": replica,
-    "Compiled too early": compiled,
-    "No weights over depth": lambda f: depth_weights(attach("bert", "token", fusion="concat"), **inputs("bert", "token")),
+    "A block of the backbone ran outside of a call of the backbone": block_by_hand,
+    "torch.nn.DataParallel copies the backbone to other devices, but not the fusion": replica,
+    "The model was compiled before the adapter was attached": compiled,
+    "... gives no weights over depth": lambda f: depth_weights(
+        attach("bert", "token", fusion="concat"), **inputs("bert", "token")
+    ),
 }
 
 
@@ -147,12 +164,13 @@ def message(case, folder):
 
 
 def words(text):
-    return re.sub(r"'/[^']*'", "'FOLDER'", " ".join(text.split()))
+    return re.sub(r"\b[0-9a-f]{16}\b", "HASH", re.sub(r"'/[^']*'", "'FOLDER'", " ".join(text.split())))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_page_quotes_what_is_raised(case, tmp_path, request):
     said = words(message(case, tmp_path))
+    assert case.removeprefix("... ") in said
     assert words(sections().get(case, "")) == said
 
 

@@ -1,12 +1,14 @@
 """The maths: against a literal float64 reading of the equations, parameter counts, the contract of all methods."""
 
+import dataclasses
 import math
 
 import pytest
 import reference
 import torch
 
-from fusion_adapters.fusions import FUSIONS, Context, build_fusion, fusion_options, resolve_layers
+from fusion_adapters import FusionConfig
+from fusion_adapters.fusions import FUSIONS, Context, all_options, build_fusion, fusion_options, resolve_layers
 
 B, T, D, L = 2, 3, 16, 4
 
@@ -323,3 +325,15 @@ def test_position_embeddings_start_in_the_unit_interval():
     assert position.shape == (12, 24)
     assert position.min() >= 0 and position.max() <= 1
     assert math.isclose(position.mean().item(), 0.5, abs_tol=0.06)
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_every_option_has_a_type_and_a_meaning_and_is_a_field_of_the_config(name):
+    fields = {f.name: f for f in dataclasses.fields(FusionConfig)}
+    assert set(FUSIONS[name].widths) <= set(fusion_options(name))
+    for option in fusion_options(name):
+        kinds, meaning = all_options()[option].kinds, all_options()[option].help
+        assert kinds and f"`{name}`" in meaning and not meaning.endswith(": ")
+        field = fields[f"fusion_{option}"]
+        assert (field.default, field.metadata["help"]) == (None, meaning)
+        assert FusionConfig.__doc__.count(f"        fusion_{option}: ") == 1

@@ -11,7 +11,7 @@ from support import METHODS, attached, batch, disturb, tiny, without_dropout
 from support_cache import assert_equal_training, cached, from_cache, pad, rows_of, some_rows
 from support_text import save_model, write_recipe
 from torch.utils.data import ConcatDataset
-from transformers import BertForTokenClassification, Trainer, TrainingArguments
+from transformers import BertForTokenClassification, OpenAIGPTConfig, OpenAIGPTLMHeadModel, Trainer, TrainingArguments
 
 from fusion_adapters import FusionConfig, quantization_config
 from fusion_adapters.cli import main
@@ -29,6 +29,24 @@ def test_losses_and_gradients_are_those_of_live_training(family, head, tmp_path)
     rows = rows_of(live)
     cache = cached(model, rows, tmp_path / "states")
     assert_equal_training(model, live, from_cache(cache, rows))
+
+
+def test_states_of_blocks_that_answer_with_lists(tmp_path):
+    """Those of the first GPT, which has no final norm."""
+    torch.manual_seed(0)
+    config = OpenAIGPTConfig(n_embd=32, n_layer=4, n_head=4, vocab_size=120, n_positions=32)
+    model = disturb(attached(head="lm", model=OpenAIGPTLMHeadModel(config).eval()))
+    rows = some_rows(4)
+    with model.disable_adapter(), torch.no_grad():
+        batches = [{n: torch.tensor([row[n]]) for n in ("input_ids", "attention_mask")} for row in rows]
+        reported = [torch.cat(model(**b, output_hidden_states=True).hidden_states) for b in batches]
+    cache = cached(model, rows, tmp_path / "states", layers=range(5))
+    torch.testing.assert_close(cache.read(cache.find(rows)), torch.cat(reported, dim=1))
+    states = from_cache(cache, rows)
+    assert_equal_training(model, pad(rows), states)
+    loss = model.eval()(**states).loss
+    states["layer_states"]["states"] = -states["layer_states"]["states"]
+    assert (model(**states).loss - loss).abs() > 1e-3, "the states have no effect, so the test shows nothing"
 
 
 @pytest.mark.parametrize("method", METHODS)

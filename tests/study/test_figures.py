@@ -2,7 +2,8 @@
 
 import pytest
 
-from fusion_adapters.study.figures import draw_losses, pyplot
+from fusion_adapters.runs.plots import pyplot
+from fusion_adapters.study.figures import draw_losses
 
 
 @pytest.mark.parametrize("methods", [2, 5, 16])

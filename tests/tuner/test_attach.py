@@ -23,7 +23,7 @@ from support import (
 )
 
 from fusion_adapters import FUSIONS, FusionConfig, depth_weights
-from fusion_adapters.tuner.budget import count_trainable
+from fusion_adapters.tuner.counts import count_trainable
 
 each_method = pytest.mark.parametrize(("family", "method", "lora"), ALTERNATING)
 

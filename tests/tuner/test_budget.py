@@ -12,7 +12,10 @@ from transformers import AlbertConfig, BertConfig, LlamaConfig, LlamaModel, Mixt
 
 from fusion_adapters import FusionConfig
 from fusion_adapters.cli import main
-from fusion_adapters.tuner.budget import compare_budgets, count_config, count_trainable, fit_budget, resolve_budget, skeleton
+from fusion_adapters.fusions import Budget, Fusion
+from fusion_adapters.tuner.budget import fit_budget, resolve_budget
+from fusion_adapters.tuner.costs import compare_budgets, count_config
+from fusion_adapters.tuner.counts import count_trainable, skeleton
 from fusion_adapters.tuner.sizes import read_count
 
 LLAMA_70B = {"hidden_size": 8192, "num_hidden_layers": 80, "intermediate_size": 28672, "num_attention_heads": 64}
@@ -265,3 +268,18 @@ def test_a_budget_that_cannot_be_is_refused_early():
     unknown.config.model_type = "newcomer"
     with pytest.raises(ValueError, match="no usual modules for LoRA in a 'newcomer'"):
         get_peft_model(unknown, FusionConfig(fusion_budget="lora:r=16"))
+
+
+def test_a_width_of_any_name_is_solved():
+    class Narrow(Fusion):
+        widths = ("inner_rank",)
+
+    def fitted(parameters, count):
+        return Narrow.fit_widths(Budget("narrow", parameters, 8, {}, count))
+
+    assert fitted(100, lambda inner_rank: 2 + 7 * inner_rank) == {"inner_rank": 14}
+    assert fitted(100, lambda inner_rank: 7 * (inner_rank // 4)) == {"inner_rank": 56}  # rounded down by the method
+    with pytest.raises(ValueError, match=r"'narrow' with an inner_rank of 1 trains 101\."):
+        fitted(100, lambda inner_rank: 100 + inner_rank)
+    with pytest.raises(ValueError, match="'narrow' trains 3 parameters whatever its fusion_inner_rank"):
+        fitted(100, lambda inner_rank: 3)

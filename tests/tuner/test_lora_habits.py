@@ -16,7 +16,7 @@ from transformers.models.bert.modeling_bert import BertModel
 
 from fusion_adapters import FusionConfig
 from fusion_adapters.runs.pretrained import resolve_model
-from fusion_adapters.tuner.budget import count_trainable
+from fusion_adapters.tuner.counts import count_trainable
 
 NEW = 7  # tokens
 

@@ -1,4 +1,4 @@
-"""Runs a bare backbone, and reads the layer states of its calls."""
+"""Reads the layer states of calls of a backbone without a fusion."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..backbone.blocks import Backbone
-from ..tuner import fusion_layers
+from .blocks import Backbone
+from .families import state_in, state_out
 
 
 @contextlib.contextmanager
@@ -26,13 +25,13 @@ def recorded(backbone: Backbone, layers: Sequence[int], take: Callable[[int, Ten
         if count in (0, backbone.num_layers):
             count = 0
             if 0 in wanted:
-                take(0, args[0] if args else kwargs["hidden_states"])
+                take(0, state_in(args, kwargs))
 
     def end(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         nonlocal count
         count += 1
         if count in wanted:
-            take(count, output[0] if isinstance(output, tuple) else output)
+            take(count, state_out(output))
 
     handles = [backbone.blocks[0].register_forward_pre_hook(begin, with_kwargs=True)]
     handles += [block.register_forward_hook(end) for block in dict.fromkeys(backbone.blocks)]
@@ -41,21 +40,3 @@ def recorded(backbone: Backbone, layers: Sequence[int], take: Callable[[int, Ten
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def only_backbone(model: nn.Module, backbone: Backbone) -> Iterator[None]:
-    """For the time of the body: evaluation mode, no graph, no fusion."""
-    modes = [(module, module.training) for module in backbone.base.modules()]
-    switched = [layer for layer in fusion_layers(model) if not layer.disable_adapters]
-    for layer in switched:
-        layer.enable_adapters(False)
-    backbone.base.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for layer in switched:
-            layer.enable_adapters(True)
-        for module, mode in modes:
-            module.training = mode

@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from fusion_adapters.runs import environment
-from fusion_adapters.runs.environment import PeakMemory
+from fusion_adapters.runs import memory
+from fusion_adapters.runs.memory import PeakMemory
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the meter reads the GPU's memory")
 MIB = 2**18  # float32 values
@@ -16,8 +16,8 @@ MIB = 2**18  # float32 values
 def way(request, monkeypatch):
     """By the kernel's own mark, or, where the system keeps none, by looking again and again."""
     if request.param == "looks":
-        monkeypatch.setattr(environment, "_reset_peak", lambda: False)
-    elif not environment.CLEAR.exists():
+        monkeypatch.setattr(memory, "_reset_peak", lambda: False)
+    elif not memory.CLEAR.exists():
         pytest.skip("the system keeps no mark")
 
 

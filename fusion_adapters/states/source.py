@@ -1,0 +1,87 @@
+"""`Source`: where layer states come from. The only file of this room that knows adapters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..backbone.blocks import Backbone, find_backbones
+from ..tuner import FusionLayer, adapters_in_use, fusion_layers, idle_tensors, layers_read, scalings_in_use
+
+
+@dataclass(frozen=True)
+class Source:
+    """A backbone whose layer states can be cached, and what an extraction must know of adapters on it.
+
+    `source_of(model)` looks at a model as it is at that moment. `Source(backbone)` is a backbone without adapters.
+
+    Attributes:
+        backbone: The stack of blocks.
+        layers: The layer states that training the attached fusion needs, ascending, `L` among them; None without a fusion.
+        adapters: The names of the adapters that take part in the states, or `none`.
+        idle: The `id` of every tensor of an adapter that takes no part in them.
+        scalings: The factors with which LoRA enters the blocks.
+        fusions: The fusion layers, to be switched off while states are computed.
+    """
+
+    backbone: Backbone
+    layers: tuple[int, ...] | None = None
+    adapters: str = "none"
+    idle: frozenset[int] = frozenset()
+    scalings: tuple[float, ...] = ()
+    fusions: tuple[FusionLayer, ...] = ()
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """For the time of the body: evaluation mode, no graph, no fusion."""
+        modes = [(module, module.training) for module in self.backbone.base.modules()]
+        switched = [layer for layer in self.fusions if not layer.disable_adapters]
+        for layer in switched:
+            layer.enable_adapters(False)
+        self.backbone.base.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for layer in switched:
+                layer.enable_adapters(True)
+            for module, mode in modes:
+                module.training = mode
+
+
+def source_of(model: nn.Module | Source) -> Source:
+    """The one stack of a model, attached or bare, whose states can be cached; a `Source` is returned as it is.
+
+    Raises:
+        ValueError: If something trains inside the backbone, or it is an encoder-decoder.
+    """
+    if isinstance(model, Source):
+        return model
+    fusions = fusion_layers(model)
+    backbones = [layer.backbone for layer in fusions] or find_backbones(model)
+    backbone = backbones[0]
+    if len(backbones) > 1 or backbone.stack is not None:
+        raise ValueError(
+            f"The layer states of an encoder-decoder ({backbone.model_type!r}) cannot be cached: the decoder's depend on the "
+            "encoder's and on the labels. Train it live, without a cache."
+        )
+    trained = [n for m in backbone.upstream for n, p in m.named_parameters() if p.requires_grad] if fusions else []
+    if trained:
+        lora = any(".lora_" in f".{name}" for name in trained)
+        raise ValueError(
+            f"{len(trained)} parameters train inside the backbone ({'LoRA, ' if lora else ''}for example {trained[0]!r}), so its "
+            "layer states change with every step and states computed once would be wrong from the second step on. Train "
+            "live, without a cache; or train the fusion alone (target_modules=None), whose backbone stays as it is."
+        )
+    return Source(
+        backbone,
+        layers_read(fusions[0]) if fusions else None,
+        adapters_in_use(backbone),
+        frozenset(idle_tensors(backbone)),
+        tuple(scalings_in_use(backbone)),
+        tuple(fusions),
+    )

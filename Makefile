@@ -33,7 +33,7 @@ test-min:
 
 # The table of docs/backbones.md, measured anew; `make test` checks it.
 backbones: $(READY)
-	$(BIN)/python -m pytest -q --publish tests/test_backbones.py
+	$(BIN)/python -m pytest -q --publish tests/backbone/test_backbones.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,6 +1,9 @@
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs a network is wrong, and should fail at once
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,18 @@ from support import BACKBONES
 
 def pytest_addoption(parser):
     parser.addoption("--publish", action="store_true", help="write docs/backbones.md instead of checking it")
+
+
+def pytest_collection_finish(session):
+    """What is imported by now stays: each Trainer collects garbage, and would look through all of it (half of a run's time)."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are empty files, for tests that look at none: drawing them takes longer than a small run."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: Path(path).touch())
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from support import attached
-from test_features import pad, some_rows
+from support_cache import pad, some_rows
 
 from fusion_adapters.states import cache_layer_states
 

@@ -1,6 +1,6 @@
 """The table in docs/backbones.md: a test that measures a cell checks it against what is published.
 
-`pytest --publish tests/test_backbones.py` writes the table instead (`make backbones`).
+`pytest --publish tests/backbone/test_backbones.py` writes the table instead (`make backbones`).
 """
 
 from __future__ import annotations

@@ -39,6 +39,8 @@ METHODS = {name: {"fusion": name} for name in FUSIONS} | {
     "dwconcat-uniform": {"fusion": "dwconcat", "fusion_weights": "uniform", "fusion_layers": [0, 2, -1]},
     "dwatt-layers": {"fusion": "dwatt", "fusion_layers": [0, -1]},
 }
+# every method in both backbones, with LoRA in one of them
+ALTERNATING = [(family, method, (i + j) % 2 == 1) for i, family in enumerate(BACKBONES) for j, method in enumerate(METHODS)]
 
 
 def tiny(

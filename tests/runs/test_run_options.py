@@ -18,7 +18,7 @@ from fusion_adapters.tasks.data import DataRecipe
 from fusion_adapters.tasks.registry import TASKS
 from fusion_adapters.tasks.splits import load_splits
 
-QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.py"
+QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.py"
 
 
 def run(*arguments):
@@ -50,6 +50,7 @@ def test_a_recipe_with_a_backbone_in_few_bits(tmp_path, capsys, bits):
     assert json.loads(capsys.readouterr().out)["text"] == "Anna lives in Oslo."
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_comparison_with_a_method_in_8_bits(tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra: quantised)")
     methods = {name: METHODS[name] for name in ("deeper", "concat")}

@@ -54,6 +54,7 @@ def test_the_length_of_a_run_is_counted_in_passes(tmp_path):
     assert Trial("toy", "small", 13, 1, 1e-3, "rate").steps(study) == 21
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_development_data_are_scored_evenly_and_at_the_end(tmp_path):
     methods = {n: METHODS[n] for n in ("deeper", "concat")}
     path = write_study(tmp_path, methods=methods, sizes=[13], seeds=[1], rates=[1e-3], epochs=5, evaluations=3)
@@ -80,6 +81,7 @@ def test_lora_has_its_own_learning_rate(tmp_path):
     assert {rate for name, rate in rates.items() if ".lora_" not in name} == {1e-3}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_weights_over_depth_of_a_run_in_bfloat16(tmp_path):
     both = {**METHODS["dwatt"]["adapter"], "r": 2, "target_modules": ["query"]}
     few = {"baseline": "dwatt", "reference": None, "sizes": [4], "seeds": [1], "rates": [1e-3]}
@@ -132,6 +134,7 @@ def test_subsets_are_the_same_for_all_and_grow():
     assert sorted(subset(labels, 82, 82, 1)) == list(range(82))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_sizes_per_class(tmp_path):
     save_model(tmp_path / "model", "sequence")
     rows = [("anna lives in oslo", "place")] * 8 + [("the old man", "person")] * 6 + [("acme corp", "firm")] * 3
@@ -161,6 +164,7 @@ def test_sizes_per_class(tmp_path):
         load_study(write_study(tmp_path, per_class=True))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_method_starts_from_the_weights_of_another(tmp_path, capsys):
     lora = {"r": 4, "lora_alpha": 16, "target_modules": ["query", "value"]}
     warm = {

@@ -64,7 +64,7 @@ def runs_done(tmp_path):
 
 
 def test_a_killed_comparison_takes_its_processes_along(tmp_path):
-    path = write_study(tmp_path, sizes=["all"], seeds=list(range(1, 21)), epochs=200, rates=[1e-3])
+    path = write_study(tmp_path, sizes=["all"], seeds=list(range(1, 21)), epochs=50, rates=[1e-3])
     with started(tmp_path, path) as process:
         process.kill()
         process.wait()
@@ -73,7 +73,7 @@ def test_a_killed_comparison_takes_its_processes_along(tmp_path):
 
 
 def test_ctrl_c_ends_all_processes(tmp_path):
-    path = write_study(tmp_path, sizes=["all"], seeds=list(range(1, 21)), epochs=200, rates=[1e-3])
+    path = write_study(tmp_path, sizes=["all"], seeds=list(range(1, 21)), epochs=50, rates=[1e-3])
     with started(tmp_path, path) as process:
         before = runs_done(tmp_path)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the workers too
@@ -85,7 +85,7 @@ def test_ctrl_c_ends_all_processes(tmp_path):
 def test_an_error_in_one_process_ends_the_others(tmp_path, capsys):
     wrong = {"adapter": {"fusion": "mlp", "fusion_bottleneck": 4}, "training": {"lr_scheduler_type": "none such"}}
     methods = {"wrong": wrong, **METHODS}  # the first to be run, beside methods of many runs
-    path = write_study(tmp_path, methods=methods, sizes=["all"], seeds=list(range(1, 41)), epochs=200, rates=[1e-3])
+    path = write_study(tmp_path, methods=methods, sizes=["all"], seeds=list(range(1, 41)), epochs=50, rates=[1e-3])
     with pytest.raises(SystemExit) as stop:
         main(["compare", str(path), "--output", str(tmp_path / "out"), "--workers", "2"])
     assert stop.value.code == 2

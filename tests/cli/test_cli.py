@@ -5,20 +5,15 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support import tiny
-from support_text import SENTENCES, conll, save_model, tokenizer, write_recipe
+from support_text import SENTENCES, conll, save_model, write_recipe
 from transformers import AutoTokenizer
 
 from fusion_adapters.cli import main
-from fusion_adapters.runs.files import check_output, json_text, written_aside
-from fusion_adapters.runs.predicting import TrainedRun, predict
-from fusion_adapters.tasks.registry import TASKS
-from fusion_adapters.tasks.tokens import word_spans
 
 
 def run(*arguments):
@@ -166,43 +161,6 @@ def test_a_checkpoint_that_lacks_weights_of_the_backbone(tmp_path, capsys):
     run("predict", tmp_path / "run", "--text", "anna")
 
 
-def test_output_is_written_aside(tmp_path):
-    with pytest.raises(RuntimeError), written_aside(tmp_path / "out") as folder:
-        (folder / "half.txt").write_text("x")
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-    with written_aside(tmp_path / "out") as folder:
-        (folder / "whole.txt").write_text("x")
-        assert not (tmp_path / "out").exists()
-    assert [p.name for p in tmp_path.rglob("*.txt")] == ["whole.txt"]
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(FileExistsError, match="is a file"):
-        check_output(tmp_path / "file")
-
-
-def test_a_finished_folder_is_not_lost(tmp_path, monkeypatch):
-    # two runs with one output: the later one does not replace the earlier, and is kept
-    with pytest.raises(FileExistsError, match=r"kept in '.*\.out\.") as told, written_aside(tmp_path / "out") as folder:
-        (folder / "second.txt").write_text("x")
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "first.txt").write_text("x")
-    assert (tmp_path / "out" / "first.txt").exists() and (folder / "second.txt").exists() and str(folder) in str(told.value)
-    # a link to an empty folder is followed
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "disk")
-    with written_aside(check_output(tmp_path / "link")) as folder:
-        (folder / "third.txt").write_text("x")
-    assert (tmp_path / "disk" / "third.txt").exists() and (tmp_path / "link").is_symlink()
-    # what cannot be replaced is refused before the work, not after it
-    (tmp_path / "here" / "below").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "here" / "below")
-    mounted = tmp_path / "mounted"
-    monkeypatch.setattr("os.path.ismount", lambda path: path == mounted)
-    for taken in (".", "..", mounted):
-        with pytest.raises(FileExistsError, match=r"current folder, one above it, or a mount point.*give one inside"):
-            check_output(taken)
-
-
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
     # a limit on the size of files stands for the disk; the adapter's is the first file above it
     recipe = write_recipe(tmp_path, adapter={"fusion": "concat"})
@@ -243,61 +201,11 @@ def test_strategies_and_casts_as_recipes_write_them(tmp_path):
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["scores"]["dev"]
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("Anna's dog_1, here.", ["Anna", "'", "s", "dog_1", ",", "here", "."]),
-        (
-            "\u0939\u093f\u0928\u094d\u0926\u0940 \u0939\u0948",
-            ["\u0939\u093f\u0928\u094d\u0926\u0940", "\u0939\u0948"],
-        ),  # Hindi, in Hindi
-        ("Mu\u0308nchen!", ["Mu\u0308nchen", "!"]),  # u and its dots apart
-        ("\u2764\ufe0fOslo", ["\u2764\ufe0f", "Oslo"]),  # a heart with its variation selector
-        (" \u0308 a", ["\u0308", "a"]),
-    ],
-)
-def test_words_keep_their_marks(text, words):
-    assert [text[start:end] for start, end in word_spans(text)] == words
-
-
-class Says(torch.nn.Module):
-    """Answers each word piece with the tag that a table gives it."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, table, labels):
-        super().__init__()
-        self.table, self.labels = table, labels
-
-    def forward(self, input_ids, attention_mask):
-        numbers = torch.tensor([[self.labels.index(self.table.get(i, "O")) for i in row] for row in input_ids.tolist()])
-        return SimpleNamespace(logits=torch.nn.functional.one_hot(numbers, len(self.labels)).float())
-
-
-def test_entities_follow_their_tags():
-    words, labels = tokenizer(), ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
-    said = {"anna": "B-PER", "bob": "I-PER", "man": "I-PER", "oslo": "B-LOC", "rome": "B-LOC", "corp": "I-LOC"}
-    model = Says({words.convert_tokens_to_ids(word): tag for word, tag in said.items()}, labels)
-    recipe = SimpleNamespace(task=TASKS["token_classification"], data=SimpleNamespace(max_length=32))
-    text = "Anna Bob, Man lives at Oslo Rome Corp Man."
-    (found,) = predict(TrainedRun(model, words, recipe, labels), [text])
-    told = [(e["type"], e["text"], text[e["start"] : e["end"]]) for e in found["entities"]]
-    expected = [("PER", "Anna Bob"), ("PER", "Man"), ("LOC", "Oslo"), ("LOC", "Rome Corp"), ("PER", "Man")]
-    assert told == [(kind, words, words) for kind, words in expected]
-
-
 def test_a_training_that_diverges_is_no_run(tmp_path, capsys):
     recipe = write_recipe(tmp_path, training={"learning_rate": 1e30, "num_train_epochs": 3})
     error = fails(capsys, "train", recipe, "--output", tmp_path / "run")
     assert "The training diverged" in error and "training.learning_rate (1e+30)" in error
     assert not (tmp_path / "run").exists()
-
-
-def test_an_epoch_without_a_loss_is_null_in_the_metrics(tmp_path):
-    assert json.loads(json_text({"a": [1.5, float("nan")], "b": {"c": float("inf")}})) == {
-        "a": [1.5, None],
-        "b": {"c": None},
-    }
 
 
 def test_all_rows_are_scored_whatever_training_drops(tmp_path):

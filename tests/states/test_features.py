@@ -153,6 +153,14 @@ def test_a_row_with_an_input_that_was_not_cached_is_refused(tmp_path):
     assert not (tmp_path / "mixed").exists()
 
 
+def test_a_row_with_another_mask_is_another_row(tmp_path):
+    model, rows = attached(), some_rows(4)
+    cache = cached(model, rows, tmp_path / "states")
+    masked = {**rows[1], "attention_mask": [0, *rows[1]["attention_mask"][1:]]}
+    with pytest.raises(StaleCacheError, match=r"1 of 1 rows are not in the cache"):
+        cache.dataset([masked])
+
+
 def test_states_of_a_model_that_transformers_attached_to(tmp_path):
     rows = some_rows()
     model = tiny()

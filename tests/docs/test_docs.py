@@ -21,7 +21,7 @@ from fusion_adapters.study import load_study
 from fusion_adapters.tasks.readers import READERS
 from fusion_adapters.tasks.registry import TASKS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 

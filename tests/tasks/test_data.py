@@ -12,7 +12,7 @@ from fusion_adapters.tasks.registry import TASKS
 from fusion_adapters.tasks.splits import load_splits, read_file
 
 TOKENS, TEXTS = TASKS["token_classification"], TASKS["sequence_classification"]
-REAL = Path(os.environ.get("FUSION_ADAPTERS_DATA", Path(__file__).parents[2] / "shared" / "data"))
+REAL = Path(os.environ.get("FUSION_ADAPTERS_DATA", Path(__file__).parents[3] / "shared" / "data"))
 needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason="the data folder FUSION_ADAPTERS_DATA is absent")
 
 

@@ -13,13 +13,13 @@ from families import FAMILIES, answer, attach, inputs
 from packaging.version import Version
 from safetensors.torch import load_file
 from support import disturb, without_dropout
+from support_cache import pad, rows_of
 from support_text import write_recipe
-from test_features import pad, rows_of
 
 from fusion_adapters.states import cache_layer_states
 from fusion_adapters.tuner import fusion_layers
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 LAUNCH = [
     *(BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
@@ -52,37 +52,35 @@ def compare(one, two):
     return second
 
 
-@pytest.mark.parametrize("case", [("bert", "alone"), ("llama", "lora", "checkpointing"), ("bart", "lora")], ids="-".join)
-def test_data_parallel_training_equals_one_process(case, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    for folder in (one, two):
-        folder.mkdir()
-    run(sys.executable, "distributed_run.py", one, 4, *case)
-    run(*LAUNCH, "distributed_run.py", two, 2, *case)
-    history = compare(one, two)
-    assert history["processes"] == 2, "the run was not distributed, so the test shows nothing"
-    assert [p.name for p in two.glob("weights-written-by-*")] == ["weights-written-by-0"]
-    tensors = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, two)]
-    for name, tensor in tensors[0].items():
-        torch.testing.assert_close(tensors[1][name], tensor, rtol=0, atol=1e-4)
+def test_data_parallel_training_equals_one_process(tmp_path):
+    cases = ("bert-alone", "llama-lora-checkpointing", "bart-lora")  # in one start: it takes longer than the training
+    run(sys.executable, "distributed_run.py", tmp_path / "one", 4, *cases)
+    run(*LAUNCH, "distributed_run.py", tmp_path / "two", 2, *cases)
+    for case in cases:
+        one, two = tmp_path / "one" / case, tmp_path / "two" / case
+        history = compare(one, two)
+        assert history["processes"] == 2, "the run was not distributed, so the test shows nothing"
+        assert [p.name for p in two.glob("weights-written-by-*")] == ["weights-written-by-0"]
+        tensors = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, two)]
+        for name, tensor in tensors[0].items():
+            torch.testing.assert_close(tensors[1][name], tensor, rtol=0, atol=1e-4)
 
 
 @pytest.mark.skipif(
     Version(torch.__version__) < Version("2.13"),
     reason="older versions of torch sum FSDP's gradients over gloo (seen with 2.8)",
 )
-@pytest.mark.parametrize("case", [("bert", "lora"), ("llama", "alone")], ids="-".join)
-def test_sharded_training_equals_one_process(case, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    for folder in (one, two):
-        folder.mkdir()
-    run(sys.executable, "fsdp_run.py", one, *case)
-    run(BIN / "torchrun", "--standalone", "--nproc_per_node", "2", "fsdp_run.py", two, *case)
-    assert compare(one, two)["shards"] == 2
-    tensors = [load_file(folder / "adapter_model.safetensors") for folder in (one, two)]
-    assert tensors[0].keys() == tensors[1].keys()
-    for name, tensor in tensors[0].items():
-        torch.testing.assert_close(tensors[1][name], tensor, rtol=0, atol=1e-4)
+def test_sharded_training_equals_one_process(tmp_path):
+    cases = ("bert-lora", "llama-alone")
+    run(sys.executable, "fsdp_run.py", tmp_path / "one", *cases)
+    run(BIN / "torchrun", "--standalone", "--nproc_per_node", "2", "fsdp_run.py", tmp_path / "two", *cases)
+    for case in cases:
+        one, two = tmp_path / "one" / case, tmp_path / "two" / case
+        assert compare(one, two)["shards"] == 2
+        tensors = [load_file(folder / "adapter_model.safetensors") for folder in (one, two)]
+        assert tensors[0].keys() == tensors[1].keys()
+        for name, tensor in tensors[0].items():
+            torch.testing.assert_close(tensors[1][name], tensor, rtol=0, atol=1e-4)
 
 
 def test_extraction_by_several_processes_writes_the_bytes_of_one(tmp_path):

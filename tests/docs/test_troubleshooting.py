@@ -16,7 +16,7 @@ from support_cache import cached, some_rows
 from fusion_adapters import FusionConfig, LayerStateCache, depth_weights
 from fusion_adapters.tuner import fusion_layers
 
-PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
+PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
 
 
 def plain(family="bert", head="token", **settings):

@@ -1,13 +1,12 @@
 """The adapter as peft knows it: saving, loading, several adapters, switching off, taking off."""
 
 import json
-import warnings
 
 import pytest
 import torch
-from peft import AutoPeftModelForTokenClassification, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file
-from support import DEPTH, LORA, METHODS, TASKS, attached, batch, disturb, layer_of, logits, tiny
+from support import DEPTH, LORA, attached, batch, disturb, layer_of, logits, tiny
 
 from fusion_adapters import FusionConfig
 
@@ -26,20 +25,6 @@ def base_weights(model):
 
 def second_config(**fields):
     return FusionConfig(task_type="TOKEN_CLS", **fields)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@WITH_AND_WITHOUT_LORA
-def test_a_saved_adapter_answers_as_before(family, method, lora, tmp_path):
-    fields = METHODS[method] | (LORA[family] if lora else {})
-    model = disturb(attached(family, **fields))
-    expected = logits(model)
-    model.save_pretrained(tmp_path)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*missing adapter keys.*")
-        again = PeftModel.from_pretrained(tiny(family), tmp_path)
-    assert torch.equal(logits(again), expected)
-    assert not any(p.requires_grad for p in again.parameters())
 
 
 def test_the_file_holds_fusion_lora_and_head_only(family, tmp_path):
@@ -63,32 +48,6 @@ def test_the_config_comes_back_whole_with_the_backbone_in_it(family, tmp_path):
     config = PeftConfig.from_pretrained(str(tmp_path))
     assert isinstance(config, FusionConfig)
     assert config.fusion_layers == [1, -1]
-
-
-def test_the_model_card_says_how_to_load(tmp_path):
-    attached().save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    assert "import fusion_adapters" in card
-    attached().save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text().count("import fusion_adapters") == 1
-
-
-def test_low_cpu_mem_usage_loads_the_same(family, tmp_path):
-    model = disturb(attached(family, **LORA[family]))
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(tiny(family), tmp_path, low_cpu_mem_usage=True)
-    assert not any(p.is_meta for p in again.parameters())
-    assert torch.equal(logits(again), logits(model))
-
-
-def test_auto_class_loads_backbone_and_adapter(family, tmp_path):
-    base = tiny(family)
-    base.save_pretrained(tmp_path / "base")
-    base = type(base).from_pretrained(tmp_path / "base")
-    model = disturb(attached(family, model=base, **LORA[family]))
-    model.save_pretrained(tmp_path / "adapter")
-    again = AutoPeftModelForTokenClassification.from_pretrained(tmp_path / "adapter", num_labels=5)
-    assert torch.equal(logits(again), logits(model))
 
 
 @WITH_AND_WITHOUT_LORA
@@ -154,19 +113,6 @@ def test_a_loaded_second_adapter_is_not_trainable_unless_asked(family, tmp_path)
     assert all(p.grad is not None for n, p in model.named_parameters() if n in trains)
 
 
-@WITH_AND_WITHOUT_LORA
-def test_disabling_restores_the_base_model_and_what_trained(family, lora):
-    base = logits(tiny(family))
-    model = disturb(attached(family, **(LORA[family] if lora else {})))
-    adapted = logits(model)
-    trained = {n: p.requires_grad for n, p in model.named_parameters()}
-    with model.disable_adapter():
-        assert (logits(model) - base).abs().max() <= 1e-6
-        assert not layer_of(model).taps.held
-    assert torch.equal(logits(model), adapted)
-    assert {n: p.requires_grad for n, p in model.named_parameters()} == trained
-
-
 @pytest.mark.parametrize("way", ["peft", "transformers"])
 def test_an_adapter_chosen_while_adapters_are_disabled_trains_afterwards(family, way):
     model = tiny(family)
@@ -185,40 +131,6 @@ def test_an_adapter_chosen_while_adapters_are_disabled_trains_afterwards(family,
     fusions = layer_of(model).fusions
     assert all(p.requires_grad for p in fusions["b"].parameters())
     assert not any(p.requires_grad for p in fusions["a"].parameters())
-
-
-def test_deleting_adapters(family):
-    base = logits(tiny(family))
-    model = disturb(attached(family))
-    first = logits(model)
-    model.add_adapter("other", second_config(fusion="mlp", **LORA[family]))
-    with pytest.raises(ValueError, match="does not exist"):
-        model.delete_adapter("unknown")
-    model.delete_adapter("other")
-    assert not any(".other." in n for n, _ in model.named_parameters())
-    assert torch.equal(logits(model), first)
-    model.add_adapter("other", second_config(fusion="mlp"))
-    model.delete_adapter("default")
-    assert set(layer_of(model).fusions) == {"other"}
-    assert model.active_adapters == ["other"]
-    model.delete_adapter("other")
-    assert len(layer_of(model).fusions) == 0
-    assert (logits(model.base_model.model) - base).abs().max() <= 1e-6
-
-
-@WITH_AND_WITHOUT_LORA
-def test_unload_leaves_the_backbone_as_it_was(family, lora):
-    plain = tiny(family)
-    keys, base = set(plain.state_dict()), logits(plain)
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in plain.modules())
-    model = attached(family, model=plain, **(LORA[family] if lora else {}))
-    restored = model.unload()
-    assert restored is plain
-    assert set(restored.state_dict()) == keys
-    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in restored.modules()) == hooks
-    assert not hasattr(restored, "peft_config")
-    assert (logits(restored) - base).abs().max() <= 1e-6
-    assert (logits(get_peft_model(restored, second_config())) - base).abs().max() <= 1e-6
 
 
 def test_unload_of_a_16_bit_model_leaves_a_16_bit_head(family):
@@ -258,14 +170,6 @@ def test_merging_is_free_where_there_is_no_fusion_to_lose(family):
     torch.testing.assert_close(logits(model.merge_and_unload()), adapted, rtol=1e-4, atol=1e-5)
 
 
-def test_refusals_name_the_way_out(family):
-    model = attached(family)
-    with pytest.raises(ValueError, match="no such sum for fusions"):
-        model.add_weighted_adapter(["default"], [1.0], "sum")
-    with pytest.raises(ValueError, match="one batch per adapter"):
-        model(**batch(), adapter_names=["default", "default"])
-
-
 def test_status_reports_the_method(family):
     model = attached(family, **LORA[family])
     status = model.get_model_status()
@@ -286,14 +190,6 @@ def test_the_task_may_be_given_as_peft_writes_it(tmp_path):
     assert {p.dtype for n, p in model.named_parameters() if ".modules_to_save." in n} == {torch.float32}
     disturb(model).save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny(dtype=torch.bfloat16), tmp_path)), logits(model))
-
-
-@pytest.mark.parametrize("head", ["sequence", "lm"])
-def test_other_heads_come_back(head, tmp_path):
-    model = disturb(attached("llama", head))
-    model.save_pretrained(tmp_path)
-    assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama", head), tmp_path), head), logits(model, head))
-    assert model.peft_config["default"].task_type == TASKS[head]
 
 
 def test_a_second_adapter_beside_a_stack_of_new_blocks_as_deep_as_the_backbone(family):

@@ -7,34 +7,39 @@ import weakref
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from support import DEPTH, LORA, METHODS, WIDTH, attached, batch, disturb, layer_of, logits, tiny, without_dropout
+from support import (
+    ALTERNATING,
+    DEPTH,
+    LORA,
+    METHODS,
+    WIDTH,
+    attached,
+    batch,
+    disturb,
+    layer_of,
+    logits,
+    tiny,
+    without_dropout,
+)
 
 from fusion_adapters import FUSIONS, FusionConfig, depth_weights
 from fusion_adapters.tuner.counts import count_trainable
 
-WITH_AND_WITHOUT_LORA = pytest.mark.parametrize("lora", [False, True], ids=["alone", "lora"])
+each_method = pytest.mark.parametrize(("family", "method", "lora"), ALTERNATING)
 
 
 def fields(method, family, lora):
     return METHODS[method] | (LORA[family] if lora else {})
 
 
-@pytest.mark.parametrize("method", METHODS)
-@WITH_AND_WITHOUT_LORA
+@each_method
 def test_a_fresh_adapter_leaves_the_answers_as_they_were(family, method, lora):
     before = logits(tiny(family))
     after = logits(attached(family, **fields(method, family, lora)))
     assert (after - before).abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("head", ["token", "sequence", "lm"])
-def test_identity_with_every_head(head):
-    before = logits(tiny("llama", head), head)
-    assert (logits(attached("llama", head), head) - before).abs().max() <= 1e-6
-
-
-@pytest.mark.parametrize("method", METHODS)
-@WITH_AND_WITHOUT_LORA
+@each_method
 def test_gradients_reach_fusion_lora_and_head_and_nothing_else(family, method, lora):
     model = disturb(attached(family, **fields(method, family, lora))).train()
     model(**batch()).loss.backward()
@@ -281,49 +286,6 @@ def test_inference_keeps_what_the_fusion_needs_of_a_state_and_not_the_state(fami
     assert len(calls) == 1 and torch.equal(expected, logits(model))
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_exception_in_a_forward_pass_leaves_the_next_one_right(family, error):
-    model = disturb(attached(family))
-    expected = logits(model)
-    handle = layer_of(model).backbone.blocks[2].register_forward_pre_hook(lambda *a: (_ for _ in ()).throw(error("stop")))
-    with pytest.raises(error, match="stop"):
-        logits(model)
-    handle.remove()
-    assert torch.equal(logits(model), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", METHODS)
-@WITH_AND_WITHOUT_LORA
-def test_16_bit_backbones_train_float32_adapters_and_heads(family, dtype, method, lora):
-    model = attached(family, model=tiny(family, dtype=dtype), **fields(method, family, lora)).train()
-    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
-    answer = model(**batch())
-    answer.loss.backward()
-    assert answer.logits.isfinite().all()
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    backbone = layer_of(model).backbone
-    assert {p.dtype for b in backbone.blocks for n, p in b.named_parameters() if "lora_" not in n} == {dtype}
-
-
-def test_a_16_bit_output_head_that_trains_answers_in_float32():
-    model = attached("llama", "lm", tiny("llama", "lm", dtype=torch.bfloat16), modules_to_save=["lm_head"])
-    model.add_adapter("second", FusionConfig(task_type="CAUSAL_LM", modules_to_save=["lm_head"]))
-    for name in ("default", "second"):
-        model.set_adapter(name)
-        assert logits(model, "lm").dtype == torch.float32
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_autocast_works_on_float32_and_bfloat16_backbones(family, method):
-    for dtype in (torch.float32, torch.bfloat16):
-        model = disturb(attached(family, model=tiny(family, dtype=dtype), **METHODS[method])).train()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(**batch()).loss
-        loss.backward()
-        assert loss.isfinite()
-
-
 def test_depth_weights_come_on_request(family):
     model = disturb(attached(family, fusion_heads=2))
     weights = depth_weights(model, **batch())
@@ -348,17 +310,6 @@ def test_a_hooked_model_can_be_copied_and_pickled(family):
     torch.save(clone, buffer)
     buffer.seek(0)
     assert torch.equal(logits(torch.load(buffer, weights_only=False)), expected)
-
-
-def test_generation_agrees_with_and_without_cache():
-    model = disturb(attached("llama", "lm"), scale=0.3)
-    prompt = {"input_ids": torch.randint(1, 100, (2, 5)), "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1] * 5])}
-    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    cached = model.generate(**prompt, **options, use_cache=True)
-    assert torch.equal(cached, model.generate(**prompt, **options, use_cache=False))
-    with model.disable_adapter():
-        plain = model.generate(**prompt, **options)
-    assert not torch.equal(cached, plain), "the fusion has no effect, so the test shows nothing"
 
 
 @pytest.mark.parametrize("copied", [False, True])

@@ -231,10 +231,10 @@ def test_dropout_of_a_fusion_does_not_ask_whether_there_is_a_graph(family, head)
         torch.testing.assert_close(found[name], gradient)
 
 
-@pytest.mark.parametrize("before", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("after", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("method", METHODS)
-def test_an_attached_model_may_be_cast_as_a_whole(family, method, before, after):
+def test_an_attached_model_may_be_cast_as_a_whole(family, method, after):
+    before = (torch.float32, torch.bfloat16)[(list(METHODS).index(method) + (family == "llama")) % 2]  # in turn
     model = without_dropout(disturb(attached(family, model=tiny(family, dtype=before), **METHODS[method])))
     expected = logits(model)
     model.to(after)

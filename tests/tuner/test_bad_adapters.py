@@ -3,6 +3,8 @@
 import copy
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -151,22 +153,14 @@ def test_a_first_adapter_that_does_not_fit_changes_nothing():
     assert state(model) == before
 
 
-def test_without_the_plug_in_a_file_is_refused(adapter, tmp_path):
-    import subprocess
-    import sys
-
+def test_importing_the_plug_in_is_enough_to_load_a_file(adapter, tmp_path):
     tiny("bert").save_pretrained(tmp_path / "base")
     code = (
-        "from peft import PeftModel\nfrom transformers import AutoModelForTokenClassification as A\n"
+        "import fusion_adapters\nfrom peft import PeftModel\nfrom transformers import AutoModelForTokenClassification as A\n"
         f"PeftModel.from_pretrained(A.from_pretrained({str(tmp_path / 'base')!r}, num_labels=5), {str(adapter)!r})\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode != 0
-    assert "FUSION" in result.stderr.strip().splitlines()[-1]
-    good = subprocess.run(
-        [sys.executable, "-c", "import fusion_adapters\n" + code], capture_output=True, text=True, check=False
-    )
-    assert good.returncode == 0, good.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

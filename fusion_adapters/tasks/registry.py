@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Annotated, Any
 
 from pydantic import PlainSerializer, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from .base import Task
-from .masked import MaskedLM
-from .pairs import SentencePairs
-from .regression import Regression
-from .sequences import SequenceClassification
-from .tokens import TokenClassification
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        TokenClassification(),
-        SequenceClassification(),
-        SentencePairs(),
-        Regression(),
-        MaskedLM(),
-    )
-}
+# The tasks: the file and the class in it.
+_TASKS = (
+    "tokens.TokenClassification",
+    "sequences.SequenceClassification",
+    "pairs.SentencePairs",
+    "regression.Regression",
+    "masked.MaskedLM",
+)
+
+
+def _load(path: str) -> Task:
+    file, name = path.split(".")
+    return getattr(import_module(f".{file}", __package__), name)()
+
+
+TASKS: dict[str, Task] = {task.name: task for task in map(_load, _TASKS)}
 
 
 def _task_of(value: Any) -> Task:

@@ -87,6 +87,13 @@ def test_every_page_is_found_from_the_readme():
     assert not {ROOT / page for page in PAGES} - seen
 
 
+def test_the_files_that_contributing_names_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for name in set(re.findall(r"[\w/]+\.py\b", text)) - {"fusions/NAME.py", "tasks/NAME.py"}:
+        found = [path for room in ("fusion_adapters", "tests", "recipes") for path in ROOT.glob(f"{room}/**/{name}")]
+        assert found or (ROOT / name).is_file(), f"CONTRIBUTING.md names {name}"
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_prose_keeps_to_its_line_length(page):
     lines = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S).splitlines()

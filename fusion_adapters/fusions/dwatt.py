@@ -14,7 +14,7 @@ from .numerics import BottleneckMLP, bottleneck_width, check_heads, check_init, 
 
 POSITION_SIZE = 24  # d_pos, the same for every depth (Table 4)
 # From the identity start the outer gains must grow from 0 to about 1, a long way for an optimizer that moves each
-# parameter by a learning rate of 3e-4 a step: the stored gain counts 16-fold (measured in docs/methods.md).
+# parameter by a learning rate of 3e-4 a step: the stored gain counts 16-fold (measured in docs/results/defaults.md).
 GAIN_SCALE = 16.0
 
 

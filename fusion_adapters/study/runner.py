@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..backbone.atomic import write_text_whole
-from ..fusions import fusion_options
+from ..fusions import fusion_class, fusion_options
 from ..runs.environment import cores
 from ..runs.pretrained import resolve_model
 from ..runs.training import adapter_config
@@ -35,7 +35,7 @@ from .statistics import summarise
 from .trial import Trial, run_trial
 
 LORA_FIELDS = ("lora_alpha", "use_rslora", "use_dora")
-FUSION_FIELDS = ("fusion_heads", "fusion_scale", "fusion_weights", "fusion_temperature", "fusion_init", "fusion_layers")
+ONLY_IN_TRAINING = ("dropout",)  # options of fusions that change no answer of a trained one
 MOST_WORKERS = 61  # Windows cannot wait for more
 
 
@@ -235,9 +235,11 @@ def check_starts(study: StudyRecipe) -> None:
         if method.start_from is None:
             continue
         own, source = (adapter_config(study.recipe_of(data, n)) for n in (name, method.start_from))
-        fields = LORA_FIELDS if own.has_lora and source.has_lora else ()
+        fields: tuple[str, ...] = LORA_FIELDS if own.has_lora and source.has_lora else ()
         if own.fusion == source.fusion != "last":
-            fields = (*fields, *FUSION_FIELDS)
+            # the widths are in the shapes
+            aside = (*fusion_class(own.fusion).widths, *ONLY_IN_TRAINING)
+            fields += ("fusion_layers", *(f"fusion_{name}" for name in fusion_options(own.fusion) if name not in aside))
         for field in fields:
             here, there = (_setting(config, field) for config in (own, source))
             if here != there:

@@ -40,7 +40,8 @@ POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")  # tables of
 # Arguments of a call
 
 STATE = "hidden_states"  # of a block
-CACHES = ("past_key_values", "cache_params")  # attention, state spaces
+# Of attention, also as GPT-NeoX, GPT-J, Falcon and others name it, and of state spaces.
+CACHES = ("past_key_values", "layer_past", "cache_params")
 ENCODED = "encoder_hidden_states"  # of a decoder beside an encoder
 
 

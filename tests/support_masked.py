@@ -1,7 +1,7 @@
 """Texts, a recipe and a comparison of masked language modelling."""
 
 import yaml
-from support_text import save_model
+from support_text import save_model, write_changed
 
 from fusion_adapters.tasks.registry import TASKS
 
@@ -28,11 +28,7 @@ def write_files(folder, head="token", **changes):
         "data": {"path": str(folder), "train": "train.txt", "test": "test.txt", "max_length": 10},
         "training": {"num_train_epochs": 2, "per_device_train_batch_size": 4, "disable_tqdm": True},
     }
-    for key, value in changes.items():
-        recipe[key] = {**recipe[key], **value} if isinstance(value, dict) else value
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return path
+    return write_changed(folder, recipe, changes)
 
 
 def write_study(folder, **changes):

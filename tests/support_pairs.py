@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 
-import yaml
-from support_text import save_model
+from support_text import save_model, write_changed
 
 PEOPLE, PLACES = ("anna", "bob", "the old man"), ("oslo", "rome", "acme")
 # a class and a number that only both texts together tell
@@ -37,8 +36,4 @@ def write_recipe(folder, task, data=None, **changes):
         "data": {"path": str(folder), "train": "train.csv", "test": "train.csv", **(data or {})},
         "training": {"num_train_epochs": 1, "per_device_train_batch_size": 8, "disable_tqdm": True},
     }
-    for key, value in changes.items():
-        recipe[key] = {**recipe[key], **value} if isinstance(value, dict) else value
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return path
+    return write_changed(folder, recipe, changes)

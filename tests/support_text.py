@@ -60,6 +60,15 @@ def conll(sentences):
     return "\n\n".join("\n".join(f"{word}\t{tag}" for word, tag in sentence) for sentence in sentences) + "\n"
 
 
+def write_changed(folder, recipe, changes):
+    """Writes a recipe with some keys changed, those of a section one by one; returns its path."""
+    for key, value in changes.items():
+        recipe[key] = {**recipe[key], **value} if isinstance(value, dict) else value
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
 def write_recipe(folder, head="token", **changes):
     """Writes model, data and a recipe of one epoch; returns the recipe's path."""
     save_model(folder / "model", head)
@@ -79,8 +88,4 @@ def write_recipe(folder, head="token", **changes):
         "data": data,
         "training": {"num_train_epochs": 1, "per_device_train_batch_size": 4, "disable_tqdm": True},
     }
-    for key, value in changes.items():
-        recipe[key] = {**recipe[key], **value} if isinstance(value, dict) else value
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return path
+    return write_changed(folder, recipe, changes)

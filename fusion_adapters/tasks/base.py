@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from .data import DataRecipe
 from .tables import Table
 
-IGNORED = -100  # positions that carry no label, as torch's cross-entropy wants it
+IGNORED = nn.CrossEntropyLoss().ignore_index  # -100, the label of positions without one
 
 
 @dataclass

@@ -153,8 +153,21 @@ class Task(ABC):
         """The examples of a table. Raises ValueError, with file and row, if a value does not fit."""
 
     @abstractmethod
-    def label_set(self, examples: Sequence[Example]) -> list[str]:
-        """The label set of training examples, in the order of the model's outputs; empty where the task has none."""
+    def label_set(self, examples: Sequence[Example], classes: Sequence[str] = ()) -> list[str]:
+        """The label set of training examples, in the order of the model's outputs; empty where the task has none.
+
+        Args:
+            examples: The training examples.
+            classes: The names of classes that the data number themselves; their order is kept.
+        """
+
+    def classes(self, table: Table, data: DataRecipe) -> list[str]:
+        """The names of the label column's classes in the data's own order; empty where it numbers none."""
+        names = (data.label,) if data.label else self.label_columns
+        return table.classes.get(next((name for name in names if name in table.columns), ""), [])
+
+    def check_training(self, examples: Sequence[Example], source: str) -> None:  # noqa: B027 - most tasks can learn from anything
+        """Raises ValueError if there is nothing to learn from training examples: all have the same label."""
 
     # the model
 

@@ -70,7 +70,14 @@ class Regression(Task):
             examples.append(Example(words, [number]))
         return examples
 
-    def label_set(self, examples: Sequence[Example]) -> list[str]:
+    def check_training(self, examples: Sequence[Example], source: str) -> None:
+        if len({example.labels[0] for example in examples}) < 2:
+            raise ValueError(
+                f"{source}: all {len(examples)} examples have the number {examples[0].labels[0]:g}, so there is nothing to learn. Check "
+                "the file, the column (data.label), and what filtered the rows."
+            )
+
+    def label_set(self, examples: Sequence[Example], classes: Sequence[str] = ()) -> list[str]:
         return []
 
     def head_options(self, labels: Sequence[str]) -> dict[str, Any]:

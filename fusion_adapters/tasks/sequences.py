@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from rich.markup import escape
@@ -11,6 +13,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from .base import Encoded, Example, FinishedRun, Measure, Task
 from .data import DataRecipe
 from .tables import Table
+
+NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]+)?")
 
 
 class SequenceClassification(Task):
@@ -32,8 +36,18 @@ class SequenceClassification(Task):
     def _labels(self, table: Table, data: DataRecipe) -> list[str]:
         return [str(y) for y in table.values(table.column(data.label, self.label_columns, "data.label"), empty=False)]
 
-    def label_set(self, examples: Sequence[Example]) -> list[str]:
-        return sorted({label for example in examples for label in example.labels})
+    def check_training(self, examples: Sequence[Example], source: str) -> None:
+        counts = Counter(label for example in examples for label in example.labels)
+        if len(counts) < 2:
+            label, count = next(iter(counts.items()))
+            raise ValueError(
+                f"{source}: all {count} examples have the label {label!r}, and a classifier needs two classes at least. Check the "
+                "file, the column (data.label), and what filtered the rows."
+            )
+
+    def label_set(self, examples: Sequence[Example], classes: Sequence[str] = ()) -> list[str]:
+        """The data's own order; numbers by their value, and names by the alphabet."""
+        return list(classes) or in_order({label for example in examples for label in example.labels})
 
     def encode(
         self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], max_length: int
@@ -69,6 +83,12 @@ class SequenceClassification(Task):
     def shown(self, prediction: Mapping[str, Any]) -> str:
         """The text, and under it the class with its probability."""
         return f"{escape(prediction['text'])}\n  [bold cyan]{escape(prediction['label'])}[/] {prediction['probability']:.2f}"
+
+
+def in_order(labels: Iterable[str]) -> list[str]:
+    """Labels by the alphabet; where all are numbers, by their value, so that 10 comes after 9."""
+    found = sorted(labels)
+    return sorted(found, key=float) if all(NUMBER.fullmatch(label) for label in found) else found
 
 
 def encode_texts(

@@ -60,7 +60,8 @@ def load_splits(recipe: DataRecipe, task: Task, seed: int) -> Splits:
             name = names[split] or split
             raise ValueError(f"{recipe.path!r}: {name!r} holds no examples. Check that file or split (data.{split}).")
     train = read["train"]
-    labels = recipe.labels or task.label_set(train)
+    task.check_training(train, f"{recipe.path}, train")
+    labels = recipe.labels or task.label_set(train, task.classes(tables["train"], recipe))
     if labels:
         for split, examples in read.items():
             _check_labels(examples, labels, f"{recipe.path}, {split}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -16,11 +16,13 @@ class Table:
         columns: Values by the column's name, of equal length.
         source: Where they come from, for errors.
         holds: What a format with fixed columns holds, in words; None for tables with names of their own.
+        classes: For columns whose classes the data number themselves, their names in the order of the numbers.
     """
 
     columns: dict[str, Sequence[Any]]
     source: str
     holds: str | None = None
+    classes: dict[str, list[str]] = field(default_factory=dict)
 
     def column(self, wanted: str | None, usual: Sequence[str], key: str) -> str:
         """The name of a column.

@@ -61,8 +61,19 @@ class TokenClassification(Task):
                 examples.append(Example([str(w) for w in words], to_bio([str(t) for t in tags])))
         return examples
 
-    def label_set(self, examples: Sequence[Example]) -> list[str]:
+    def check_training(self, examples: Sequence[Example], source: str) -> None:
+        if not any(label != "O" for example in examples for label in example.labels):
+            words = sum(len(example.labels) for example in examples)
+            raise ValueError(
+                f"{source}: all {words:,} words of {len(examples):,} sentences have the tag O, so there is no entity to learn. Check "
+                "the file, the column of the tags (data.label), and what filtered the sentences."
+            )
+
+    def label_set(self, examples: Sequence[Example], classes: Sequence[str] = ()) -> list[str]:
         # whole BIO pairs, so that a type which only occurs as B- in the data can also go on
+        if classes and all(name == "O" or name[:2] in ("B-", "I-") for name in classes):
+            pairs = [f"{mark}-{name[2:]}" for name in classes if name != "O" for mark in "BI"]
+            return list(dict.fromkeys([*classes, "O", *pairs]))  # the data's own numbers first
         types = sorted({label[2:] for example in examples for label in example.labels if label != "O"})
         return ["O", *(f"{mark}-{kind}" for kind in types for mark in "BI")]
 

@@ -77,6 +77,7 @@ class FusionConfig(_MethodOptions):
         fusion_hidden_size: Filled in when attached: the backbone's width; a list for both stacks of an encoder-decoder.
         fusion_num_layers: Filled in when attached: the backbone's depth; a list for both stacks.
         fusion_fingerprint: Filled in when attached: a signature of the backbone's weights.
+        fusion_labels: Filled in when saved: the names of a classifier's outputs, in their order (the model's `id2label`).
 
     Raises:
         ValueError: If a field does not fit; the message says what would.
@@ -94,6 +95,7 @@ class FusionConfig(_MethodOptions):
     fusion_hidden_size: int | list[int] | None = _optional("Filled in when attached.")
     fusion_num_layers: int | list[int] | None = _optional("Filled in when attached.")
     fusion_fingerprint: str | None = _optional("Filled in when attached.")
+    fusion_labels: list[str] | None = _optional("Filled in when saved.")
 
     if TYPE_CHECKING:  # the options are not known before the methods are imported
 

@@ -26,6 +26,7 @@ from .build import build_for
 from .card import CardWriter, class_of
 from .config import FusionConfig
 from .heads import check_head, name_task_heads, remove_float32_hook, train_head_in_float32
+from .labels import check_labels, labels_to_save, set_labels
 from .layer import FusionLayer, fusion_layers
 from .replay import checked_states
 from .weights import MODEL_PREFIX, check_wrapped_tensors, compare_tensors, read_weights, without_embeddings, wrapped_keys
@@ -71,6 +72,7 @@ class FusionModel(LoraModel):
         backbones = [layers[id(b.root)].backbone if id(b.root) in layers else b for b in backbones]
         known = {root: layer.fingerprint for root, layer in layers.items()}
         bind(config, backbones, join_fingerprints([known.get(id(b.root)) or fingerprint(b) for b in backbones]))
+        check_labels(config, model)
         name_task_heads(config)
         check_head(model, backbones, config)
         weights = read_weights(config)
@@ -104,9 +106,17 @@ class FusionModel(LoraModel):
                 _check_layer_drop(layer)
             if weights is not None:
                 check_wrapped_tensors(model, adapter_name, weights)
+        if adapter_name in self.active_adapters:
+            set_labels(config, model)
         config.source = None  # checked: a copy of the config stands for another adapter, and the folder may go
         for layer in fusion_layers(model):
             layer.train(layer.training)
+
+    def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
+        """Makes an adapter active; the model's outputs then have the names of its labels."""
+        super().set_adapter(adapter_name, *args, **kwargs)
+        config: Any = self.peft_config[self.active_adapters[0]]
+        set_labels(config, self.model)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; if it was active, the first of those that are left becomes active."""
@@ -193,6 +203,7 @@ class FusionModel(LoraModel):
     def _get_adapter_state_dict(cls, model: nn.Module, config: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         # Every save passes here, before the config is saved, which writes how the model is loaded into the card.
         config.model_class = class_of(model)
+        config.fusion_labels = labels_to_save(config, model)
         # Trainer.push_to_hub writes the card anew after saving, by peft's method; this instance's then adds our section again.
         if isinstance(model, PeftModel) and not isinstance(model.create_or_update_model_card, CardWriter):
             model.create_or_update_model_card = CardWriter(model)  # type: ignore[method-assign]

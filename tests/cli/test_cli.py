@@ -57,6 +57,8 @@ def test_a_run_on_words(trained, capsys):
         metrics["bytes"]["adapter_model.safetensors"] == (trained / "adapter" / "adapter_model.safetensors").stat().st_size
     )
     assert metrics["seconds"]["train"] > 0 and metrics["peak_memory_mib"] > 0 and "peft" in metrics["versions"]
+    labels = json.loads((trained / "run.json").read_text())["labels"]
+    assert json.loads((trained / "adapter" / "adapter_config.json").read_text())["fusion_labels"] == labels
     tensors = load_file(trained / "adapter" / "adapter_model.safetensors")
     assert sum(t.numel() for t in tensors.values()) == parts["total"]
     card = (trained / "adapter" / "README.md").read_text()

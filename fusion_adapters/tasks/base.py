@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -144,8 +145,28 @@ class Task(ABC):
             )
 
     def text_column(self, table: Table, data: DataRecipe) -> str:
-        """The name of the one column of texts. Raises ValueError if there is none."""
+        """The name of the one column of texts.
+
+        Raises:
+            ValueError: If there is none, or it is half of a pair that the recipe does not name.
+        """
         assert not isinstance(data.text, list)  # refused by check_data
+        pair = table.pair() if self.label_columns and not self.of_words else None
+        if pair is not None and data.text in (None, *pair):
+            name = data.text or next((name for name in self.text_columns if name in table.columns), pair[0])
+            if data.text is not None:
+                other = pair[1 - pair.index(data.text)]
+                warnings.warn(
+                    f"{table.source}: data.text reads {name!r} alone, half of a pair with {other!r}. For both, choose task: "
+                    f"sentence_pairs, or task: regression with data.text: [{pair[0]}, {pair[1]}].",
+                    stacklevel=2,
+                )
+            elif name in pair:
+                raise ValueError(
+                    f"{table.source} holds pairs, {pair[0]!r} and {pair[1]!r}, and task: {self.name} reads one text, unless told "
+                    f"otherwise. For a class of each pair choose task: sentence_pairs; for a number of each, task: regression with "
+                    f"data.text: [{pair[0]}, {pair[1]}]. To read one of the two alone on purpose, name it in data.text."
+                )
         return table.column(data.text, self.text_columns, "data.text")
 
     @abstractmethod

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from .base import Encoded, Example, FinishedRun, Measure, Task
 from .data import DataRecipe
-from .tables import Table
+from .tables import Table, is_printed_list
 
 NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]+)?")
 
@@ -34,7 +34,15 @@ class SequenceClassification(Task):
         return [Example([text], [label]) for text, label in zip(texts, self._labels(table, data), strict=True)]
 
     def _labels(self, table: Table, data: DataRecipe) -> list[str]:
-        return [str(y) for y in table.values(table.column(data.label, self.label_columns, "data.label"), empty=False)]
+        name = table.column(data.label, self.label_columns, "data.label")
+        labels = [str(label) for label in table.values(name, empty=False)]
+        printed = next((row for row, label in enumerate(labels) if is_printed_list(label)), None)
+        if printed is not None:
+            raise ValueError(
+                f"{table.source}, row {printed}: {labels[printed]!r} in column {name!r} is a printed list, and a text has one class "
+                "here. Name another column (data.label), or write one label for each text."
+            )
+        return labels
 
     def check_training(self, examples: Sequence[Example], source: str) -> None:
         counts = Counter(label for example in examples for label in example.labels)

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+# Usual names of the two columns, those of GLUE's sets among them.
+PAIRS = (
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text1", "text2"),
+)
+# A list of texts or numbers as Python, pandas and numpy print it.
+PRINTED_LIST = re.compile(r"""\[\s*(['"].*['"]|-?\d[-\d.,\s]*)?\s*\]""", re.DOTALL)
+WRITE_LISTS = "Write the data as JSON Lines, which keeps lists: df.to_json(path, orient='records', lines=True)."
 
 
 @dataclass
@@ -48,6 +61,10 @@ class Table:
             f"{self.source} has no column {looked_for}; it has {', '.join(map(repr, self.columns))}. Set {key} to one of these."
         )
 
+    def pair(self) -> tuple[str, str] | None:
+        """The two columns of a pair of texts, by their usual names; None if there are none."""
+        return next((pair for pair in PAIRS if all(name in self.columns for name in pair)), None)
+
     def texts(self, name: str) -> list[str]:
         """A column of whole texts. Raises ValueError, with the row, for a missing value or a list."""
         return [str(value) for value in self.values(name)]
@@ -75,6 +92,11 @@ class Table:
                     "another column (data.text, data.label), or join its parts."
                 )
         return self.columns[name]
+
+
+def is_printed_list(value: Any) -> bool:
+    """Whether a text is a list as it is printed, `['a', 'b']`: a file of text has none other."""
+    return isinstance(value, str) and PRINTED_LIST.fullmatch(value.strip()) is not None
 
 
 def is_missing(value: Any) -> bool:

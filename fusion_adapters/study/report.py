@@ -14,6 +14,7 @@ from ..backbone.atomic import write_text_whole
 from ..runs.files import json_text
 from .figures import draw_budget, draw_depth, draw_losses, draw_samples, draw_steps, trained_parameters
 from .recipe import StudyRecipe
+from .statistics import FEWEST_SEEDS
 
 COLUMNS = (
     "data",
@@ -97,6 +98,9 @@ def summary_text(summary: dict[str, Any]) -> str:
             "",
             *_grid(here, sizes, lambda row, measure=measure: _spread(row[measure]), with_counts=True),
         ]
+        zero = [f"`{row['method']}` at {row['size']:,}" for row in here if not any(row[measure]["values"])]
+        if zero and (reasons := summary.get("why_zero")):
+            lines += [f"**0 with every seed:** {', '.join(zero)}. {reasons}", ""]
         lost = f"{measure}_loss"
         if any(lost in row for row in here):
             lines += [
@@ -113,7 +117,7 @@ def summary_text(summary: dict[str, Any]) -> str:
         for key, name in (("to_baseline", summary["baseline"]), ("to_reference", summary["reference"])):
             if any(row[key] for row in here):
                 lines += [
-                    f"Difference to `{name}`, paired by seed: mean and 95 % bootstrap interval.",
+                    f"Difference to `{name}`, paired by seed: mean and, from {FEWEST_SEEDS} seeds, 95 % bootstrap interval.",
                     "",
                     *_grid(
                         [row for row in here if row["method"] != name], sizes, lambda row, key=key: _difference(row[key])

@@ -12,14 +12,15 @@ from .recipe import StudyRecipe
 
 RESAMPLES = 10_000
 SHARE_OF_FINAL = 0.9
+FEWEST_SEEDS = 3  # two have three different resamples: an interval from the one to the other, whatever the spread
 
 
 def interval(values: Sequence[float]) -> list[float] | None:
-    """The 95 % bootstrap interval (percentiles) of a mean over seeds; None for fewer than two.
+    """The 95 % bootstrap interval (percentiles) of a mean over seeds; None for fewer than three.
 
     With few seeds it is narrower than a t interval; five give 126 different resamples.
     """
-    if len(values) < 2:
+    if len(values) < FEWEST_SEEDS:
         return None
     drawn = np.random.default_rng(0).choice(np.asarray(values, dtype=float), (RESAMPLES, len(values)))
     low, high = np.percentile(drawn.mean(1), (2.5, 97.5))
@@ -91,6 +92,7 @@ def summarise(study: StudyRecipe, runs: Sequence[dict[str, Any]]) -> dict[str, A
         "baseline": study.baseline,
         "reference": study.reference,
         "unit": study.task.main.unit,
+        "why_zero": study.task.why_zero,
         "loss": None if loss is None else loss.meaning,
         "versions": different,
         "rows": rows,

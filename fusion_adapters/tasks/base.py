@@ -110,6 +110,7 @@ class Task(ABC):
         vocabulary_head: Whether the head predicts pieces by the frozen embeddings; it then runs at labelled positions alone.
         counts_classes: Whether every example has one class, so that a comparison can count examples per class.
         refused_training: Training arguments that do not fit the task, with the reason.
+        why_zero: The likeliest reasons of a main score of 0, and what to do.
     """
 
     name: ClassVar[str]
@@ -124,6 +125,7 @@ class Task(ABC):
     vocabulary_head: ClassVar[bool] = False
     counts_classes: ClassVar[bool] = False
     refused_training: ClassVar[dict[str, str]] = {}
+    why_zero: ClassVar[str] = ""
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other)

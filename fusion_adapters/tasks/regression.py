@@ -36,6 +36,10 @@ class Regression(Task):
         Measure("pearson"),
         Measure("loss", False, 1, "squared error", 3, "mean squared error of a prediction"),
     )
+    why_zero: ClassVar[str] = (
+        "All predictions are the same, or all numbers of this split are. Train longer (training.num_train_epochs) or with another "
+        "training.learning_rate; BERT's head also needs adapter.modules_to_save: [pooler]."
+    )
     refused_training: ClassVar[dict[str, str]] = {"label_smoothing_factor": "its loss is the squared error of a number"}
 
     def check_data(self, data: DataRecipe) -> None:

@@ -28,6 +28,11 @@ class SequenceClassification(Task):
     label_columns: ClassVar[tuple[str, ...]] = ("label", "category", "labels", "intent")
     measures: ClassVar[tuple[Measure, ...]] = (Measure("accuracy"),)
     counts_classes: ClassVar[bool] = True
+    why_zero: ClassVar[str] = (
+        "No class is right, which is worse than guessing. Look whether the classes and texts of this split are those of the training data "
+        "(another order of the rows, another column); with very few examples or steps, train longer or with a higher "
+        "training.learning_rate."
+    )
 
     def examples(self, table: Table, data: DataRecipe) -> list[Example]:
         texts = table.texts(self.text_column(table, data))

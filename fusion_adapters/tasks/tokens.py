@@ -34,6 +34,12 @@ class TokenClassification(Task):
     measures: ClassVar[tuple[Measure, ...]] = (Measure("f1"),)
     of_words: ClassVar[bool] = True
     positions: ClassVar[Literal["all", "labelled"]] = "labelled"
+    why_zero: ClassVar[str] = (
+        "No entity that was predicted is right, most often because none was predicted: O is by far the most frequent tag, and the training "
+        "ended before it learned another. Train longer (training.num_train_epochs) or with a higher training.learning_rate or more "
+        "examples; if the loss falls all the same, look whether the words and the tags of this split are those of the training data, and "
+        "whether it holds entities at all."
+    )
 
     def check_data(self, data: DataRecipe) -> None:
         super().check_data(data)

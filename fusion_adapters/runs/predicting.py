@@ -65,9 +65,13 @@ def load_run(folder: str | Path) -> TrainedRun:
         )
     try:
         content = json.loads(description.read_text(encoding="utf-8"))
-        recipe, labels = parse_recipe(content["recipe"], str(description)), content["labels"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{description} is damaged ({error}). Train again, or restore the file.") from error
+        values, labels = content["recipe"], content["labels"]
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise TypeError("'labels' is no list of names")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ValueError(f"{description} is damaged ({reason}). Train again, or restore the file.") from error
+    recipe = parse_recipe(values, str(description), finished=True)
     model = load_model(recipe.backbone, recipe.task, labels, recipe.adapter.get("modules_to_save") or ())
     tokenizer = load_tokenizer(recipe.backbone, recipe.task)
     match_padding(model, tokenizer)

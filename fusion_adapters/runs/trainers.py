@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from ..tasks.base import IGNORED
 from .evaluation import Evaluation
-from .recipe import Recipe
+from .recipe import SECRETS, Recipe
 
 # Of the recipe's own; whatever it sets wins.
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -47,7 +47,8 @@ def make_trainer(
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.accelerator.is_available(),  # transformers wants to be told before it takes bf16 there
     }
-    chosen = {**TRAINING_DEFAULTS, **machine, **recipe.training}
+    given = {key: value for key, value in recipe.training.items() if key not in SECRETS}  # a checkpoint holds the arguments
+    chosen = {**TRAINING_DEFAULTS, **machine, **given}
     try:
         arguments = TrainingArguments(
             output_dir=str(folder),
@@ -57,7 +58,7 @@ def make_trainer(
             label_names=["labels"],
             **chosen,
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError) as error:  # whatever a wrong type meets first
         raise ValueError(f"The recipe's section 'training' does not fit: {' '.join(str(error).split())}") from error
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # DataParallel would copy the backbone without the fusion

@@ -111,7 +111,13 @@ def cache_recipe(recipe: Recipe, folder: str | Path, dtype: str = "float16") -> 
 def adapter_config(recipe: Recipe) -> FusionConfig:
     """The adapter that a recipe describes."""
     fields = copy.deepcopy(recipe.adapter)  # peft adds to the config's lists when it attaches
-    return FusionConfig(task_type=recipe.task.peft_type, **fields)  # type: ignore[arg-type]
+    try:
+        return FusionConfig(task_type=recipe.task.peft_type, **fields)  # type: ignore[arg-type]
+    except (TypeError, AttributeError, KeyError) as error:  # whatever a wrong type meets first
+        raise ValueError(
+            f"The recipe's section 'adapter' does not fit: {type(error).__name__}: {' '.join(str(error).split())}. Check the types of its "
+            f"values ({', '.join(f'{key}: {value!r}' for key, value in recipe.adapter.items())})."
+        ) from error
 
 
 def load_attached(recipe: Recipe, config: FusionConfig, labels: list[str]) -> tuple[Any, PreTrainedTokenizerBase]:

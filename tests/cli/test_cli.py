@@ -150,8 +150,17 @@ def test_damaged_and_foreign_runs(trained, tmp_path, capsys):
     save_model(tmp_path / "model", width=64)
     error = fails(capsys, "predict", trained, "--text", "Anna")
     assert "hidden size 32 with 4 blocks; this one is a 'bert' of hidden size 64" in error
-    (trained / "run.json").write_text("{")
-    assert "is damaged" in fails(capsys, "predict", trained, "--text", "Anna")
+    content = json.loads((trained / "run.json").read_text())
+    for damaged in ("{", "[]", "3", "{}", '{"recipe": 3}', "\ud800", {**content, "labels": 3}, {**content, "labels": [3]}):
+        text = json.dumps(damaged) if isinstance(damaged, dict) else damaged
+        (trained / "run.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+        assert "run.json is damaged" in fails(capsys, "predict", trained, "--text", "Anna")
+    for recipe in (3, {}, {**content["recipe"], "adapter": {"fusion": "none"}}):
+        (trained / "run.json").write_text(json.dumps({**content, "recipe": recipe}))
+        assert "run.json" in fails(capsys, "predict", trained, "--text", "Anna") or "none" in str(recipe)
+    save_model(tmp_path / "model")
+    (trained / "run.json").write_text(json.dumps({**content, "labels": content["labels"][::-1]}))
+    assert "outputs are 'O', 'B-LOC'" in fails(capsys, "predict", trained, "--text", "Anna")
 
 
 def test_a_checkpoint_that_lacks_weights_of_the_backbone(tmp_path, capsys):

@@ -92,7 +92,20 @@ def predict(run: TrainedRun, texts: Sequence[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: If a text does not fit the task, or is longer than the backbone has positions.
     """
+    for text in texts:
+        check_text(text)
     return run.recipe.task.predict(run, texts)
+
+
+def check_text(text: str) -> None:
+    """Raises ValueError for a text that is none: bytes in another encoding, as Python takes them from a command line."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"The text {text[:80]!a} is not UTF-8 (character {error.start}). Give it in UTF-8; of a file in another encoding, "
+            "iconv -f latin1 -t utf-8 FILE makes one."
+        ) from None
 
 
 def depth_map(run: TrainedRun, text: str) -> tuple[list[str], list[int], Tensor]:
@@ -104,6 +117,7 @@ def depth_map(run: TrainedRun, text: str) -> tuple[list[str], list[int], Tensor]
     Raises:
         ValueError: If the run's fusion has no weights over depth, or the text is empty.
     """
+    check_text(text)
     if not text.strip():
         raise ValueError("The text is empty. Give at least one word.")
     parts = run.recipe.task.parts(text, run.data)

@@ -84,6 +84,18 @@ def test_a_run_on_texts_and_standard_input(tmp_path, capsys, monkeypatch):
     assert all(a["label"] in ("place", "person", "none") and 0 < a["probability"] <= 1 for a in answers)
     run("predict", tmp_path / "run", "--text", "anna [lives] in oslo")
     assert "anna [lives] in oslo" in capsys.readouterr().out
+    hostile = "anna \x1b[31mred\x1b]0;title\x07 \x9b2J \x7f \r bob"
+    run("predict", tmp_path / "run", "--text", hostile)
+    said = capsys.readouterr().out
+    assert "anna \u241b[31mred" in said and not set(said) & set("\x1b\x07\x9b\x7f\r")
+    run("predict", tmp_path / "run", "--json", "--text", hostile)
+    said = capsys.readouterr().out
+    assert json.loads(said)["text"] == hostile and not set(said) & set("\x1b\x07\x9b\x7f\r")
+    for command in (("predict",), ("inspect", "--output", tmp_path / "x.png")):  # latin-1, as a shell hands it on
+        error = fails(capsys, command[0], tmp_path / "run", "--text", "caf\udce9", *command[1:])
+        assert "The text 'caf\\udce9' is not UTF-8 (character 3)" in error
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"anna\ncaf\xe9\n"), encoding="utf-8"))
+    assert "Standard input is not UTF-8 text" in fails(capsys, "predict", tmp_path / "run")
 
 
 def test_a_run_without_test_data_and_the_same_seed_twice(tmp_path):
@@ -203,6 +215,13 @@ def test_rows_longer_than_the_backbone_has_positions(tmp_path, capsys):
         assert "has 602 pieces, but the backbone has 512 positions. Set data.max_length to 512" in error
         assert not (tmp_path / "run").exists()
     run("train", recipe, "--output", tmp_path / "run", "--set", "data.max_length=512")
+
+
+def test_a_token_is_in_no_file_of_a_run(tmp_path):
+    recipe = write_recipe(tmp_path)
+    run("train", recipe, "--output", tmp_path / "run", "--set", "training.hub_token=hf_secret")
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 5 and not [path for path in files if b"hf_secret" in path.read_bytes()]
 
 
 def test_strategies_and_casts_as_recipes_write_them(tmp_path):

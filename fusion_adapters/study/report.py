@@ -23,6 +23,7 @@ COLUMNS = (
     "size",
     "seed",
     "stage",
+    "diverged",
     "rate",
     "dev",
     "test",
@@ -63,7 +64,7 @@ def write_report(study: StudyRecipe, runs: Sequence[dict[str, Any]], summary: di
     draw_budget(summary, output / "budget.png")
     draw_steps(runs, output / "steps.png", study.task.main)
     traced = [run for run in runs if run.get("loss_curve")]  # runs of earlier versions kept no loss
-    depths = [run for run in runs if run.get("depth") and not _constant(run["depth"])]
+    depths = [run for run in runs if run.get("depth") and not run.get("diverged") and not _constant(run["depth"])]
     for name in ("loss.png", "depth.png"):  # not beside a table of other methods
         (output / name).unlink(missing_ok=True)
     if any(run["stage"] == "report" for run in traced):
@@ -159,7 +160,7 @@ def _spread(values: dict[str, Any], digits: int = 1) -> str:
 
 
 def _difference(values: dict[str, Any] | None) -> str:
-    if values is None:
+    if values is None or not math.isfinite(values["mean"]):
         return "-"
     inside = f" [{values['interval'][0]:+.1f}, {values['interval'][1]:+.1f}]" if values["interval"] else ""
     return f"{values['mean']:+.1f}{inside}"

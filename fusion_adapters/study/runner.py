@@ -124,13 +124,19 @@ def run_cell(study: StudyRecipe, cell: Cell, output: Path) -> list[dict[str, Any
 
 
 def rate_of(study: StudyRecipe, cell: Cell, output: Path) -> tuple[float, list[dict[str, Any]]]:
-    """The learning rate with the best mean development score, and the runs that chose it; a grid of one needs none."""
+    """The learning rate with the best mean development score, and the runs that chose it; a grid of one needs none.
+
+    A rate with which a run diverged is not chosen.
+    """
     rates = study.methods[cell.method].rates or study.rates
     tried = [_run(study, run, output) for run in _tries(study, cell)]
     if not tried:
         return rates[0], []
     sign = 1 if study.task.main.higher_is_better else -1
-    best = max(rates, key=lambda rate: sign * statistics.mean(run["dev"] for run in tried if run["rate"] == rate))
+    whole = [rate for rate in rates if not any(run.get("diverged") for run in tried if run["rate"] == rate)]
+    # where all diverged, the lowest, whose reported runs are marked
+    ranked = whole or [min(rates)]
+    best = max(ranked, key=lambda rate: sign * statistics.mean(run["dev"] for run in tried if run["rate"] == rate))
     return best, tried
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +29,7 @@ def interval(values: Sequence[float]) -> list[float] | None:
 
 
 def describe(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard deviation, interval and the values themselves; a loss that diverged makes the first three NaN."""
+    """Mean, standard deviation, interval and the values themselves; a run that diverged makes the first three NaN."""
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "sd": spread, "interval": interval(values), "values": list(values)}
 
@@ -38,6 +39,11 @@ def steps_to_share(curve: Sequence[Sequence[float]], share: float = SHARE_OF_FIN
     best = max(score for _, score in curve)
     enough = share * best if best > 0 else best  # a correlation can be negative, where a share of it would be more
     return int(next(step for step, score in curve if score >= enough))
+
+
+def _score(run: dict[str, Any], key: str) -> float:
+    """A score of a run; NaN if the run diverged, so that it counts in no mean and is marked."""
+    return math.nan if run.get("diverged") else float(run[key])
 
 
 def summarise(study: StudyRecipe, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -68,10 +74,10 @@ def summarise(study: StudyRecipe, runs: Sequence[dict[str, Any]]) -> dict[str, A
             "rate_at_edge": group[0]["rate"] in (min(grid), max(grid)) and len(grid) > 1,
             "seeds": [run["seed"] for run in group],
             "measure": measure,
-            "dev": describe([scale * run["dev"] for run in group]),
-            "test": describe([scale * run["test"] for run in group]) if measure == "test" else None,
+            "dev": describe([scale * _score(run, "dev") for run in group]),
+            "test": describe([scale * _score(run, "test") for run in group]) if measure == "test" else None,
             **{
-                key: describe([run[key] for run in group])
+                key: describe([_score(run, key) for run in group])
                 for key in ("dev_loss", "test_loss")
                 if all(key in run for run in group)
             },
@@ -82,7 +88,8 @@ def summarise(study: StudyRecipe, runs: Sequence[dict[str, Any]]) -> dict[str, A
         }
         for key, other in (("to_baseline", study.baseline), ("to_reference", study.reference)):
             against = {run["seed"]: run for run in groups.get((data, size, other or ""), [])}
-            pairs = [scale * (run[measure] - against[run["seed"]][measure]) for run in group if run["seed"] in against]
+            both = [(_score(run, measure), _score(against[run["seed"]], measure)) for run in group if run["seed"] in against]
+            pairs = [scale * (own - others) for own, others in both]
             row[key] = describe(pairs) if pairs and method != other else None
         rows.append(row)
     versions = [run["versions"] for run in runs if "versions" in run]  # runs of earlier versions did not say

@@ -225,6 +225,23 @@ def test_a_loss_that_diverged_leaves_a_table(tmp_path):
     assert row["test_loss"] == {"mean": None, "sd": None, "interval": None, "values": [None, 3.5]}
 
 
+def test_a_run_that_diverged_is_marked_and_not_ranked(tmp_path):
+    methods = {name: METHODS[name] for name in ("deeper", "concat")}
+    methods["deeper"] = {**methods["deeper"], "rates": [1e30, 1e-3]}
+    methods["concat"] = {**methods["concat"], "rates": [1e30]}
+    path, out = write_study(tmp_path, sizes=[4], methods=methods), tmp_path / "out"
+    main(["compare", str(path), "--output", str(out), "--workers", "1"])
+    rows = scores(out)
+    assert {(row["method"], row["rate"], row["diverged"]) for row in rows if row["stage"] == "report"} == {
+        ("deeper", "0.001", "False"),
+        ("concat", "1e+30", "True"),
+    }
+    text = (out / "summary.md").read_text()
+    assert "diverged (2 of 2)" in text and "nan" not in text
+    (row,) = [row for row in json.loads((out / "summary.json").read_text())["rows"] if row["method"] == "concat"]
+    assert row["test"]["mean"] is None and row["test"]["values"] == [None, None]
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_figures_of_methods_that_were_left_out_go(tmp_path):
     out = tmp_path / "out"

@@ -8,7 +8,7 @@ import os
 import statistics
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -97,10 +97,18 @@ def run_study(study: StudyRecipe, output: str | Path, workers: int | None = None
             alive, end = context.Pipe(duplex=False)
             with end, ProcessPoolExecutor(workers, context, _begin_worker, (alive,)) as pool:
                 try:  # a process may end before all cells are handed out
-                    futures = {pool.submit(run_cell, study, cell, output): cell for cell in todo}
-                    for future in as_completed(futures):
-                        future.result()
-                        bar.update(steps[futures[future]])
+                    waiting = {cell: {c for c in needs(study, cell) if c in todo} for cell in todo}
+                    futures: dict[Future[Any], Cell] = {}
+                    while waiting or futures:
+                        for cell in [cell for cell, others in waiting.items() if not others]:
+                            del waiting[cell]
+                            futures[pool.submit(run_cell, study, cell, output)] = cell
+                        for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                            future.result()
+                            cell = futures.pop(future)
+                            bar.update(steps[cell])
+                            for others in waiting.values():
+                                others.discard(cell)
                 except BrokenProcessPool:
                     raise ChildProcessError(
                         f"One of the {workers} processes of the comparison ended (killed, or out of memory?). The same command "
@@ -114,6 +122,16 @@ def run_study(study: StudyRecipe, output: str | Path, workers: int | None = None
     summary = summarise(study, runs)
     write_report(study, runs, summary, output)
     return summary
+
+
+def needs(study: StudyRecipe, cell: Cell) -> set[Cell]:
+    """The cells whose runs a cell reads: where its rate is chosen, and whose weights it starts from. Two processes would run them twice."""
+    found = {replace(cell, size=rate_size(study, cell))}
+    source = study.methods[cell.method].start_from
+    if source is not None:
+        starts = {replace(other, method=source) for other in (cell, *found)}
+        found |= starts | {replace(other, size=rate_size(study, other)) for other in starts}
+    return found - {cell}
 
 
 def run_cell(study: StudyRecipe, cell: Cell, output: Path) -> list[dict[str, Any]]:

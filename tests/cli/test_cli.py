@@ -184,14 +184,16 @@ def test_a_checkpoint_that_lacks_weights_of_the_backbone(tmp_path, capsys):
     run("predict", tmp_path / "run", "--text", "anna")
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
-    # a limit on the size of files stands for the disk; the adapter's is the first file above it
+@pytest.mark.parametrize("limit", [12_000, 25_000])
+def test_a_full_disk_is_told_and_leaves_nothing(limit, tmp_path):
+    # a limit on the size of files stands for the disk; the adapter's is the first file above it, or that of the optimizer's state
     recipe = write_recipe(tmp_path, adapter={"fusion": "concat"})
-    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000)); from fusion_adapters.cli import main; main()"
-    command = [sys.executable, "-c", limited, "train", str(recipe), "--output", str(tmp_path / "run")]
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); from fusion_adapters.cli import main; main()"
+    command = [sys.executable, "-c", limited.format(limit), "train", str(recipe), "--output", str(tmp_path / "run")]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "Error:" in done.stderr and "File too large" in done.stderr
+    assert "Error: A checkpoint of the training could not be written to" in done.stderr and "MiB left" in done.stderr
+    assert ("File too large" in done.stderr) == (limit == 12_000)
     assert not [p.name for p in tmp_path.iterdir() if "run" in p.name]
 
 

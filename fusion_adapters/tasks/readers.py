@@ -53,6 +53,7 @@ class Reader:
         columns: The columns, where they are always the same.
         picks: Whether the reader itself picks the columns that a recipe names, and gives them these names.
         holds: What its files hold then, in words.
+        heeds: Which of `data.delimiter` and `data.quoting` it knows.
     """
 
     read: Callable[[Path, Layout], Columns]
@@ -60,6 +61,7 @@ class Reader:
     columns: tuple[str, ...] = ()
     picks: bool = False
     holds: str | None = None
+    heeds: tuple[str, ...] = ()
 
 
 READERS: dict[str, Reader] = {
@@ -69,8 +71,9 @@ READERS: dict[str, Reader] = {
         NAMES,
         True,
         "CoNLL files hold tagged words, for task: token_classification",
+        ("delimiter",),
     ),
-    "csv": Reader(read_csv, (".csv", ".tsv")),
+    "csv": Reader(read_csv, (".csv", ".tsv"), heeds=("delimiter", "quoting")),
     "json": Reader(read_json, (".json", ".jsonl")),
     "text": Reader(read_text, (".txt",), ("text",), False, "plain text holds no labels, only texts for task: masked_lm"),
 }

@@ -96,6 +96,11 @@ def read_file(path: Path, recipe: DataRecipe, task: Task) -> Table:
     if reader.columns:  # a file of another kind is told by what the format holds, not by its first line
         wanted = recipe.model_copy(update={"text": None, "label": None}) if reader.picks else recipe
         task.examples(Table(dict.fromkeys(reader.columns, ()), source, reader.holds), wanted)
+    for key in ("delimiter", "quoting"):
+        if getattr(recipe, key) is not None and key not in reader.heeds:
+            raise ValueError(
+                f"{source}: data.{key} says how columns of text are separated, which this format has not. Remove it."
+            )
     text = None if isinstance(recipe.text, list) else recipe.text
     layout = Layout(text, recipe.label, recipe.delimiter, recipe.quoting)
     return Table(dict(reader.read(path, layout)), source, reader.holds)

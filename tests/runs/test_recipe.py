@@ -75,7 +75,9 @@ def test_what_does_not_fit_is_named(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("setting", ["training.learning_rate", "=3", "training.=3", "backbone.model.x=3", "data.limit=[1"])
+@pytest.mark.parametrize(
+    "setting", ["training.learning_rate", "=3", "training.=3", "backbone.model.x=3", "data.limit=[1", "data.labels=&a [*a]"]
+)
 def test_bad_settings(tmp_path, setting):
     with pytest.raises(ValueError, match="--set"):
         load(tmp_path, settings=[setting])

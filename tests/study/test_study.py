@@ -12,7 +12,7 @@ from support_study import METHODS, refused, scores, write_study
 
 from fusion_adapters.cli import main
 from fusion_adapters.study import load_study
-from fusion_adapters.study.statistics import interval, steps_to_share, summarise
+from fusion_adapters.study.statistics import summarise
 
 
 def test_a_study_is_run_reported_and_gone_on_with(tmp_path, capsys, monkeypatch):
@@ -225,23 +225,6 @@ def test_a_loss_that_diverged_leaves_a_table(tmp_path):
     assert row["test_loss"] == {"mean": None, "sd": None, "interval": None, "values": [None, 3.5]}
 
 
-def test_a_run_that_diverged_is_marked_and_not_ranked(tmp_path):
-    methods = {name: METHODS[name] for name in ("deeper", "concat")}
-    methods["deeper"] = {**methods["deeper"], "rates": [1e30, 1e-3]}
-    methods["concat"] = {**methods["concat"], "rates": [1e30]}
-    path, out = write_study(tmp_path, sizes=[4], methods=methods), tmp_path / "out"
-    main(["compare", str(path), "--output", str(out), "--workers", "1"])
-    rows = scores(out)
-    assert {(row["method"], row["rate"], row["diverged"]) for row in rows if row["stage"] == "report"} == {
-        ("deeper", "0.001", "False"),
-        ("concat", "1e+30", "True"),
-    }
-    text = (out / "summary.md").read_text()
-    assert "diverged (2 of 2)" in text and "nan" not in text
-    (row,) = [row for row in json.loads((out / "summary.json").read_text())["rows"] if row["method"] == "concat"]
-    assert row["test"]["mean"] is None and row["test"]["values"] == [None, None]
-
-
 @pytest.mark.usefixtures("undrawn")
 def test_figures_of_methods_that_were_left_out_go(tmp_path):
     out = tmp_path / "out"
@@ -259,15 +242,6 @@ def test_processes_give_the_table_of_one(tmp_path):
     for workers in ("1", "2"):
         main(["compare", str(path), "--output", str(tmp_path / workers), "--workers", workers])
     assert scores(tmp_path / "1") == scores(tmp_path / "2")
-
-
-def test_statistics():
-    assert interval([1.0]) is None and interval([1.0, 2.0]) is None
-    low, high = interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert 1 <= low < 3 < high <= 5
-    assert interval([2.0, 2.0, 2.0]) == [2.0, 2.0]
-    assert steps_to_share([(10, 0.1), (20, 0.46), (30, 0.5), (40, 0.48)]) == 20
-    assert steps_to_share([(10, 0.45), (20, 0.46), (30, 0.5)]) == 10
 
 
 @pytest.mark.parametrize(

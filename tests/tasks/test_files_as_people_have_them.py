@@ -74,6 +74,16 @@ def test_other_delimiters(tmp_path):
             DataRecipe(path="x", delimiter=wrong)
 
 
+def test_settings_that_a_format_does_not_know_are_refused(tmp_path):
+    for name, content, setting in (
+        ("train.conll", "a O\n", {"quoting": True}),
+        ("train.json", '[{"text": "a", "label": "x"}]', {"delimiter": ";"}),
+    ):
+        with pytest.raises(ValueError, match=rf"data\.{next(iter(setting))} says how columns of text are separated"):
+            read(tmp_path, content, name, TOKENS if name.endswith("conll") else TEXTS, **setting)
+    assert read(tmp_path, "a|B-X\n", "train.conll", TOKENS, delimiter="|") == [(["a"], ["B-X"])]
+
+
 @pytest.mark.parametrize("name", ["train.tsv", "train.csv"])
 def test_a_field_of_any_length_and_a_delimiter_at_the_end_of_the_line(name, tmp_path):
     sign = "\t" if name.endswith("tsv") else ","

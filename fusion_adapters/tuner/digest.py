@@ -65,7 +65,7 @@ def options_digest(config: Any) -> str:
     for field in dataclasses.fields(config):
         default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         value, usual = (_plain(v, field.name in UNORDERED) for v in (values.get(field.name), default))
-        if field.name not in ASIDE and value != usual and value not in (None, [], {}):
+        if field.name not in ASIDE and value != usual:
             chosen[field.name] = value
     text = json.dumps(chosen, sort_keys=True, default=str)
     return xxhash.xxh3_128(text.encode()).hexdigest()
@@ -73,6 +73,8 @@ def options_digest(config: Any) -> str:
 
 def _plain(value: Any, unordered: bool) -> Any:
     """A value as JSON holds it, in one order where the order does not count."""
+    if value in (set(), (), [], {}):
+        return None
     if isinstance(value, (set, frozenset)) or (unordered and isinstance(value, (list, tuple))):
         return sorted(value)
     return list(value) if isinstance(value, tuple) else value

@@ -21,8 +21,9 @@ def read_weights(config: FusionConfig) -> dict[str, Tensor] | None:
     try:
         return load_peft_weights(folder, device="cpu", **where)
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, KeyError) as error:  # the others of a .bin file
+        name = "adapter_model.safetensors" if isinstance(error, SafetensorError) else "adapter_model.bin"
         raise ValueError(
-            f"The weights of the adapter in {folder!r} cannot be read: adapter_model.safetensors (or .bin) is damaged or cut short "
+            f"The weights of the adapter in {folder!r} cannot be read: {name} is damaged or cut short "
             f"({' '.join(str(error).split())}). Copy or download the file again, or train the adapter anew."
         ) from error
 

@@ -79,6 +79,7 @@ class FusionConfig(_MethodOptions):
         fusion_num_layers: Filled in when attached: the backbone's depth; a list for both stacks.
         fusion_fingerprint: Filled in when attached: a signature of the backbone's weights.
         fusion_digest: Filled in when saved: digests of the options and of the weights, see `tuner/digest.py`.
+        fusion_labels: Filled in when saved: the names of a classifier's outputs, in their order (the model's `id2label`).
 
     Raises:
         ValueError: If a field does not fit; the message says what would.
@@ -97,6 +98,7 @@ class FusionConfig(_MethodOptions):
     fusion_num_layers: int | list[int] | None = _optional("Filled in when attached.")
     fusion_fingerprint: str | None = _optional("Filled in when attached.")
     fusion_digest: dict[str, str] | None = _optional("Filled in when saved.")
+    fusion_labels: list[str] | None = _optional("Filled in when saved.")
 
     if TYPE_CHECKING:  # the options are not known before the methods are imported
 

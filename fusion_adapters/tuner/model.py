@@ -27,6 +27,7 @@ from .card import CardWriter, class_of
 from .config import FusionConfig
 from .digest import check_options, is_wanted, no_digest, weights_digests
 from .heads import check_head, name_task_heads, remove_float32_hook, train_head_in_float32
+from .labels import check_labels, labels_to_save, set_labels
 from .layer import FusionLayer, fusion_layers
 from .replay import checked_states
 from .weights import (
@@ -81,6 +82,7 @@ class FusionModel(LoraModel):
         backbones = [layers[id(b.root)].backbone if id(b.root) in layers else b for b in backbones]
         known = {root: layer.fingerprint for root, layer in layers.items()}
         bind(config, backbones, join_fingerprints([known.get(id(b.root)) or fingerprint(b) for b in backbones]))
+        check_labels(config, model)
         name_task_heads(config)
         check_head(model, backbones, config)
         weights = read_weights(config)
@@ -115,9 +117,17 @@ class FusionModel(LoraModel):
             if weights is not None:
                 check_wrapped_tensors(model, adapter_name, weights)
                 check_digest(config, weights, model, self._tensors_in_file(adapter_name))
+        if adapter_name in self.active_adapters:
+            set_labels(config, model)
         config.source = None  # checked: a copy of the config stands for another adapter, and the folder may go
         for layer in fusion_layers(model):
             layer.train(layer.training)
+
+    def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
+        """Makes an adapter active; the model's outputs then have the names of its labels."""
+        super().set_adapter(adapter_name, *args, **kwargs)
+        config: Any = self.peft_config[self.active_adapters[0]]
+        set_labels(config, self.model)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; if it was active, the first of those that are left becomes active."""
@@ -219,6 +229,7 @@ class FusionModel(LoraModel):
             with no_digest():
                 whole = get_peft_model_state_dict(model, state_dict, adapter_name, save_embedding_layers=False)
             config.fusion_digest = weights_digests(whole)
+        config.fusion_labels = labels_to_save(config, model)
         # Trainer.push_to_hub writes the card anew after saving, by peft's method; this instance's then adds our section again.
         if isinstance(model, PeftModel) and not isinstance(model.create_or_update_model_card, CardWriter):
             model.create_or_update_model_card = CardWriter(model)  # type: ignore[method-assign]

@@ -120,6 +120,14 @@ CASES = {
     "... have no place in the model": lambda f: PeftModel.from_pretrained(
         plain(), edited(f, lambda t: t.update({"base_model.model.bert.layer_fusion.extra": torch.ones(2)}))
     ),
+    "The weights of the adapter in 'FOLDER' are not those that it was saved with": lambda f: PeftModel.from_pretrained(
+        plain(), edited(f, lambda t: t["base_model.model.bert.layer_fusion.position"].add_(1))
+    ),
+    "The options in adapter_config.json of 'FOLDER' are not those that the adapter was saved with": lambda f: [
+        path := saved(f) / "adapter_config.json",
+        path.write_text(path.read_text().replace('"fusion_heads": 8', '"fusion_heads": 4')),
+        PeftModel.from_pretrained(plain(), f),
+    ],
     "The weights of the adapter in 'FOLDER' cannot be read": cut_short,
     "... With these names its answers would mean something else": other_names,
     "... could not be determined: one list of blocks is wanted": two_lists,

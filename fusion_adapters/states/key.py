@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..backbone.blocks import Backbone
 from ..backbone.fingerprint import weights_signature
+from ..backbone.settings import settings
 from .source import Source, source_of
 
 LABELS = ("labels", "label", "label_ids")  # of a row: the states do not depend on them
@@ -45,6 +46,7 @@ def cache_key(
         "torch": torch.__version__,
         "transformers": version("transformers"),
     }
+    key.update({f"configuration, {name}": value for name, value in settings(backbone.base).items()})
     if quantised is not None:
         key["quantization library"] = _library_version(key["quantization"])
     return key

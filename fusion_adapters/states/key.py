@@ -21,6 +21,16 @@ from .source import Source, source_of
 LABELS = ("labels", "label", "label_ids")  # of a row: the states do not depend on them
 
 
+def check_rows(rows: Any) -> None:
+    """Raises TypeError for rows without number: those of a stream (IterableDataset, a generator)."""
+    if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+        raise TypeError(
+            f"The rows are a {type(rows).__name__}, which has no length and cannot be read by number; a cache sorts its rows by length "
+            "and finds them again. Give a list or a datasets.Dataset: list(rows), or Dataset.from_list(list(rows)) (load_dataset "
+            "without streaming=True)."
+        )
+
+
 def cache_key(
     model: nn.Module | Source, tokenizer: PreTrainedTokenizerBase | None = None, max_length: int | None = None
 ) -> dict[str, Any]:

@@ -20,6 +20,8 @@ except ImportError as error:
         f"The command line needs packages that are not installed ({error.name}). Install fusion-adapters with its extra [cli]."
     ) from error
 
+from .runs.terminal import json_line, visible
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -48,13 +50,15 @@ def train(
 ) -> None:
     """Train an adapter and write adapter/, metrics.json and run.json."""
     from .runs.recipe import load_recipe
-    from .runs.tables import metrics_table
+    from .runs.tables import metrics_table, zero_notes
     from .runs.training import run_recipe
 
     chosen = load_recipe(recipe, settings)
     metrics = run_recipe(chosen, output, overwrite, cache_folder)
     console = Console()
     console.print(metrics_table(metrics, chosen.task, f"{recipe.name}, seed {metrics['seed']}"))
+    for note in zero_notes(metrics, chosen.task):
+        console.print(escape(visible(note)), style="yellow", highlight=False, soft_wrap=True)
     console.print(f"adapter: {output / 'adapter'}\nfigures: {output / 'metrics.json'}", highlight=False, soft_wrap=True)
 
 
@@ -84,7 +88,7 @@ def compare(
     from .study import load_study, run_study
 
     run_study(load_study(recipe, settings, quick), output, workers)
-    print((output / "summary.md").read_text(encoding="utf-8"))
+    print(visible((output / "summary.md").read_text(encoding="utf-8")))
     print(output / "summary.json")
 
 
@@ -117,7 +121,7 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Reload an adapter and print entities, classes, numbers, or filled masks."""
-    texts = text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    texts = text or _lines_of_input()
     if not texts:
         raise ValueError("There is no text to predict. Give --text '...', or lines on standard input.")
     from .runs.predicting import load_run
@@ -127,9 +131,9 @@ def predict(
     run = load_run(folder)
     for prediction in predict_texts(run, texts):
         if as_json:
-            print(json.dumps(prediction, ensure_ascii=False))
+            print(json_line(prediction))
         else:
-            console.print(run.recipe.task.shown(prediction), highlight=False, soft_wrap=True)
+            console.print(visible(run.recipe.task.shown(prediction)), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -174,6 +178,16 @@ def budget(
         Console().print(budget_table(rows, f"{model}, at most {read_count(parameters):,} parameters"))
 
 
+def _lines_of_input() -> list[str]:
+    try:
+        return [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"Standard input is not UTF-8 text ({error.reason}: {error.object[error.start : error.start + 1]!r}). Convert it, for example "
+            "with iconv -f latin1 -t utf-8."
+        ) from None
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; an error that a user can mend is one paragraph and exit code 2."""
     # a figure or an error is easier to find without the loading bars of every small model
@@ -203,7 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _print_error(error: BaseException) -> None:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = visible(" ".join(str(error).split()) or type(error).__name__)
     Console(stderr=True).print(f"[bold red]Error:[/] {escape(text)}", soft_wrap=True, highlight=False)
 
 

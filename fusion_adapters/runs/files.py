@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import math
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+OWNER = ".written_by"  # in a folder that is not complete: which process writes it
 KINDS = {"run": "a run of fusion-adapters train", "bench": "a benchmark"}
 
 
@@ -68,6 +73,8 @@ def _kind_of(path: Path) -> str | None:
 def written_aside(path: Path, overwrite: bool = False, kind: str = "run") -> Iterator[Path]:
     """Yields a new folder beside `path`, renamed to it when the body ends well, and removed when it does not.
 
+    If the process is killed, the next call for the same path removes what it left.
+
     Args:
         path: As `check_output` returned it.
         overwrite: As it was given there; what has come into the folder since is not replaced without it.
@@ -77,13 +84,16 @@ def written_aside(path: Path, overwrite: bool = False, kind: str = "run") -> Ite
         FileExistsError: If the folder cannot take its place. It is kept where it is, and the message says where.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
+        (aside / OWNER).write_text(json.dumps(_this_process()), encoding="utf-8")
         yield aside
+        _give_usual_permissions(aside)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    os.chmod(aside, 0o755)
+    (aside / OWNER).unlink()  # complete: nobody removes it
     try:
         check_output(path, overwrite, kind)
         if path.exists():
@@ -93,6 +103,33 @@ def written_aside(path: Path, overwrite: bool = False, kind: str = "run") -> Ite
         raise FileExistsError(
             f"The work is complete and kept in {str(aside)!r}, but it could not be moved to its place: {error} Move it yourself."
         ) from error
+
+
+def _this_process() -> dict[str, Any]:
+    return {"host": platform.node(), "process": os.getpid(), "started": psutil.Process().create_time()}
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes the folders beside `path` that processes of this machine began to write and left when they were killed."""
+    for owner in path.parent.glob(f".{glob.escape(path.name)}.*/{OWNER}"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, psutil.Error):
+            writer = json.loads(owner.read_text(encoding="utf-8"))
+            if writer["host"] != platform.node():
+                continue
+            number, started = int(writer["process"]), float(writer["started"])
+            if not psutil.pid_exists(number) or abs(psutil.Process(number).create_time() - started) > 1:
+                shutil.rmtree(owner.parent, ignore_errors=True)
+
+
+def _give_usual_permissions(folder: Path) -> None:
+    """Gives a folder and all in it the permissions of new ones; that of a temporary folder, and safetensors' files, are closed."""
+    probe = folder / f"{OWNER}.d"
+    probe.mkdir()
+    mode = probe.stat().st_mode & 0o777
+    probe.rmdir()
+    os.chmod(folder, mode)
+    for found in folder.rglob("*"):
+        os.chmod(found, mode if found.is_dir() else mode & 0o666)
 
 
 def json_text(value: Any, indent: int = 2) -> str:

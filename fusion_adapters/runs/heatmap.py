@@ -8,6 +8,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..backbone.atomic import written_whole
+
 MAX_TOKENS = 60
 
 
@@ -48,5 +50,5 @@ def draw_depth_map(
     bar = figure.colorbar(image, ax=axes, label="weight over depth")
     bar.ax.axhline(1 / len(layers), color="black", linewidth=1, linestyle=":")
     axes.set_xlabel(f"token (dotted line on the scale: uniform weight, 1/{len(layers)})", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, format="png")
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

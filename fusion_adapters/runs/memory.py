@@ -68,10 +68,20 @@ def _peak() -> int:
     return 1024 * int(line.split()[1])
 
 
+def forget_peak() -> None:
+    """Lets `peak_of_process` begin anew, so that a run does not report what ran before it in the process; macOS and Windows cannot."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        _reset_peak()
+
+
 def peak_of_process() -> float:
-    """Peak memory in MiB: of the allocator on CUDA, else of the process."""
+    """Peak memory in MiB: of the allocator on CUDA, else of the process; on both since `forget_peak`."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    if STATUS.is_file():
+        return round(_peak() / 2**20, 1)
     if platform.system() == "Windows":
         return round(psutil.Process().memory_info().peak_wset / 2**20, 1)  # type: ignore[attr-defined]
     import resource

@@ -65,9 +65,13 @@ def load_run(folder: str | Path) -> TrainedRun:
         )
     try:
         content = json.loads(description.read_text(encoding="utf-8"))
-        recipe, labels = parse_recipe(content["recipe"], str(description)), content["labels"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{description} is damaged ({error}). Train again, or restore the file.") from error
+        values, labels = content["recipe"], content["labels"]
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise TypeError("'labels' is no list of names")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ValueError(f"{description} is damaged ({reason}). Train again, or restore the file.") from error
+    recipe = parse_recipe(values, str(description), finished=True)
     model = load_model(recipe.backbone, recipe.task, labels, recipe.adapter.get("modules_to_save") or ())
     tokenizer = load_tokenizer(recipe.backbone, recipe.task)
     match_padding(model, tokenizer)
@@ -88,7 +92,20 @@ def predict(run: TrainedRun, texts: Sequence[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: If a text does not fit the task, or is longer than the backbone has positions.
     """
+    for text in texts:
+        check_text(text)
     return run.recipe.task.predict(run, texts)
+
+
+def check_text(text: str) -> None:
+    """Raises ValueError for a text that is none: bytes in another encoding, as Python takes them from a command line."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"The text {text[:80]!a} is not UTF-8 (character {error.start}). Give it in UTF-8; of a file in another encoding, "
+            "iconv -f latin1 -t utf-8 FILE makes one."
+        ) from None
 
 
 def depth_map(run: TrainedRun, text: str) -> tuple[list[str], list[int], Tensor]:
@@ -100,6 +117,7 @@ def depth_map(run: TrainedRun, text: str) -> tuple[list[str], list[int], Tensor]
     Raises:
         ValueError: If the run's fusion has no weights over depth, or the text is empty.
     """
+    check_text(text)
     if not text.strip():
         raise ValueError("The text is empty. Give at least one word.")
     parts = run.recipe.task.parts(text, run.data)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
 from transformers import TrainingArguments
 
 from ..tasks.data import DataRecipe
@@ -17,6 +17,15 @@ from .yaml import apply_settings, nearest, read_yaml, validated
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in SECRETS}
+
+
+# Fields of transformers' TrainingArguments; what must stay secret is in no file.
+TrainingFields = Annotated[dict[str, Any], PlainSerializer(_without_secrets)]
+SECRETS = ("hub_token",)
 
 
 class BackboneRecipe(_Section):
@@ -34,7 +43,7 @@ class Recipe(_Section):
     backbone: BackboneRecipe
     adapter: dict[str, Any] = Field(default_factory=dict, description="Fields of FusionConfig.")
     data: DataRecipe
-    training: dict[str, Any] = Field(default_factory=dict, description="Fields of transformers' TrainingArguments.")
+    training: TrainingFields = Field(default_factory=dict, description="Fields of transformers' TrainingArguments.")
     seed: int = 1
 
 
@@ -69,14 +78,30 @@ def load_recipe(path: str | Path, settings: list[str] | None = None) -> Recipe:
     return parse_recipe(values, str(path))
 
 
-def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
-    """Checks the content of a recipe; `source` names it in errors. Raises ValueError."""
+def parse_recipe(values: dict[str, Any], source: str, finished: bool = False) -> Recipe:
+    """Checks the content of a recipe.
+
+    Args:
+        values: The content.
+        source: Names it in errors.
+        finished: Whether its run is done: how it was trained is history, and later versions may not know all of its arguments.
+
+    Raises:
+        ValueError: If a key or a value does not fit.
+    """
     recipe = validated(Recipe, values, source)
-    adapter_fields = {f.name for f in dataclasses.fields(FusionConfig) if f.init} - RESERVED_ADAPTER
+    fields = [f for f in dataclasses.fields(FusionConfig) if f.init]
+    _check_keys(source, "adapter", recipe.adapter, {f.name for f in fields} - RESERVED_ADAPTER, RESERVED_ADAPTER)
+    only = {f.name: f.default for f in fields if f.type in (int, float, bool, "int", "float", "bool")}
+    _check_types(source, "adapter", recipe.adapter, only)
+    if not finished:
+        _check_training(recipe, source)
+    return recipe
+
+
+def _check_training(recipe: Recipe, source: str) -> None:
     arguments = {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.init}
-    training_fields = arguments.keys() - RESERVED_TRAINING
-    _check_keys(source, "adapter", recipe.adapter, adapter_fields, RESERVED_ADAPTER)
-    _check_keys(source, "training", recipe.training, training_fields, RESERVED_TRAINING)
+    _check_keys(source, "training", recipe.training, arguments.keys() - RESERVED_TRAINING, RESERVED_TRAINING)
     for key, reason in recipe.task.refused_training.items():
         if recipe.training.get(key):
             raise ValueError(
@@ -85,12 +110,28 @@ def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
     # YAML reads a bare no as false
     strategies = {k: "no" for k, v in recipe.training.items() if v is False and k.endswith("_strategy")}
     recipe.training.update(strategies)
-    for key, value in recipe.training.items():
-        # transformers would find a text where a number belongs only in the middle of the run
-        number = isinstance(arguments[key], (int, float)) and not isinstance(arguments[key], bool)
-        if number and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise ValueError(f"The recipe {source!r} does not fit. 'training.{key}' is {value!r}; it must be a number.")
-    return recipe
+    # transformers would find a text where a number belongs only in the middle of the run
+    _check_types(source, "training", recipe.training, {k: v for k, v in arguments.items() if not isinstance(v, bool)})
+    epochs, steps = recipe.training.get("num_train_epochs", 1), recipe.training.get("max_steps", -1)
+    if epochs <= 0 and steps <= 0:
+        raise ValueError(
+            f"The recipe {source!r} does not fit. 'training.num_train_epochs' is {epochs}, with which nothing is trained and the run's "
+            "scores would be those of a random head. Give a number above 0."
+        )
+
+
+def _check_types(source: str, section: str, given: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Raises ValueError for a value of another type where the default is a number or a switch."""
+    for key, value in given.items():
+        default = defaults.get(key)
+        if isinstance(default, bool):
+            fits, wanted = isinstance(value, bool), "true or false"
+        elif isinstance(default, (int, float)):
+            fits, wanted = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
+        else:
+            continue
+        if not fits:
+            raise ValueError(f"The recipe {source!r} does not fit. '{section}.{key}' is {value!r}; it must be {wanted}.")
 
 
 def _check_keys(source: str, section: str, given: dict[str, Any], known: set[str], reserved: set[str]) -> None:

@@ -33,6 +33,16 @@ def metrics_table(metrics: dict[str, Any], task: Task, title: str) -> Table:
     return table
 
 
+def zero_notes(metrics: dict[str, Any], task: Task) -> list[str]:
+    """A line for each split whose main score is 0, with the likeliest reasons."""
+    count, epochs = metrics["examples"]["train"], len(metrics["dev_by_epoch"])
+    return [
+        f"{split} {task.main.name} is 0 (trained on {count:,} examples, scored {epochs} times in training). {task.why_zero}"
+        for split, scores in metrics["scores"].items()
+        if scores[task.main.name] == 0 and task.why_zero
+    ]
+
+
 def budget_table(rows: list[dict[str, Any]], title: str) -> Table:
     """Methods fitted to one budget, from `costs.compare_budgets`."""
     table = Table(title=title, title_justify="left")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from ..tasks.base import IGNORED
 from .evaluation import Evaluation
-from .recipe import Recipe
+from .recipe import SECRETS, Recipe
 
+TORCH_WRITERS = ("inline_container", "PytorchStreamWriter")  # in what torch.save says when a file cannot be written
 # Of the recipe's own; whatever it sets wins.
 TRAINING_DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-3,
@@ -47,7 +50,8 @@ def make_trainer(
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.accelerator.is_available(),  # transformers wants to be told before it takes bf16 there
     }
-    chosen = {**TRAINING_DEFAULTS, **machine, **recipe.training}
+    given = {key: value for key, value in recipe.training.items() if key not in SECRETS}  # a checkpoint holds the arguments
+    chosen = {**TRAINING_DEFAULTS, **machine, **given}
     try:
         arguments = TrainingArguments(
             output_dir=str(folder),
@@ -57,7 +61,7 @@ def make_trainer(
             label_names=["labels"],
             **chosen,
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError) as error:  # whatever a wrong type meets first
         raise ValueError(f"The recipe's section 'training' does not fit: {' '.join(str(error).split())}") from error
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # DataParallel would copy the backbone without the fusion
@@ -87,6 +91,21 @@ class OrderedTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = self.divides_by_items
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        folder = Path(str(self.args.output_dir))
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (RuntimeError, OSError, SafetensorError) as error:
+            # torch's writer has no error of its own for a full disk
+            if isinstance(error, RuntimeError) and not any(name in str(error) for name in TORCH_WRITERS):
+                raise
+            free = shutil.disk_usage(folder.parent).free / 2**20
+            raise OSError(
+                f"A checkpoint of the training could not be written to {str(folder)!r} ({' '.join(str(error).split())}); the disk has "
+                f"{free:,.0f} MiB left, or a limit on files is reached. Free some space, give another --output, or keep no checkpoints "
+                "(training.save_strategy: no, training.load_best_model_at_end: false)."
+            ) from error
 
     def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
         return SequentialSampler(eval_dataset)

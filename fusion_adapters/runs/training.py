@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from accelerate import PartialState
 from peft import get_peft_model
@@ -22,16 +21,17 @@ from ..tasks.splits import Splits, load_splits
 from ..tuner import FusionConfig
 from ..tuner.counts import count_trainable
 from .card import model_card
-from .environment import versions
+from .environment import denormals_flushed, versions
 from .evaluation import evaluations, reload_difference
 from .files import check_output, json_text, written_aside
 from .loading import check_lengths, load_model
-from .memory import peak_of_process
+from .memory import forget_peak, peak_of_process
 from .recipe import Recipe
 from .tokenizers import load_tokenizer, match_padding
 from .trainers import make_trainer
 
 
+@denormals_flushed()
 def run_recipe(
     recipe: Recipe, output: str | Path, overwrite: bool = False, cache: str | Path | None = None
 ) -> dict[str, Any]:
@@ -60,6 +60,7 @@ def run_recipe(
             "without a launcher; on several processes, train with transformers' Trainer in a script of your own (README)."
         )
     output = check_output(output, overwrite)
+    forget_peak()
     config = adapter_config(recipe)
     started = time.perf_counter()
     splits = load_splits(recipe.data, recipe.task, recipe.seed)
@@ -88,6 +89,7 @@ def run_recipe(
     return metrics
 
 
+@denormals_flushed()
 def cache_recipe(recipe: Recipe, folder: str | Path, dtype: str = "float16") -> LayerStateCache:
     """Computes the layer states of a recipe's data once, for `run_recipe(..., cache=folder)`.
 
@@ -111,15 +113,18 @@ def cache_recipe(recipe: Recipe, folder: str | Path, dtype: str = "float16") -> 
 def adapter_config(recipe: Recipe) -> FusionConfig:
     """The adapter that a recipe describes."""
     fields = copy.deepcopy(recipe.adapter)  # peft adds to the config's lists when it attaches
-    return FusionConfig(task_type=recipe.task.peft_type, **fields)  # type: ignore[arg-type]
+    try:
+        return FusionConfig(task_type=recipe.task.peft_type, **fields)  # type: ignore[arg-type]
+    except (TypeError, AttributeError, KeyError) as error:  # whatever a wrong type meets first
+        raise ValueError(
+            f"The recipe's section 'adapter' does not fit: {type(error).__name__}: {' '.join(str(error).split())}. Check the types of its "
+            f"values ({', '.join(f'{key}: {value!r}' for key, value in recipe.adapter.items())})."
+        ) from error
 
 
 def load_attached(recipe: Recipe, config: FusionConfig, labels: list[str]) -> tuple[Any, PreTrainedTokenizerBase]:
     """Seeds, loads backbone and tokenizer, and attaches the adapter with a fresh head."""
     set_seed(recipe.seed)
-    if not torch.cuda.is_available():
-        # sharp softmaxes over depth make denormal numbers, on which a CPU is several times slower
-        torch.set_flush_denormal(True)
     tokenizer = load_tokenizer(recipe.backbone, recipe.task)
     backbone: Any = load_model(recipe.backbone, recipe.task, labels, config.modules_to_save or ())
     match_padding(backbone, tokenizer)
@@ -178,11 +183,15 @@ def train(
     }
 
 
+def not_finite(model: nn.Module) -> list[str]:
+    """The names of trained tensors that hold values which are not finite: the training diverged."""
+    return [n for n, p in model.named_parameters() if p.requires_grad and not bool(p.detach().isfinite().all())]
+
+
 def _check_finite(model: nn.Module, rate: float) -> None:
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    broken = [n for n, p in trained.items() if not bool(p.detach().isfinite().all())]
-    if broken:
+    if broken := not_finite(model):
+        trained = sum(p.requires_grad for p in model.parameters())
         raise ValueError(
-            f"The training diverged: {len(broken)} of {len(trained)} trained tensors hold values that are not finite. Lower "
+            f"The training diverged: {len(broken)} of {trained} trained tensors hold values that are not finite. Lower "
             f"training.learning_rate ({rate:g}), or give more training.warmup_steps."
         )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+MOST_VALUES = 100_000  # of a recipe; ten lines of aliases of aliases make more than any memory holds
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -19,7 +22,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
-            if key.value in seen and isinstance(key.value, str):
+            if isinstance(key.value, str) and key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
             if isinstance(key.value, str):
                 seen.add(key.value)
@@ -36,7 +39,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no YAML mapping.
+        ValueError: If it is no YAML mapping, or aliases make it hold itself or more than `MOST_VALUES` values.
     """
     path = Path(path)
     if not path.is_file():
@@ -45,20 +48,32 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         )
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also bytes that are no text, dates that are none
         raise ValueError(f"The recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise ValueError(
             f"The recipe {str(path)!r} must hold sections with keys (for example task, backbone, data); it is empty or a list."
         )
-    return _unshared(values)
+    try:
+        return _unshared(values, itertools.count(1))
+    except (_TooManyError, RecursionError):
+        raise ValueError(
+            f"The recipe {str(path)!r} has aliases (*name) that make it hold itself, or more than {MOST_VALUES:,} values. Write out "
+            "what they repeat."
+        ) from None
 
 
-def _unshared(value: Any) -> Any:
+class _TooManyError(Exception):
+    pass
+
+
+def _unshared(value: Any, counter: Iterator[int]) -> Any:
     """A copy in which nothing is shared: what a YAML alias repeats is the same object, and a change would reach all of it."""
+    if next(counter) > MOST_VALUES:
+        raise _TooManyError
     if isinstance(value, dict):
-        return {key: _unshared(inner) for key, inner in value.items()}
-    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _unshared(inner, counter) for key, inner in value.items()}
+    return [_unshared(inner, counter) for inner in value] if isinstance(value, list) else value
 
 
 def apply_settings(values: dict[str, Any], settings: list[str] | None) -> None:
@@ -90,7 +105,7 @@ def _apply(values: dict[str, Any], setting: str) -> None:
             raise ValueError(f"--set {setting!r}: {part!r} is a value in the recipe, not a section with keys.")
     try:
         section[parts[-1]] = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"--set {setting!r}: the value is not valid YAML ({' '.join(str(error).split())}).") from error
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..backbone.atomic import written_whole
 from ..runs.plots import COLOURS, MARKERS, pyplot
 from ..tasks.base import Measure
 
@@ -44,7 +45,8 @@ def _save(figure: Any, axes: Any, path: Path) -> None:
             break
         legend.remove()
     figure.set_figheight(figure.get_figheight() + LEGEND_LINE * max(0, -(-len(handles) // columns) - 3))
-    figure.savefig(path)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png")
     pyplot().close(figure)
 
 
@@ -176,7 +178,8 @@ def draw_depth(runs: Sequence[dict[str, Any]], path: Path) -> None:
             axis.set_xlabel("layer")
             axis.set_yticks(range(len(depth)), list(depth) if axis is line[0] else [""] * len(depth), fontsize=7)
     figure.colorbar(image, ax=axes, label="mean weight", fraction=0.03, pad=0.01, aspect=30)
-    figure.savefig(path)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png")
     plt.close(figure)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..runs.recipe import BackboneRecipe, Recipe, parse_recipe
+from ..runs.recipe import BackboneRecipe, Recipe, TrainingFields, parse_recipe
 from ..runs.yaml import apply_settings, read_yaml, validated
 from ..tasks.data import DataRecipe
 from ..tasks.registry import NamedTask
@@ -36,7 +36,7 @@ class MethodRecipe(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     adapter: dict[str, Any] = Field(default_factory=dict, description="Fields of FusionConfig.")
-    training: dict[str, Any] = Field(default_factory=dict, description="TrainingArguments of this method alone.")
+    training: TrainingFields = Field(default_factory=dict, description="TrainingArguments of this method alone.")
     bits: Literal[4, 8] | None = Field(None, description="Quantise the backbone for this method.")
     rates: list[float] | None = Field(None, description="A grid of its own; the same for all methods is fairer.")
     start_from: str | None = Field(
@@ -76,7 +76,7 @@ class StudyRecipe(BaseModel):
     evaluations: int = Field(
         6, ge=1, description="Times that the development data are scored in a run, evenly spread, the last at its end."
     )
-    training: dict[str, Any] = Field(default_factory=dict, description="TrainingArguments of all methods.")
+    training: TrainingFields = Field(default_factory=dict, description="TrainingArguments of all methods.")
     states_dtype: str = Field("float16", description="How layer states are cached.")
     quick: dict[str, Any] = Field(default_factory=dict, description="What --quick changes in this recipe.")
 

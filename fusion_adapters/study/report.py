@@ -14,6 +14,7 @@ from ..backbone.atomic import write_text_whole
 from ..runs.files import json_text
 from .figures import draw_budget, draw_depth, draw_losses, draw_samples, draw_steps, trained_parameters
 from .recipe import StudyRecipe
+from .statistics import FEWEST_SEEDS
 
 COLUMNS = (
     "data",
@@ -22,6 +23,7 @@ COLUMNS = (
     "size",
     "seed",
     "stage",
+    "diverged",
     "rate",
     "dev",
     "test",
@@ -62,7 +64,7 @@ def write_report(study: StudyRecipe, runs: Sequence[dict[str, Any]], summary: di
     draw_budget(summary, output / "budget.png")
     draw_steps(runs, output / "steps.png", study.task.main)
     traced = [run for run in runs if run.get("loss_curve")]  # runs of earlier versions kept no loss
-    depths = [run for run in runs if run.get("depth") and not _constant(run["depth"])]
+    depths = [run for run in runs if run.get("depth") and not run.get("diverged") and not _constant(run["depth"])]
     for name in ("loss.png", "depth.png"):  # not beside a table of other methods
         (output / name).unlink(missing_ok=True)
     if any(run["stage"] == "report" for run in traced):
@@ -97,6 +99,9 @@ def summary_text(summary: dict[str, Any]) -> str:
             "",
             *_grid(here, sizes, lambda row, measure=measure: _spread(row[measure]), with_counts=True),
         ]
+        zero = [f"`{row['method']}` at {row['size']:,}" for row in here if not any(row[measure]["values"])]
+        if zero and (reasons := summary.get("why_zero")):
+            lines += [f"**0 with every seed:** {', '.join(zero)}. {reasons}", ""]
         lost = f"{measure}_loss"
         if any(lost in row for row in here):
             lines += [
@@ -113,7 +118,7 @@ def summary_text(summary: dict[str, Any]) -> str:
         for key, name in (("to_baseline", summary["baseline"]), ("to_reference", summary["reference"])):
             if any(row[key] for row in here):
                 lines += [
-                    f"Difference to `{name}`, paired by seed: mean and 95 % bootstrap interval.",
+                    f"Difference to `{name}`, paired by seed: mean and, from {FEWEST_SEEDS} seeds, 95 % bootstrap interval.",
                     "",
                     *_grid(
                         [row for row in here if row["method"] != name], sizes, lambda row, key=key: _difference(row[key])
@@ -155,7 +160,7 @@ def _spread(values: dict[str, Any], digits: int = 1) -> str:
 
 
 def _difference(values: dict[str, Any] | None) -> str:
-    if values is None:
+    if values is None or not math.isfinite(values["mean"]):
         return "-"
     inside = f" [{values['interval'][0]:+.1f}, {values['interval'][1]:+.1f}]" if values["interval"] else ""
     return f"{values['mean']:+.1f}{inside}"

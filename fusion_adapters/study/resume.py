@@ -8,9 +8,10 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
-from ..backbone.atomic import write_text_whole
+from ..backbone.atomic import temporary_of, write_text_whole
 from ..backbone.blocks import find_backbones
 from ..backbone.sampled import sampled_signature
 from ..runs.loading import load_model
@@ -39,6 +40,7 @@ def begin_or_resume(study: StudyRecipe, output: Path) -> None:
         ValueError: If the folder holds another comparison, or one of other data or of another backbone.
         FileExistsError: If it holds something else.
     """
+    _remove_unfinished(output)
     values = json.loads(study.model_dump_json(exclude={"quick"}))
     signatures = {data: data_signature(study, data) for data in study.data}
     backbone = backbone_signatures(study)
@@ -56,6 +58,14 @@ def begin_or_resume(study: StudyRecipe, output: Path) -> None:
     write_text_whole(path, yaml.safe_dump(values, sort_keys=False))
     write_text_whole(output / DATA_FILE, json.dumps(signatures, indent=1) + "\n")
     write_text_whole(output / BACKBONE_FILE, json.dumps(backbone, indent=1) + "\n")
+
+
+def _remove_unfinished(output: Path) -> None:
+    """Removes files that a process was killed over: a report's, or a run's, in the making."""
+    for found in [*output.glob(".*"), *output.glob("runs/*/*/.*")]:
+        writer = temporary_of(found.name)
+        if writer is not None and found.is_file() and not psutil.pid_exists(writer[1]):
+            found.unlink(missing_ok=True)
 
 
 def data_signature(study: StudyRecipe, data: str) -> str:

@@ -8,7 +8,7 @@ import os
 import statistics
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -97,10 +97,18 @@ def run_study(study: StudyRecipe, output: str | Path, workers: int | None = None
             alive, end = context.Pipe(duplex=False)
             with end, ProcessPoolExecutor(workers, context, _begin_worker, (alive,)) as pool:
                 try:  # a process may end before all cells are handed out
-                    futures = {pool.submit(run_cell, study, cell, output): cell for cell in todo}
-                    for future in as_completed(futures):
-                        future.result()
-                        bar.update(steps[futures[future]])
+                    waiting = {cell: {c for c in needs(study, cell) if c in todo} for cell in todo}
+                    futures: dict[Future[Any], Cell] = {}
+                    while waiting or futures:
+                        for cell in [cell for cell, others in waiting.items() if not others]:
+                            del waiting[cell]
+                            futures[pool.submit(run_cell, study, cell, output)] = cell
+                        for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                            future.result()
+                            cell = futures.pop(future)
+                            bar.update(steps[cell])
+                            for others in waiting.values():
+                                others.discard(cell)
                 except BrokenProcessPool:
                     raise ChildProcessError(
                         f"One of the {workers} processes of the comparison ended (killed, or out of memory?). The same command "
@@ -116,6 +124,16 @@ def run_study(study: StudyRecipe, output: str | Path, workers: int | None = None
     return summary
 
 
+def needs(study: StudyRecipe, cell: Cell) -> set[Cell]:
+    """The cells whose runs a cell reads: where its rate is chosen, and whose weights it starts from. Two processes would run them twice."""
+    found = {replace(cell, size=rate_size(study, cell))}
+    source = study.methods[cell.method].start_from
+    if source is not None:
+        starts = {replace(other, method=source) for other in (cell, *found)}
+        found |= starts | {replace(other, size=rate_size(study, other)) for other in starts}
+    return found - {cell}
+
+
 def run_cell(study: StudyRecipe, cell: Cell, output: Path) -> list[dict[str, Any]]:
     """The runs of a cell, read where they are done and run where they are not."""
     chosen, tried = rate_of(study, cell, output)
@@ -124,13 +142,19 @@ def run_cell(study: StudyRecipe, cell: Cell, output: Path) -> list[dict[str, Any
 
 
 def rate_of(study: StudyRecipe, cell: Cell, output: Path) -> tuple[float, list[dict[str, Any]]]:
-    """The learning rate with the best mean development score, and the runs that chose it; a grid of one needs none."""
+    """The learning rate with the best mean development score, and the runs that chose it; a grid of one needs none.
+
+    A rate with which a run diverged is not chosen.
+    """
     rates = study.methods[cell.method].rates or study.rates
     tried = [_run(study, run, output) for run in _tries(study, cell)]
     if not tried:
         return rates[0], []
     sign = 1 if study.task.main.higher_is_better else -1
-    best = max(rates, key=lambda rate: sign * statistics.mean(run["dev"] for run in tried if run["rate"] == rate))
+    whole = [rate for rate in rates if not any(run.get("diverged") for run in tried if run["rate"] == rate)]
+    # where all diverged, the lowest, whose reported runs are marked
+    ranked = whole or [min(rates)]
+    best = max(ranked, key=lambda rate: sign * statistics.mean(run["dev"] for run in tried if run["rate"] == rate))
     return best, tried
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -12,14 +13,15 @@ from .recipe import StudyRecipe
 
 RESAMPLES = 10_000
 SHARE_OF_FINAL = 0.9
+FEWEST_SEEDS = 3  # two have three different resamples: an interval from the one to the other, whatever the spread
 
 
 def interval(values: Sequence[float]) -> list[float] | None:
-    """The 95 % bootstrap interval (percentiles) of a mean over seeds; None for fewer than two.
+    """The 95 % bootstrap interval (percentiles) of a mean over seeds; None for fewer than three.
 
     With few seeds it is narrower than a t interval; five give 126 different resamples.
     """
-    if len(values) < 2:
+    if len(values) < FEWEST_SEEDS:
         return None
     drawn = np.random.default_rng(0).choice(np.asarray(values, dtype=float), (RESAMPLES, len(values)))
     low, high = np.percentile(drawn.mean(1), (2.5, 97.5))
@@ -27,7 +29,7 @@ def interval(values: Sequence[float]) -> list[float] | None:
 
 
 def describe(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard deviation, interval and the values themselves; a loss that diverged makes the first three NaN."""
+    """Mean, standard deviation, interval and the values themselves; a run that diverged makes the first three NaN."""
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "sd": spread, "interval": interval(values), "values": list(values)}
 
@@ -37,6 +39,11 @@ def steps_to_share(curve: Sequence[Sequence[float]], share: float = SHARE_OF_FIN
     best = max(score for _, score in curve)
     enough = share * best if best > 0 else best  # a correlation can be negative, where a share of it would be more
     return int(next(step for step, score in curve if score >= enough))
+
+
+def _score(run: dict[str, Any], key: str) -> float:
+    """A score of a run; NaN if the run diverged, so that it counts in no mean and is marked."""
+    return math.nan if run.get("diverged") else float(run[key])
 
 
 def summarise(study: StudyRecipe, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -67,10 +74,10 @@ def summarise(study: StudyRecipe, runs: Sequence[dict[str, Any]]) -> dict[str, A
             "rate_at_edge": group[0]["rate"] in (min(grid), max(grid)) and len(grid) > 1,
             "seeds": [run["seed"] for run in group],
             "measure": measure,
-            "dev": describe([scale * run["dev"] for run in group]),
-            "test": describe([scale * run["test"] for run in group]) if measure == "test" else None,
+            "dev": describe([scale * _score(run, "dev") for run in group]),
+            "test": describe([scale * _score(run, "test") for run in group]) if measure == "test" else None,
             **{
-                key: describe([run[key] for run in group])
+                key: describe([_score(run, key) for run in group])
                 for key in ("dev_loss", "test_loss")
                 if all(key in run for run in group)
             },
@@ -81,7 +88,8 @@ def summarise(study: StudyRecipe, runs: Sequence[dict[str, Any]]) -> dict[str, A
         }
         for key, other in (("to_baseline", study.baseline), ("to_reference", study.reference)):
             against = {run["seed"]: run for run in groups.get((data, size, other or ""), [])}
-            pairs = [scale * (run[measure] - against[run["seed"]][measure]) for run in group if run["seed"] in against]
+            both = [(_score(run, measure), _score(against[run["seed"]], measure)) for run in group if run["seed"] in against]
+            pairs = [scale * (own - others) for own, others in both]
             row[key] = describe(pairs) if pairs and method != other else None
         rows.append(row)
     versions = [run["versions"] for run in runs if "versions" in run]  # runs of earlier versions did not say
@@ -91,6 +99,7 @@ def summarise(study: StudyRecipe, runs: Sequence[dict[str, Any]]) -> dict[str, A
         "baseline": study.baseline,
         "reference": study.reference,
         "unit": study.task.main.unit,
+        "why_zero": study.task.why_zero,
         "loss": None if loss is None else loss.meaning,
         "versions": different,
         "rows": rows,

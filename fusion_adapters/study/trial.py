@@ -16,12 +16,12 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
 from ..backbone.atomic import written_whole
-from ..runs.environment import versions
+from ..runs.environment import denormals_flushed, versions
 from ..runs.evaluation import evaluations
 from ..runs.loading import check_lengths
 from ..runs.memory import PeakMemory
 from ..runs.trainers import TRAINING_DEFAULTS, make_trainer
-from ..runs.training import adapter_config, load_attached
+from ..runs.training import adapter_config, load_attached, not_finite
 from ..states import LayerStateCache
 from ..tasks.base import Measure
 from ..tuner.counts import count_trainable
@@ -83,6 +83,7 @@ class KeepBest(TrainerCallback):
             self.weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
+@denormals_flushed()
 def run_trial(
     study: StudyRecipe, run: Trial, states: Path, start: Path | None = None, keep_weights: Path | None = None
 ) -> dict[str, Any]:
@@ -96,10 +97,11 @@ def run_trial(
         keep_weights: Where to write the weights of the best evaluation.
 
     Returns:
-        The run's settings and the versions it was made with, `dev` (the best score), `curve` (step, score), `loss_curve`
-        (step, development loss as the Trainer has it: over pieces or rows where the task reports a loss, else a mean over batches),
-        parameters by part, seconds of training, memory, and for a reported run `test` and the mean weights over depth by
-        label. Where the task reports a loss also `dev_loss` and `test_loss`, of the same weights as `dev` and `test`.
+        The run's settings and the versions it was made with, `dev` (the best score), `diverged` (a loss or a weight is not finite),
+        `curve` (step, score), `loss_curve` (step, development loss as the Trainer has it: over pieces or rows where the task reports a
+        loss, else a mean over batches), parameters by part, seconds of training, memory, and for a reported run `test` and the mean
+        weights over depth by label. Where the task reports a loss also `dev_loss` and `test_loss`, of the same weights as `dev` and
+        `test`.
     """
     transformers.utils.logging.disable_progress_bar()  # "Loading weights", once a run
     recipe = study.recipe_of(run.data, run.method, run.seed)
@@ -144,12 +146,14 @@ def run_trial(
         seconds = time.perf_counter() - begun
     if keep.best is None:
         raise RunFailedError(f"The run {run} was never evaluated.")
+    broken = not_finite(model)
     result = {
         **asdict(run),
         "regime": regime(study, run.method),
         "adapter": recipe.adapter,
         "dev": keep.best[0],
         "best_step": keep.best[1],
+        "diverged": bool(broken) or not all(math.isfinite(loss) for _, loss in keep.losses),
         "curve": keep.curve,
         "loss_curve": keep.losses,
         "steps": steps,
@@ -171,7 +175,7 @@ def run_trial(
             result["test"] = scores[task.main.name]
             if task.loss is not None:
                 result["test_loss"] = scores["loss"]
-        if run.seed == study.seeds[0]:
+        if run.seed == study.seeds[0] and not result["diverged"]:
             result["depth"], result["layers"] = depth_by_label(model, trainer, sets["dev"])
     return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -109,6 +110,7 @@ class Task(ABC):
         vocabulary_head: Whether the head predicts pieces by the frozen embeddings; it then runs at labelled positions alone.
         counts_classes: Whether every example has one class, so that a comparison can count examples per class.
         refused_training: Training arguments that do not fit the task, with the reason.
+        why_zero: The likeliest reasons of a main score of 0, and what to do.
     """
 
     name: ClassVar[str]
@@ -123,6 +125,7 @@ class Task(ABC):
     vocabulary_head: ClassVar[bool] = False
     counts_classes: ClassVar[bool] = False
     refused_training: ClassVar[dict[str, str]] = {}
+    why_zero: ClassVar[str] = ""
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other)
@@ -144,8 +147,28 @@ class Task(ABC):
             )
 
     def text_column(self, table: Table, data: DataRecipe) -> str:
-        """The name of the one column of texts. Raises ValueError if there is none."""
+        """The name of the one column of texts.
+
+        Raises:
+            ValueError: If there is none, or it is half of a pair that the recipe does not name.
+        """
         assert not isinstance(data.text, list)  # refused by check_data
+        pair = table.pair() if self.label_columns and not self.of_words else None
+        if pair is not None and data.text in (None, *pair):
+            name = data.text or next((name for name in self.text_columns if name in table.columns), pair[0])
+            if data.text is not None:
+                other = pair[1 - pair.index(data.text)]
+                warnings.warn(
+                    f"{table.source}: data.text reads {name!r} alone, half of a pair with {other!r}. For both, choose task: "
+                    f"sentence_pairs, or task: regression with data.text: [{pair[0]}, {pair[1]}].",
+                    stacklevel=2,
+                )
+            elif name in pair:
+                raise ValueError(
+                    f"{table.source} holds pairs, {pair[0]!r} and {pair[1]!r}, and task: {self.name} reads one text, unless told "
+                    f"otherwise. For a class of each pair choose task: sentence_pairs; for a number of each, task: regression with "
+                    f"data.text: [{pair[0]}, {pair[1]}]. To read one of the two alone on purpose, name it in data.text."
+                )
         return table.column(data.text, self.text_columns, "data.text")
 
     @abstractmethod
@@ -153,8 +176,21 @@ class Task(ABC):
         """The examples of a table. Raises ValueError, with file and row, if a value does not fit."""
 
     @abstractmethod
-    def label_set(self, examples: Sequence[Example]) -> list[str]:
-        """The label set of training examples, in the order of the model's outputs; empty where the task has none."""
+    def label_set(self, examples: Sequence[Example], classes: Sequence[str] = ()) -> list[str]:
+        """The label set of training examples, in the order of the model's outputs; empty where the task has none.
+
+        Args:
+            examples: The training examples.
+            classes: The names of classes that the data number themselves; their order is kept.
+        """
+
+    def classes(self, table: Table, data: DataRecipe) -> list[str]:
+        """The names of the label column's classes in the data's own order; empty where it numbers none."""
+        names = (data.label,) if data.label else self.label_columns
+        return table.classes.get(next((name for name in names if name in table.columns), ""), [])
+
+    def check_training(self, examples: Sequence[Example], source: str) -> None:  # noqa: B027 - most tasks can learn from anything
+        """Raises ValueError if there is nothing to learn from training examples: all have the same label."""
 
     # the model
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
@@ -23,6 +25,10 @@ class DataRecipe(BaseModel):
         None, description="Column of the text (or of the tokens), a list of two for pairs; None takes the usual names."
     )
     label: str | None = Field(None, description="Column of the label (or of the tags); None takes the usual names.")
+    delimiter: str | None = Field(None, description="What separates columns; None is a comma, in .tsv a tab.")
+    quoting: bool | None = Field(
+        None, description="Whether marks around a field are not part of it; None: yes, but not in .tsv."
+    )
     labels: list[str] | None = Field(None, description="The label set; None takes the labels of the training data.")
     dev_fraction: float = Field(
         0.1, gt=0, lt=1, description="Share of train to cut off for development, if there is no dev."
@@ -34,6 +40,19 @@ class DataRecipe(BaseModel):
     max_length: int = Field(
         256, ge=8, description="Word pieces per row; longer sentences of tokens, and texts of masked_lm, are split."
     )
+
+    @field_validator("text", "label", mode="before")
+    @classmethod
+    def _by_number(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("delimiter")
+    @classmethod
+    def _one_sign(cls, value: str | None) -> str | None:
+        value = "\t" if value in ("\\t", "tab") else value
+        if value is not None and (len(value) != 1 or value in '"\r\n'):
+            raise PydanticCustomError("delimiter", 'Input should be one character (for a tab "\\t"), and no quotation mark')
+        return value
 
     @field_validator("format")
     @classmethod

@@ -47,11 +47,13 @@ def read_dataset(recipe: DataRecipe, task: Task, names: Mapping[str, str | None]
         columns: dict[str, Any] = {column: list(part[column]) for column in part.column_names}
         if split == "test" and names[split] is None and _is_unlabelled(columns, recipe, task):
             continue
+        classes = {}
         for column, feature in part.features.items():
             inner = getattr(feature, "feature", feature)
             if isinstance(inner, ClassLabel):
+                classes[column] = list(inner.names)
                 columns[column] = [_label_name(inner, value, f"{source}, column {column!r}") for value in columns[column]]
-        read[split] = Table(columns, source)
+        read[split] = Table(columns, source, classes=classes)
     return read
 
 

@@ -54,7 +54,7 @@ class MaskedLM(Task):
         texts = table.texts(self.text_column(table, data))
         return [Example([text.strip()], []) for text in texts if text.strip()]
 
-    def label_set(self, examples: Sequence[Example]) -> list[str]:
+    def label_set(self, examples: Sequence[Example], classes: Sequence[str] = ()) -> list[str]:
         return []
 
     def head_options(self, labels: Sequence[str]) -> dict[str, Any]:

@@ -11,16 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from .base import Example, FinishedRun
 from .data import DataRecipe
 from .sequences import SequenceClassification
-from .tables import Table
+from .tables import PAIRS, Table
 
-# Usual names of the two columns, those of GLUE's sets among them.
-PAIRS = (
-    ("premise", "hypothesis"),
-    ("sentence1", "sentence2"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("text1", "text2"),
-)
 BETWEEN = "\t"  # between the two texts of a pair on the command line, as between columns
 
 
@@ -39,7 +31,7 @@ class SentencePairs(SequenceClassification):
             )
 
     def examples(self, table: Table, data: DataRecipe) -> list[Example]:
-        names = data.text or next((pair for pair in PAIRS if all(name in table.columns for name in pair)), None)
+        names = data.text or table.pair()
         if names is None:
             table.column(None, self.text_columns, "data.text")  # raises: none is there
         labels = self._labels(table, data)

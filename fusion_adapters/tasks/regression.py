@@ -36,6 +36,10 @@ class Regression(Task):
         Measure("pearson"),
         Measure("loss", False, 1, "squared error", 3, "mean squared error of a prediction"),
     )
+    why_zero: ClassVar[str] = (
+        "All predictions are the same, or all numbers of this split are. Train longer (training.num_train_epochs) or with another "
+        "training.learning_rate; BERT's head also needs adapter.modules_to_save: [pooler]."
+    )
     refused_training: ClassVar[dict[str, str]] = {"label_smoothing_factor": "its loss is the squared error of a number"}
 
     def check_data(self, data: DataRecipe) -> None:
@@ -70,7 +74,14 @@ class Regression(Task):
             examples.append(Example(words, [number]))
         return examples
 
-    def label_set(self, examples: Sequence[Example]) -> list[str]:
+    def check_training(self, examples: Sequence[Example], source: str) -> None:
+        if len({example.labels[0] for example in examples}) < 2:
+            raise ValueError(
+                f"{source}: all {len(examples)} examples have the number {examples[0].labels[0]:g}, so there is nothing to learn. Check "
+                "the file, the column (data.label), and what filtered the rows."
+            )
+
+    def label_set(self, examples: Sequence[Example], classes: Sequence[str] = ()) -> list[str]:
         return []
 
     def head_options(self, labels: Sequence[str]) -> dict[str, Any]:

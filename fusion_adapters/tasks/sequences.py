@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from rich.markup import escape
@@ -10,7 +12,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from .base import Encoded, Example, FinishedRun, Measure, Task
 from .data import DataRecipe
-from .tables import Table
+from .tables import Table, is_printed_list
+
+NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]+)?")
 
 
 class SequenceClassification(Task):
@@ -24,16 +28,39 @@ class SequenceClassification(Task):
     label_columns: ClassVar[tuple[str, ...]] = ("label", "category", "labels", "intent")
     measures: ClassVar[tuple[Measure, ...]] = (Measure("accuracy"),)
     counts_classes: ClassVar[bool] = True
+    why_zero: ClassVar[str] = (
+        "No class is right, which is worse than guessing. Look whether the classes and texts of this split are those of the training data "
+        "(another order of the rows, another column); with very few examples or steps, train longer or with a higher "
+        "training.learning_rate."
+    )
 
     def examples(self, table: Table, data: DataRecipe) -> list[Example]:
         texts = table.texts(self.text_column(table, data))
         return [Example([text], [label]) for text, label in zip(texts, self._labels(table, data), strict=True)]
 
     def _labels(self, table: Table, data: DataRecipe) -> list[str]:
-        return [str(y) for y in table.values(table.column(data.label, self.label_columns, "data.label"), empty=False)]
+        name = table.column(data.label, self.label_columns, "data.label")
+        labels = [str(label) for label in table.values(name, empty=False)]
+        printed = next((row for row, label in enumerate(labels) if is_printed_list(label)), None)
+        if printed is not None:
+            raise ValueError(
+                f"{table.source}, row {printed}: {labels[printed]!r} in column {name!r} is a printed list, and a text has one class "
+                "here. Name another column (data.label), or write one label for each text."
+            )
+        return labels
 
-    def label_set(self, examples: Sequence[Example]) -> list[str]:
-        return sorted({label for example in examples for label in example.labels})
+    def check_training(self, examples: Sequence[Example], source: str) -> None:
+        counts = Counter(label for example in examples for label in example.labels)
+        if len(counts) < 2:
+            label, count = next(iter(counts.items()))
+            raise ValueError(
+                f"{source}: all {count} examples have the label {label!r}, and a classifier needs two classes at least. Check the "
+                "file, the column (data.label), and what filtered the rows."
+            )
+
+    def label_set(self, examples: Sequence[Example], classes: Sequence[str] = ()) -> list[str]:
+        """The data's own order; numbers by their value, and names by the alphabet."""
+        return list(classes) or in_order({label for example in examples for label in example.labels})
 
     def encode(
         self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], max_length: int
@@ -69,6 +96,12 @@ class SequenceClassification(Task):
     def shown(self, prediction: Mapping[str, Any]) -> str:
         """The text, and under it the class with its probability."""
         return f"{escape(prediction['text'])}\n  [bold cyan]{escape(prediction['label'])}[/] {prediction['probability']:.2f}"
+
+
+def in_order(labels: Iterable[str]) -> list[str]:
+    """Labels by the alphabet; where all are numbers, by their value, so that 10 comes after 9."""
+    found = sorted(labels)
+    return sorted(found, key=float) if all(NUMBER.fullmatch(label) for label in found) else found
 
 
 def encode_texts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -15,6 +16,7 @@ from .data import DataRecipe
 from .hub import read_dataset
 from .readers import reader_of
 from .tables import Table
+from .textfiles import Layout
 
 PACKAGED = "package:"
 
@@ -60,7 +62,11 @@ def load_splits(recipe: DataRecipe, task: Task, seed: int) -> Splits:
             name = names[split] or split
             raise ValueError(f"{recipe.path!r}: {name!r} holds no examples. Check that file or split (data.{split}).")
     train = read["train"]
-    labels = recipe.labels or task.label_set(train)
+    task.check_training(train, f"{recipe.path}, train")
+    classes = task.classes(tables["train"], recipe)
+    labels = recipe.labels or task.label_set(train, classes)
+    if not recipe.labels and not classes:
+        _check_alike(train, f"{recipe.path}, train")
     if labels:
         for split, examples in read.items():
             _check_labels(examples, labels, f"{recipe.path}, {split}")
@@ -88,8 +94,26 @@ def read_file(path: Path, recipe: DataRecipe, task: Task) -> Table:
     """
     reader, source = reader_of(path, recipe.format), str(path)
     if reader.columns:  # a file of another kind is told by what the format holds, not by its first line
-        task.examples(Table(dict.fromkeys(reader.columns, ()), source, reader.holds), recipe)
-    return Table(dict(reader.read(path)), source, reader.holds)
+        wanted = recipe.model_copy(update={"text": None, "label": None}) if reader.picks else recipe
+        task.examples(Table(dict.fromkeys(reader.columns, ()), source, reader.holds), wanted)
+    text = None if isinstance(recipe.text, list) else recipe.text
+    layout = Layout(text, recipe.label, recipe.delimiter, recipe.quoting)
+    return Table(dict(reader.read(path, layout)), source, reader.holds)
+
+
+def _check_alike(examples: Sequence[Example], source: str) -> None:
+    """Raises ValueError if two labels differ in white space or case alone, where nobody says that they are two."""
+    counts = Counter(label for example in examples for label in example.labels if isinstance(label, str))
+    alike: dict[str, list[str]] = {}
+    for label in counts:
+        alike.setdefault(" ".join(label.split()).casefold(), []).append(label)
+    twice = [labels for labels in alike.values() if len(labels) > 1]
+    if twice:
+        shown = "; ".join(" and ".join(f"{label!r} ({counts[label]:,} times)" for label in labels) for labels in twice[:5])
+        raise ValueError(
+            f"{source}: labels differ in white space or case alone: {shown}. Write them alike; if they are different labels, list the "
+            "whole set as data.labels."
+        )
 
 
 def _check_labels(examples: Sequence[Example], labels: Sequence[str], source: str) -> None:
@@ -97,10 +121,14 @@ def _check_labels(examples: Sequence[Example], labels: Sequence[str], source: st
     strange = [label for example in examples for label in example.labels if label not in known]
     if strange:
         raise ValueError(
-            f"{source}: {len(strange)} labels lie outside the label set ({', '.join(sorted(set(strange))[:10])}). The "
+            f"{source}: {len(strange)} labels lie outside the label set ({', '.join(map(_plain, sorted(set(strange))[:10]))}). The "
             f"set has {len(labels)} labels ({', '.join(labels[:15])}{', ...' if len(labels) > 15 else ''}). Correct the "
             "file, or give the whole set as data.labels."
         )
+
+
+def _plain(label: str) -> str:
+    return label if label == " ".join(label.split()) else repr(label)  # with white space that nobody sees
 
 
 def _cut(examples: list[Example], fraction: float, part: str) -> tuple[list[Example], list[Example]]:

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+# Usual names of the two columns, those of GLUE's sets among them.
+PAIRS = (
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text1", "text2"),
+)
+# A list of texts or numbers as Python, pandas and numpy print it.
+PRINTED_LIST = re.compile(r"""\[\s*(['"].*['"]|-?\d[-\d.,\s]*)?\s*\]""", re.DOTALL)
+WRITE_LISTS = "Write the data as JSON Lines, which keeps lists: df.to_json(path, orient='records', lines=True)."
 
 
 @dataclass
@@ -16,11 +29,13 @@ class Table:
         columns: Values by the column's name, of equal length.
         source: Where they come from, for errors.
         holds: What a format with fixed columns holds, in words; None for tables with names of their own.
+        classes: For columns whose classes the data number themselves, their names in the order of the numbers.
     """
 
     columns: dict[str, Sequence[Any]]
     source: str
     holds: str | None = None
+    classes: dict[str, list[str]] = field(default_factory=dict)
 
     def column(self, wanted: str | None, usual: Sequence[str], key: str) -> str:
         """The name of a column.
@@ -45,6 +60,10 @@ class Table:
         raise ValueError(
             f"{self.source} has no column {looked_for}; it has {', '.join(map(repr, self.columns))}. Set {key} to one of these."
         )
+
+    def pair(self) -> tuple[str, str] | None:
+        """The two columns of a pair of texts, by their usual names; None if there are none."""
+        return next((pair for pair in PAIRS if all(name in self.columns for name in pair)), None)
 
     def texts(self, name: str) -> list[str]:
         """A column of whole texts. Raises ValueError, with the row, for a missing value or a list."""
@@ -73,6 +92,11 @@ class Table:
                     "another column (data.text, data.label), or join its parts."
                 )
         return self.columns[name]
+
+
+def is_printed_list(value: Any) -> bool:
+    """Whether a text is a list as it is printed, `['a', 'b']`: a file of text has none other."""
+    return isinstance(value, str) and PRINTED_LIST.fullmatch(value.strip()) is not None
 
 
 def is_missing(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 # how BIO writes the marks of BIOES and BILOU: last and single words
@@ -27,3 +28,22 @@ def to_bio(tags: Sequence[str]) -> list[str]:
             result.append(tag)
         previous = tag
     return result
+
+
+def rewritten(tag: str) -> str | None:
+    """A tag with another joint (`B_PER`), order (`PER-B`) or case (`b-PER`, `o`) as it should be written; None for others."""
+    if tag == "o":
+        return "O"
+    if found := re.fullmatch(r"([BIELSU])[_.:/|+=~](.+)", tag):
+        return f"{found[1]}-{found[2]}"
+    if found := re.fullmatch(r"([bielsu])[-_.:/|](.+)", tag):
+        return f"{found[1].upper()}-{found[2]}"
+    if found := re.fullmatch(r"(.{2,})[-_.:/|]([BIELSU])", tag):
+        return f"{found[2]}-{found[1]}"
+    return None
+
+
+def advice(tag: str) -> str:
+    """A sentence on what to write instead of a tag with another joint, with a blank before it; empty for other tags."""
+    right = rewritten(tag)
+    return "" if right is None else f" Write {right} for {tag}, in all tags alike."

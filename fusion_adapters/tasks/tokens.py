@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, ClassVar, Literal
 
 from rich.markup import escape
@@ -15,8 +16,8 @@ from transformers import (
 
 from .base import IGNORED, Encoded, Example, FinishedRun, Measure, Task
 from .data import DataRecipe
-from .tables import Table
-from .tags import is_tag, to_bio
+from .tables import WRITE_LISTS, Table, is_printed_list
+from .tags import advice, is_tag, to_bio
 
 JOINERS = "\u200c\u200d"  # between letters of Indic and Arabic scripts, and between emoji
 
@@ -33,6 +34,12 @@ class TokenClassification(Task):
     measures: ClassVar[tuple[Measure, ...]] = (Measure("f1"),)
     of_words: ClassVar[bool] = True
     positions: ClassVar[Literal["all", "labelled"]] = "labelled"
+    why_zero: ClassVar[str] = (
+        "No entity that was predicted is right, most often because none was predicted: O is by far the most frequent tag, and the training "
+        "ended before it learned another. Train longer (training.num_train_epochs) or with a higher training.learning_rate or more "
+        "examples; if the loss falls all the same, look whether the words and the tags of this split are those of the training data, and "
+        "whether it holds entities at all."
+    )
 
     def check_data(self, data: DataRecipe) -> None:
         super().check_data(data)
@@ -49,20 +56,38 @@ class TokenClassification(Task):
         examples = []
         for row, (words, tags) in enumerate(rows):
             if not isinstance(words, list) or not isinstance(tags, list) or len(words) != len(tags):
+                printed = any(is_printed_list(value) for value in (words, tags))
                 raise ValueError(
                     f"{table.source}, row {row}: {text!r} and {label!r} must be lists of equal length, a tag for each word."
+                    + (f" They are texts of printed lists. {WRITE_LISTS}" if printed else "")
                 )
-            if strange := next((tag for tag in tags if not is_tag(str(tag))), None):
+            named = [_named(tag, data.labels, f"{table.source}, row {row}, column {label!r}") for tag in tags]
+            strange = [tag for tag in named if not is_tag(tag)]
+            if strange:
+                other = advice(strange[0]) or (
+                    " Where every word has a class of its own, as a part of speech, write "
+                    f"B-{strange[0]}: entity F1 then counts words."
+                )
                 raise ValueError(
-                    f"{table.source}, row {row}: {strange!r} in column {label!r} is no tag of an entity (O, B-TYPE or I-TYPE). Where "
-                    f"every word has a class of its own, as a part of speech, write B-{strange}: entity F1 then counts words."
+                    f"{table.source}, row {row}: {strange[0]!r} in column {label!r} is no tag of an entity (O, B-TYPE or I-TYPE).{other}"
                 )
             if words:
-                examples.append(Example([str(w) for w in words], to_bio([str(t) for t in tags])))
+                examples.append(Example([str(w) for w in words], to_bio(named)))
         return examples
 
-    def label_set(self, examples: Sequence[Example]) -> list[str]:
+    def check_training(self, examples: Sequence[Example], source: str) -> None:
+        if not any(label != "O" for example in examples for label in example.labels):
+            words = sum(len(example.labels) for example in examples)
+            raise ValueError(
+                f"{source}: all {words:,} words of {len(examples):,} sentences have the tag O, so there is no entity to learn. Check "
+                "the file, the column of the tags (data.label), and what filtered the sentences."
+            )
+
+    def label_set(self, examples: Sequence[Example], classes: Sequence[str] = ()) -> list[str]:
         # whole BIO pairs, so that a type which only occurs as B- in the data can also go on
+        if classes and all(name == "O" or name[:2] in ("B-", "I-") for name in classes):
+            pairs = [f"{mark}-{name[2:]}" for name in classes if name != "O" for mark in "BI"]
+            return list(dict.fromkeys([*classes, "O", *pairs]))  # the data's own numbers first
         types = sorted({label[2:] for example in examples for label in example.labels if label != "O"})
         return ["O", *(f"{mark}-{kind}" for kind in types for mark in "BI")]
 
@@ -149,6 +174,20 @@ class TokenClassification(Task):
             marked += f"[bold cyan]{escape(entity['text'])}[/][dim]\\[{escape(entity['type'])}][/]"
             position = entity["end"]
         return marked + escape(text[position:])
+
+
+def _named(tag: Any, labels: Sequence[str] | None, source: str) -> str:
+    """A tag by its name. Raises ValueError for a number that stands for none."""
+    number = int(tag) if isinstance(tag, Integral) or (isinstance(tag, str) and tag.isdecimal()) else None
+    if number is None or isinstance(tag, bool):
+        return str(tag)
+    if labels is None or not 0 <= number < len(labels):
+        known = f"data.labels has {len(labels)} names" if labels else "the file does not say which tag each number is"
+        raise ValueError(
+            f"{source}: {tag} is the number of a tag, and {known}. Give the names in the order of the numbers, from 0, as data.labels, "
+            "for example [O, B-PER, I-PER]; the page of the data set lists them."
+        )
+    return labels[number]
 
 
 def decode_tags(

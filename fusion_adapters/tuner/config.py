@@ -13,6 +13,7 @@ from peft import LoraConfig
 
 from ..fusions import all_options, fusion_class, fusion_options
 from .card import ModelClass, add_loading_section
+from .digest import OPTIONS, options_digest
 from .sizes import check_budget
 
 
@@ -77,6 +78,8 @@ class FusionConfig(_MethodOptions):
         fusion_hidden_size: Filled in when attached: the backbone's width; a list for both stacks of an encoder-decoder.
         fusion_num_layers: Filled in when attached: the backbone's depth; a list for both stacks.
         fusion_fingerprint: Filled in when attached: a signature of the backbone's weights.
+        fusion_digest: Filled in when saved: digests of the options and of the weights, see `tuner/digest.py`.
+        fusion_labels: Filled in when saved: the names of a classifier's outputs, in their order (the model's `id2label`).
 
     Raises:
         ValueError: If a field does not fit; the message says what would.
@@ -94,6 +97,8 @@ class FusionConfig(_MethodOptions):
     fusion_hidden_size: int | list[int] | None = _optional("Filled in when attached.")
     fusion_num_layers: int | list[int] | None = _optional("Filled in when attached.")
     fusion_fingerprint: str | None = _optional("Filled in when attached.")
+    fusion_digest: dict[str, str] | None = _optional("Filled in when saved.")
+    fusion_labels: list[str] | None = _optional("Filled in when saved.")
 
     if TYPE_CHECKING:  # the options are not known before the methods are imported
 
@@ -137,6 +142,8 @@ class FusionConfig(_MethodOptions):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Saves the config; adds to the model card that peft wrote beside it how the adapter is loaded."""
+        if self.fusion_digest is not None:  # of the weights that are saved with it
+            self.fusion_digest = {**self.fusion_digest, OPTIONS: options_digest(self)}
         super().save_pretrained(save_directory, **kwargs)
         add_loading_section(save_directory, self)
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, PeftType, get_peft_model_state_dict
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, PeftType, get_peft_model_state_dict, load_peft_weights
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
@@ -25,10 +25,20 @@ from .budget import has_own_width, settle_budget, warn_if_large
 from .build import build_for
 from .card import CardWriter, class_of
 from .config import FusionConfig
+from .digest import check_options, is_wanted, no_digest, weights_digests
 from .heads import check_head, name_task_heads, remove_float32_hook, train_head_in_float32
+from .labels import check_labels, labels_to_save, set_labels
 from .layer import FusionLayer, fusion_layers
 from .replay import checked_states
-from .weights import MODEL_PREFIX, check_wrapped_tensors, compare_tensors, read_weights, without_embeddings, wrapped_keys
+from .weights import (
+    MODEL_PREFIX,
+    check_digest,
+    check_wrapped_tensors,
+    compare_tensors,
+    read_weights,
+    without_embeddings,
+    wrapped_keys,
+)
 
 
 class FusionModel(LoraModel):
@@ -59,6 +69,7 @@ class FusionModel(LoraModel):
                 "one adapter; or fold the LoRA in first, by merge_and_unload(), and save the merged model under a name of its own "
                 "(save_pretrained): the adapter then belongs to that, not to the checkpoint before."
             )
+        check_options(config)
         own_width = has_own_width(config)
         settle_budget(config, model)
         if config.has_lora:
@@ -73,6 +84,7 @@ class FusionModel(LoraModel):
         known = {root: layer.fingerprints for root, layer in layers.items()}
         marks = [known[id(b.root)] if id(b.root) in known else fingerprints(b) for b in backbones]
         bind(config, backbones, join_fingerprints(marks))
+        check_labels(config, model)
         name_task_heads(config)
         check_head(model, backbones, config)
         weights = read_weights(config)
@@ -106,9 +118,18 @@ class FusionModel(LoraModel):
                 _check_layer_drop(layer)
             if weights is not None:
                 check_wrapped_tensors(model, adapter_name, weights)
+                check_digest(config, weights, model, self._tensors_in_file(adapter_name))
+        if adapter_name in self.active_adapters:
+            set_labels(config, model)
         config.source = None  # checked: a copy of the config stands for another adapter, and the folder may go
         for layer in fusion_layers(model):
             layer.train(layer.training)
+
+    def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
+        """Makes an adapter active; the model's outputs then have the names of its labels."""
+        super().set_adapter(adapter_name, *args, **kwargs)
+        config: Any = self.peft_config[self.active_adapters[0]]
+        set_labels(config, self.model)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; if it was active, the first of those that are left becomes active."""
@@ -187,18 +208,36 @@ class FusionModel(LoraModel):
     ) -> dict[str, Tensor]:
         # PiSSA and its like: peft prepares the initial adapter for its own type of LoRA, and carries nothing but LoRA over
         peft_config.init_lora_weights = True
+        peft_config.fusion_digest = weights_digests(load_peft_weights(path, device="cpu"))  # its weights stay as they are
         peft_config.save_pretrained(path)
         converted = super()._convert_state_dict_for_initial_model(peft_model, peft_config, path, output_state_dict, kwargs)
-        return {**{k: v for k, v in output_state_dict.items() if "lora_" not in k}, **converted}
+        converted = {**{k: v for k, v in output_state_dict.items() if "lora_" not in k}, **converted}
+        peft_config.fusion_digest = weights_digests(converted)
+        return converted
+
+    def _tensors_in_file(self, adapter_name: str) -> dict[str, Tensor]:
+        """The tensors of an adapter that is being loaded, named as in its file but for the prefix."""
+        with no_digest():
+            found = get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
+        return {k.removeprefix("model."): v for k, v in found.items()}
 
     @classmethod
-    def _get_adapter_state_dict(cls, model: nn.Module, config: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def _get_adapter_state_dict(  # type: ignore[override]
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
+    ) -> dict[str, Tensor]:
         # Every save passes here, before the config is saved, which writes how the model is loaded into the card.
         config.model_class = class_of(model)
+        if is_wanted():
+            with no_digest():
+                whole = get_peft_model_state_dict(model, state_dict, adapter_name, save_embedding_layers=False)
+            config.fusion_digest = weights_digests(whole)
+        config.fusion_labels = labels_to_save(config, model)
         # Trainer.push_to_hub writes the card anew after saving, by peft's method; this instance's then adds our section again.
         if isinstance(model, PeftModel) and not isinstance(model.create_or_update_model_card, CardWriter):
             model.create_or_update_model_card = CardWriter(model)  # type: ignore[method-assign]
-        return super()._get_adapter_state_dict(model, config, *args, **kwargs)
+        return super()._get_adapter_state_dict(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
+        )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -206,9 +245,10 @@ class FusionModel(LoraModel):
     ) -> dict[str, Tensor]:
         # Every load passes here (peft itself ignores what does not fit); wrapped modules have their model keys already.
         model_state = model.state_dict()
-        expected = get_peft_model_state_dict(
-            model, state_dict=model_state, adapter_name=adapter_name, save_embedding_layers=False
-        )
+        with no_digest():
+            expected = get_peft_model_state_dict(
+                model, state_dict=model_state, adapter_name=adapter_name, save_embedding_layers=False
+            )
         file_keys = {model_key: file_key for file_key, model_key in wrapped_keys(model, adapter_name).items()}
         given = {file_keys.get(k, k): v for k, v in state_dict.items()}
         given = {k: v for k, v in given.items() if k in expected or k not in model_state}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 
 from peft.utils import AuxiliaryTrainingWrapper, load_peft_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .config import FusionConfig
-
-MODEL_PREFIX = "base_model.model."
+from .digest import MODEL_PREFIX, weights_differ
 
 
 def read_weights(config: FusionConfig) -> dict[str, Tensor] | None:
@@ -20,10 +20,11 @@ def read_weights(config: FusionConfig) -> dict[str, Tensor] | None:
     folder, where = config.source
     try:
         return load_peft_weights(folder, device="cpu", **where)
-    except SafetensorError as error:
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, KeyError) as error:  # the others of a .bin file
+        name = "adapter_model.safetensors" if isinstance(error, SafetensorError) else "adapter_model.bin"
         raise ValueError(
-            f"The weights of the adapter in {folder!r} cannot be read: adapter_model.safetensors is damaged or cut short "
-            f"({error}). Copy or download the file again, or train the adapter anew."
+            f"The weights of the adapter in {folder!r} cannot be read: {name} is damaged or cut short "
+            f"({' '.join(str(error).split())}). Copy or download the file again, or train the adapter anew."
         ) from error
 
 
@@ -56,6 +57,28 @@ def without_embeddings(model: nn.Module, given: dict[str, Tensor], expected: dic
             layers.append(getter())  # type: ignore[misc]
     names = tuple(f"{n}." for n, m in model.named_modules() if any(m is layer for layer in layers))
     return {k: v for k, v in given.items() if k in expected or not k.startswith(names or ("\0",))}
+
+
+def check_digest(config: FusionConfig, weights: dict[str, Tensor], model: nn.Module, expected: dict[str, Tensor]) -> None:
+    """Raises ValueError if a file's tensors are not those that its config was saved with.
+
+    Args:
+        config: The config that was loaded.
+        weights: The tensors of the file.
+        model: The model, in which the adapter has its place by now.
+        expected: The adapter's tensors there, named as in the file but for its prefix.
+    """
+    own = without_embeddings(model, {k.removeprefix(MODEL_PREFIX): v for k, v in weights.items()}, expected)
+    if not weights_differ(config, own):
+        return
+    compare_tensors(expected, own)  # says which, where names or shapes are others
+    folder = config.source[0] if config.source else ""
+    raise ValueError(
+        f"The weights of the adapter in {folder!r} are not those that it was saved with: their digest is not the one in "
+        "adapter_config.json. The file is damaged, or comes from another save than the config (a save that was interrupted leaves such "
+        "a pair). Copy both again, or save the adapter anew. If you changed the weights on purpose, remove fusion_digest from "
+        "adapter_config.json."
+    )
 
 
 def compare_tensors(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:

@@ -57,6 +57,8 @@ def test_a_run_on_words(trained, capsys):
         metrics["bytes"]["adapter_model.safetensors"] == (trained / "adapter" / "adapter_model.safetensors").stat().st_size
     )
     assert metrics["seconds"]["train"] > 0 and metrics["peak_memory_mib"] > 0 and "peft" in metrics["versions"]
+    labels = json.loads((trained / "run.json").read_text())["labels"]
+    assert json.loads((trained / "adapter" / "adapter_config.json").read_text())["fusion_labels"] == labels
     tensors = load_file(trained / "adapter" / "adapter_model.safetensors")
     assert sum(t.numel() for t in tensors.values()) == parts["total"]
     card = (trained / "adapter" / "README.md").read_text()
@@ -82,6 +84,18 @@ def test_a_run_on_texts_and_standard_input(tmp_path, capsys, monkeypatch):
     assert all(a["label"] in ("place", "person", "none") and 0 < a["probability"] <= 1 for a in answers)
     run("predict", tmp_path / "run", "--text", "anna [lives] in oslo")
     assert "anna [lives] in oslo" in capsys.readouterr().out
+    hostile = "anna \x1b[31mred\x1b]0;title\x07 \x9b2J \x7f \r bob"
+    run("predict", tmp_path / "run", "--text", hostile)
+    said = capsys.readouterr().out
+    assert "anna \u241b[31mred" in said and not set(said) & set("\x1b\x07\x9b\x7f\r")
+    run("predict", tmp_path / "run", "--json", "--text", hostile)
+    said = capsys.readouterr().out
+    assert json.loads(said)["text"] == hostile and not set(said) & set("\x1b\x07\x9b\x7f\r")
+    for command in (("predict",), ("inspect", "--output", tmp_path / "x.png")):  # latin-1, as a shell hands it on
+        error = fails(capsys, command[0], tmp_path / "run", "--text", "caf\udce9", *command[1:])
+        assert "The text 'caf\\udce9' is not UTF-8 (character 3)" in error
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"anna\ncaf\xe9\n"), encoding="utf-8"))
+    assert "Standard input is not UTF-8 text" in fails(capsys, "predict", tmp_path / "run")
 
 
 def test_a_run_without_test_data_and_the_same_seed_twice(tmp_path):
@@ -148,8 +162,17 @@ def test_damaged_and_foreign_runs(trained, tmp_path, capsys):
     save_model(tmp_path / "model", width=64)
     error = fails(capsys, "predict", trained, "--text", "Anna")
     assert "hidden size 32 with 4 blocks; this one is a 'bert' of hidden size 64" in error
-    (trained / "run.json").write_text("{")
-    assert "is damaged" in fails(capsys, "predict", trained, "--text", "Anna")
+    content = json.loads((trained / "run.json").read_text())
+    for damaged in ("{", "[]", "3", "{}", '{"recipe": 3}', "\ud800", {**content, "labels": 3}, {**content, "labels": [3]}):
+        text = json.dumps(damaged) if isinstance(damaged, dict) else damaged
+        (trained / "run.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+        assert "run.json is damaged" in fails(capsys, "predict", trained, "--text", "Anna")
+    for recipe in (3, {}, {**content["recipe"], "adapter": {"fusion": "none"}}):
+        (trained / "run.json").write_text(json.dumps({**content, "recipe": recipe}))
+        assert "run.json" in fails(capsys, "predict", trained, "--text", "Anna") or "none" in str(recipe)
+    save_model(tmp_path / "model")
+    (trained / "run.json").write_text(json.dumps({**content, "labels": content["labels"][::-1]}))
+    assert "outputs are 'O', 'B-LOC'" in fails(capsys, "predict", trained, "--text", "Anna")
 
 
 def test_a_checkpoint_that_lacks_weights_of_the_backbone(tmp_path, capsys):
@@ -161,14 +184,16 @@ def test_a_checkpoint_that_lacks_weights_of_the_backbone(tmp_path, capsys):
     run("predict", tmp_path / "run", "--text", "anna")
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
-    # a limit on the size of files stands for the disk; the adapter's is the first file above it
+@pytest.mark.parametrize("limit", [12_000, 25_000])
+def test_a_full_disk_is_told_and_leaves_nothing(limit, tmp_path):
+    # a limit on the size of files stands for the disk; the adapter's is the first file above it, or that of the optimizer's state
     recipe = write_recipe(tmp_path, adapter={"fusion": "concat"})
-    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000)); from fusion_adapters.cli import main; main()"
-    command = [sys.executable, "-c", limited, "train", str(recipe), "--output", str(tmp_path / "run")]
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); from fusion_adapters.cli import main; main()"
+    command = [sys.executable, "-c", limited.format(limit), "train", str(recipe), "--output", str(tmp_path / "run")]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "Error:" in done.stderr and "File too large" in done.stderr
+    assert "Error: A checkpoint of the training could not be written to" in done.stderr and "MiB left" in done.stderr
+    assert ("File too large" in done.stderr) == (limit == 12_000)
     assert not [p.name for p in tmp_path.iterdir() if "run" in p.name]
 
 
@@ -192,6 +217,13 @@ def test_rows_longer_than_the_backbone_has_positions(tmp_path, capsys):
         assert "has 602 pieces, but the backbone has 512 positions. Set data.max_length to 512" in error
         assert not (tmp_path / "run").exists()
     run("train", recipe, "--output", tmp_path / "run", "--set", "data.max_length=512")
+
+
+def test_a_token_is_in_no_file_of_a_run(tmp_path):
+    recipe = write_recipe(tmp_path)
+    run("train", recipe, "--output", tmp_path / "run", "--set", "training.hub_token=hf_secret")
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 5 and not [path for path in files if b"hf_secret" in path.read_bytes()]
 
 
 def test_strategies_and_casts_as_recipes_write_them(tmp_path):

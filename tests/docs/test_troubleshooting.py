@@ -54,6 +54,16 @@ def cut_short(folder):
     PeftModel.from_pretrained(plain(), folder)
 
 
+def other_names(folder):
+    def named(*labels):
+        model = plain(num_labels=2)
+        model.config.id2label, model.config.label2id = dict(enumerate(labels)), {n: i for i, n in enumerate(labels)}
+        return model
+
+    attach("bert", "token", model=named("O", "B-PER")).save_pretrained(folder)
+    PeftModel.from_pretrained(named("B-PER", "O"), folder)
+
+
 def replica(folder):
     model = attach("bert", "token")
     fusion_layers(model)[0].backbone.root._is_replica = True
@@ -113,7 +123,16 @@ CASES = {
     "... have no place in the model": lambda f: PeftModel.from_pretrained(
         plain(), edited(f, lambda t: t.update({"base_model.model.bert.layer_fusion.extra": torch.ones(2)}))
     ),
+    "The weights of the adapter in 'FOLDER' are not those that it was saved with": lambda f: PeftModel.from_pretrained(
+        plain(), edited(f, lambda t: t["base_model.model.bert.layer_fusion.position"].add_(1))
+    ),
+    "The options in adapter_config.json of 'FOLDER' are not those that the adapter was saved with": lambda f: [
+        path := saved(f) / "adapter_config.json",
+        path.write_text(path.read_text().replace('"fusion_heads": 8', '"fusion_heads": 4')),
+        PeftModel.from_pretrained(plain(), f),
+    ],
     "The weights of the adapter in 'FOLDER' cannot be read": cut_short,
+    "... With these names its answers would mean something else": other_names,
     "... could not be determined: one list of blocks is wanted": two_lists,
     "... does not name a list of blocks": lambda f: attach("bert", "token", fusion_blocks="encoder.layers"),
     "... is not an encoder-decoder, its blocks are one stack": lambda f: attach("bert", "token", fusion_stack="decoder"),

@@ -96,7 +96,7 @@ def test_the_demonstration(tmp_path, monkeypatch, capsys):
     model = "sentence-transformers/all-MiniLM-L6-v2"
     if resolve_model(model) == model:
         pytest.skip("the package with the MiniLM weights is not installed (extra: demo)")
-    monkeypatch.setattr(sys, "argv", [str(QUICKSTART), "--output", str(tmp_path), "--without-lora"])
+    monkeypatch.setattr(sys, "argv", [str(QUICKSTART), "--output", str(tmp_path)])
     runpy.run_path(str(QUICKSTART), run_name="__main__")
     told = capsys.readouterr().out
     last, dwatt = (

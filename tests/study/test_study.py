@@ -222,7 +222,24 @@ def test_a_loss_that_diverged_leaves_a_table(tmp_path):
 
     summary = json.loads((out / "summary.json").read_text(), parse_constant=no_number)
     (row,) = [row for row in summary["rows"] if row["method"] == "deeper"]
-    assert row["test_loss"] == {"mean": None, "sd": None, "interval": [None, None], "values": [None, 3.5]}
+    assert row["test_loss"] == {"mean": None, "sd": None, "interval": None, "values": [None, 3.5]}
+
+
+def test_a_run_that_diverged_is_marked_and_not_ranked(tmp_path):
+    methods = {name: METHODS[name] for name in ("deeper", "concat")}
+    methods["deeper"] = {**methods["deeper"], "rates": [1e30, 1e-3]}
+    methods["concat"] = {**methods["concat"], "rates": [1e30]}
+    path, out = write_study(tmp_path, sizes=[4], methods=methods), tmp_path / "out"
+    main(["compare", str(path), "--output", str(out), "--workers", "1"])
+    rows = scores(out)
+    assert {(row["method"], row["rate"], row["diverged"]) for row in rows if row["stage"] == "report"} == {
+        ("deeper", "0.001", "False"),
+        ("concat", "1e+30", "True"),
+    }
+    text = (out / "summary.md").read_text()
+    assert "diverged (2 of 2)" in text and "nan" not in text
+    (row,) = [row for row in json.loads((out / "summary.json").read_text())["rows"] if row["method"] == "concat"]
+    assert row["test"]["mean"] is None and row["test"]["values"] == [None, None]
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -245,10 +262,10 @@ def test_processes_give_the_table_of_one(tmp_path):
 
 
 def test_statistics():
-    assert interval([1.0]) is None
+    assert interval([1.0]) is None and interval([1.0, 2.0]) is None
     low, high = interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert 1 <= low < 3 < high <= 5
-    assert interval([2.0, 2.0]) == [2.0, 2.0]
+    assert interval([2.0, 2.0, 2.0]) == [2.0, 2.0]
     assert steps_to_share([(10, 0.1), (20, 0.46), (30, 0.5), (40, 0.48)]) == 20
     assert steps_to_share([(10, 0.45), (20, 0.46), (30, 0.5)]) == 10
 

@@ -14,7 +14,8 @@ import pytest
 from support_study import METHODS, write_study
 
 from fusion_adapters.cli import main
-from fusion_adapters.study import runner
+from fusion_adapters.study import load_study, runner
+from fusion_adapters.study.runner import Cell
 
 # a shell may have started these tests in the background, where Ctrl-C is ignored, and so it would be in what they start
 MAIN = (
@@ -129,3 +130,23 @@ def tells_of_a_killed_process(path, tmp_path, capsys):
     assert stop.value.code == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "One of the 2 processes of the comparison ended" in said and "--workers" in said
+
+
+def test_cells_wait_for_the_runs_that_they_read(tmp_path):
+    methods = {
+        "lora": METHODS["lora"],
+        "both": {"adapter": {"fusion": "dwatt", "r": 2, "target_modules": ["query"]}, "start_from": "lora"},
+    }
+    path = write_study(tmp_path, methods=methods, sizes=[2, 4, "all"], rate_sizes=[4], baseline="lora", reference=None)
+    study = load_study(path)
+    cells = {(method, size): Cell("toy", method, size) for method in methods for size in (2, 4, 13)}
+    assert runner.training_sizes(study) == {"toy": [2, 4, 13]}
+    found = {key: {other for other, c in cells.items() if c in runner.needs(study, cell)} for key, cell in cells.items()}
+    assert found == {
+        ("lora", 2): {("lora", 4)},
+        ("lora", 4): set(),
+        ("lora", 13): {("lora", 4)},
+        ("both", 2): {("both", 4), ("lora", 2), ("lora", 4)},
+        ("both", 4): {("lora", 4)},
+        ("both", 13): {("both", 4), ("lora", 13), ("lora", 4)},
+    }

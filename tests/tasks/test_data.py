@@ -122,7 +122,7 @@ def test_labels_outside_the_label_set(tmp_path):
 
 
 def test_the_cut_for_development_is_disjoint_and_the_same_for_every_seed(tmp_path):
-    write(tmp_path, conll([[(f"w{i}", "O")] for i in range(50)]))
+    write(tmp_path, conll([[(f"w{i}", "B-X" if i % 5 else "O")] for i in range(50)]))
     first, second = splits(tmp_path, seed=1, dev_fraction=0.2), splits(tmp_path, seed=2, dev_fraction=0.2)
     assert [e.words for e in first.dev] == [e.words for e in second.dev]
     assert len(first.dev) == 10 and len(first.train) == 40
@@ -130,7 +130,7 @@ def test_the_cut_for_development_is_disjoint_and_the_same_for_every_seed(tmp_pat
 
 
 def test_the_limit_draws_by_the_seed(tmp_path):
-    write(tmp_path, conll([[(f"w{i}", "O")] for i in range(50)]))
+    write(tmp_path, conll([[(f"w{i}", "B-X" if i % 5 else "O")] for i in range(50)]))
     draws = [[e.words for e in splits(tmp_path, seed=s, limit=20).train] for s in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
     assert len(draws[0]) == 20

@@ -95,6 +95,7 @@ def test_21_unloading(make, plain, batch, family, method, lora):
     assert base.state_dict().keys() == plain().state_dict().keys()
     kept = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules())
     assert kept == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in plain().modules())
+    assert not any("forward" in m.__dict__ for m in base.modules())
     before, after = plain().state_dict(), base.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert all(any(head in name for head in heads) for name in changed), "peft leaves trained heads in place, nothing else"

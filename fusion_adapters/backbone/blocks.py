@@ -9,7 +9,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .families import DEPTH_NAMES, HIDDEN_SIZE_NAMES, STACKS, blocks_in_order, is_causal, layer_drop, text_config
+from .families import (
+    DEPTH_NAMES,
+    FEED_BLOCKS,
+    HIDDEN_SIZE_NAMES,
+    STACKS,
+    blocks_in_order,
+    is_causal,
+    layer_drop,
+    text_config,
+)
 
 LAYER_NAME = "layer_fusion"  # where a fusion hangs in the module tree: a child of the backbone
 
@@ -61,7 +70,14 @@ class Backbone:
                     break
                 before.append(child)
             module = getattr(module, part)
-        return [*before, module]
+        return [*before, module, *self.beside]
+
+    @property
+    def beside(self) -> list[nn.Module]:
+        """What stands after the list of blocks, in the encoder that holds it, and feeds every block (DeBERTa, MPNet)."""
+        holder = self.base.get_submodule(self.path.rpartition(".")[0])
+        found = (getattr(holder, name, None) for name in FEED_BLOCKS)
+        return [] if isinstance(holder, PreTrainedModel) else [m for m in found if isinstance(m, nn.Module)]
 
     @property
     def device(self) -> torch.device:

@@ -36,6 +36,9 @@ HEAD_NAMES = (
     *("embed_out", "proj_out"),  # GPT-NeoX, Whisper
 )
 POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")  # tables of absolute positions
+# What encoders register after their blocks and give to each of them: relative positions of DeBERTa and MPNet; DeBERTa-v2's norm
+# of these, and the convolution beside its first block.
+FEED_BLOCKS = ("rel_embeddings", "relative_attention_bias", "LayerNorm", "conv")
 
 # Arguments of a call
 

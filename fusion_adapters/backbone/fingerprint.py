@@ -1,76 +1,171 @@
-"""Two signatures of a backbone's weights, by which adapters and caches know the backbone that they were made for.
+"""Two signatures of a backbone, by which adapters and caches know the backbone that they were made for.
 
-An adapter outlives casts, quantisation and new tokens: its `fingerprint` samples what these leave alone, and is compared up to
-rounding. Cached layer states do not: their `weights_signature` samples every tensor, and must be equal.
+Both read every value of every tensor that is not quantised. An adapter outlives casts, quantisation and new tokens: its
+`fingerprint` holds sums and the configuration, and is compared up to rounding. Cached layer states do not: their
+`weights_signature` is a hash of the bytes, and must be equal.
 """
 
 from __future__ import annotations
 
-import hashlib
+import base64
+import json
 import math
 import struct
-from collections.abc import Container, Iterable, Sequence
+import zlib
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
+import torch
+import xxhash
 from torch import Tensor, nn
 
+from .base_tensors import base_tensors
 from .blocks import Backbone
-from .families import input_embeddings, is_norm
+from .families import input_embeddings
+from .quantization import is_quantised
+from .sampled import sampled_fingerprint
+from .settings import settings, settings_differ
 
-FINGERPRINT_VERSION = "v1"
-# Token ids whose embeddings are sampled: small, so that a vocabulary resized for new tokens keeps its fingerprint.
-FINGERPRINT_ROWS = (3, 11, 101, 307)
-FINGERPRINT_VALUES, SIGNATURE_VALUES = 8, 64  # sampled per tensor
-# A cast to bf16 moves a weight by up to 2^-9 of its size; twice that is allowed.
-FINGERPRINT_TOLERANCE = 2.0**-8
+SAMPLED, WHOLE = "v1", "v2"  # of 0.1.0, see `sampled`; of 0.2.0
+ROWS = 1024  # of the word embeddings in one sum: rows that come with new tokens leave the other sums as they were
+PIECE = 2**20  # values that are summed at a time
+PRIME = 2**31 - 1
+# Of a tensor's norm. A cast to bf16 moves a weight by up to 2^-9 of its size; the order of a sum moves it by some 2^-20.
+CAST, EXACT = 2.0**-8, 2.0**-14
 SMALLEST_STEP = 2.0**-24  # between numbers of float16 near zero
+NAMED = 3  # tensors that a message names
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """What is kept of a tensor: a weighted sum of its values and their norm, in what precision they are, and how many.
+
+    `precision` is that of the values, whatever they are stored in: `b` if bfloat16 holds them, else `h` if float16 does, else `f`.
+    `before` says whether the tensor runs before or in the blocks.
+    """
+
+    before: bool
+    precision: str
+    count: int
+    weighted: float
+    norm: float
+
+    def differs(self, other: _Sum) -> bool:
+        if self.count != other.count:
+            return True
+        allowed = EXACT * max(self.norm, other.norm)
+        if self.precision != other.precision:
+            allowed = CAST * max(self.norm, other.norm) + SMALLEST_STEP * math.sqrt(self.count)
+        far = max(abs(self.weighted - other.weighted), abs(self.norm - other.norm))
+        return not far <= allowed
+
+    def text(self) -> str:
+        return f"{'ud'[not self.before]}{self.precision}{self.count:x}:{struct.pack('<2f', self.weighted, self.norm).hex()}"
+
+    @classmethod
+    def parsed(cls, text: str) -> _Sum:
+        head, _, data = text.partition(":")
+        weighted, norm = struct.unpack("<2f", bytes.fromhex(data))
+        if head[0] not in "ud" or head[1] not in "bhf":
+            raise ValueError(text)
+        return cls(head[0] == "u", head[1], int(head[2:], 16), weighted, norm)
+
+
+def fingerprints(backbone: Backbone) -> dict[str, str]:
+    """The signatures of a backbone's weights and configuration, of every version; empty if no weight is in memory (meta device).
+
+    They are the same for every dtype and quantisation of one checkpoint, and whatever adapters are attached to it. The last is
+    the one to save. Compare by `fingerprints_differ`.
+    """
+    whole, old = _whole_fingerprint(backbone), sampled_fingerprint(backbone)
+    return {
+        **({} if old is None else {SAMPLED: f"{SAMPLED}:{old}"}),
+        **({} if whole is None else {WHOLE: f"{WHOLE}:{whole}"}),
+    }
 
 
 def fingerprint(backbone: Backbone) -> str | None:
-    """A short signature of the backbone's weights, the same for every dtype and quantisation of one checkpoint.
-
-    It samples values that quantisers leave alone: rows of the input embeddings (of image and sound models: weights of
-    the first convolution), and the norms of the first and the last block. Compare two with `fingerprints_differ`.
-
-    Returns:
-        `"v1:"` and the values as hexadecimal float32; None if the weights are not in memory (meta device).
-    """
-    tensors = [t for t in (*_embedding_rows(backbone), *_norms(backbone.blocks)) if t.numel() > 0]
-    if not tensors or any(t.is_meta for t in tensors):
-        return None
-    sampled = [v for t in tensors for v in _sample(t, FINGERPRINT_VALUES).tolist()]
-    values = [v if math.isfinite(v) else 0.0 for v in sampled]
-    return f"{FINGERPRINT_VERSION}:{struct.pack(f'<{len(values)}f', *values).hex()}"
+    """The fingerprint to save, see `fingerprints`; None if no weight is in memory."""
+    return fingerprints(backbone).get(WHOLE)
 
 
-def join_fingerprints(parts: Sequence[str | None]) -> str | None:
-    """The signature of several stacks, from theirs; None if one is unknown."""
-    known = [part.partition(":")[2] for part in parts if part is not None]
-    return f"{FINGERPRINT_VERSION}:{''.join(known)}" if len(known) == len(parts) else None
+def join_fingerprints(parts: list[dict[str, str]]) -> dict[str, str]:
+    """The signatures of several stacks of one model, from theirs: the whole one covers both already."""
+    joined = {WHOLE: parts[0][WHOLE]} if WHOLE in parts[0] else {}
+    if all(SAMPLED in part for part in parts):
+        joined[SAMPLED] = f"{SAMPLED}:{''.join(part[SAMPLED].partition(':')[2] for part in parts)}"
+    return joined
 
 
-def fingerprints_differ(first: str | None, second: str | None) -> str | None:
-    """Compares two fingerprints up to the rounding of 16-bit weights.
+def fingerprints_differ(
+    saved: str | None, here: Mapping[str, str], replaced: Iterable[str] = (), rows: Iterable[int] = ()
+) -> str | None:
+    """Compares a saved fingerprint with a backbone's, up to the rounding of 16-bit weights.
+
+    Args:
+        saved: That of the adapter.
+        here: Those of the backbone, see `fingerprints`.
+        replaced: Names of modules that the adapter brings itself (`modules_to_save`).
+        rows: Word embeddings that it brings (`trainable_token_indices`).
 
     Returns:
-        None if they agree or one is unknown, else what differs, in words.
+        None if they agree or one is unknown, else what differs, in words that go after "a backbone of the same shape but with".
+
+    Raises:
+        ValueError: If the saved one cannot be read, or is of a later version.
     """
-    if first is None or second is None:
+    if saved is None:
         return None
-    (version, values), (other_version, others) = _parse(first), _parse(second)
-    if version != other_version:
+    version, _, data = saved.partition(":")
+    if version not in (SAMPLED, WHOLE):
+        raise ValueError(
+            f'"fusion_fingerprint" in adapter_config.json begins with {saved[:12]!r}; this version of fusion-adapters reads '
+            f"{SAMPLED!r} and {WHOLE!r}. If the adapter was saved by a later version, install that one (pip install -U "
+            "fusion-adapters); else the file is damaged: copy or download it again."
+        )
+    try:
+        if version == SAMPLED:
+            sampled = _floats(data)
+        else:
+            known, sums, partial = _parsed(data)
+    except Exception as error:  # of four decoders; all say that the text is not one of ours
+        raise ValueError(
+            f'"fusion_fingerprint" in adapter_config.json cannot be read ({len(saved)} characters that begin with '
+            f"{saved[:12]!r}: {error}), so nothing tells whether the adapter belongs to this backbone. Copy or download the "
+            "file again."
+        ) from error
+    if version not in here:
         return None
-    if len(values) != len(others):
-        return f"{len(values)} against {len(others)} sampled weights"
-    pairs = list(zip(values, others, strict=True))
-    far = sum(abs(a - b) > max(FINGERPRINT_TOLERANCE * max(abs(a), abs(b)), SMALLEST_STEP) for a, b in pairs)
-    return f"{far} of {len(values)} sampled weights differ" if far else None
+    if version == SAMPLED:
+        return _sampled_differ(sampled, _floats(here[SAMPLED].partition(":")[2]))
+    known_here, sums_here, partial_here = _parsed(here[WHOLE].partition(":")[2])
+    changed = settings_differ(known, known_here)
+    if changed:
+        return "another configuration: " + "; ".join(f"{k} is {a} for the adapter and {b} here" for k, a, b in changed)
+    skipped = set(replaced)
+    sums = {n: s for n, s in sums.items() if not _is_replaced(n, skipped, rows)}
+    sums_here = {n: s for n, s in sums_here.items() if not _is_replaced(n, skipped, rows)}
+    common = [name for name in sums if name in sums_here]
+    far = [name for name in common if sums[name].differs(sums_here[name])]
+    if far:
+        named = ", ".join(far[:NAMED]) + (", ..." if len(far) > NAMED else "")
+        return f"other weights: {len(far)} of {len(common)} tensors ({named}) differ by more than 16-bit rounding"
+    if partial or partial_here:
+        return None
+    names, names_here = ({_tensor_of(n) for n, s in each.items() if s.before} for each in (sums, sums_here))
+    alone = sorted(names ^ names_here)
+    if alone:
+        return f"other weights: {len(alone)} of {len(names | names_here)} tensors ({alone[0]}, ...) are in one of them alone"
+    return None
 
 
 def weights_signature(backbone: Backbone, idle: Container[int] = (), scalings: Iterable[float] = ()) -> str:
-    """A hash of values sampled from every tensor that runs before or in the blocks.
+    """A hash of every value of every tensor that runs before or in the blocks.
 
-    Quantised weights are left out, because libraries move and pack them between calls; the tensors around them (norms,
-    embeddings, biases) stand for the checkpoint.
+    Quantised layers are left out, because libraries move, pack and cast them between calls; the tensors around them (norms,
+    embeddings) stand for the checkpoint.
 
     Args:
         backbone: The backbone.
@@ -80,56 +175,111 @@ def weights_signature(backbone: Backbone, idle: Container[int] = (), scalings: I
     Returns:
         Sixteen hexadecimal digits.
     """
-    digest = hashlib.sha256()
+    digest = xxhash.xxh3_128()  # against another checkpoint, not against forgers
     for scaling in scalings:
         digest.update(struct.pack("<d", scaling))
-    for module in backbone.upstream:
-        for tensor in (*module.parameters(), *module.buffers()):
-            if not tensor.is_floating_point() or tensor.is_meta or id(tensor) in idle:
+    elsewhere = {id(t.tensor): t for t in base_tensors(backbone)}
+    for module in (m for part in backbone.upstream for m in part.modules()):
+        tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+        if any(is_quantised(t) and isinstance(t, nn.Parameter) for t in tensors):
+            continue  # its bias too, which bitsandbytes casts in the first call
+        for tensor in tensors:
+            if is_quantised(tensor) or id(tensor) in idle:
                 continue
-            digest.update(f"{tuple(tensor.shape)}".encode())
-            digest.update(_sample(tensor, SIGNATURE_VALUES).numpy().tobytes())
+            value = elsewhere[id(tensor)].value() if tensor.is_meta and id(tensor) in elsewhere else tensor.detach()
+            if value is None or value.is_meta:
+                continue
+            digest.update(f"{tuple(value.shape)}{value.dtype}".encode())
+            digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
-def _parse(text: str) -> tuple[str, tuple[float, ...]]:
-    version, _, data = text.partition(":")
+def _whole_fingerprint(backbone: Backbone) -> str | None:
+    before = {id(t) for m in backbone.upstream for t in (*m.parameters(), *m.buffers())}
+    words: Any = input_embeddings(backbone.root)
+    words = {id(t) for t in words.parameters()} if hasattr(words, "parameters") else set()
+    sums: dict[str, _Sum] = {}
+    partial = False
+    for base in base_tensors(backbone):
+        if not base.tensor.numel() or base.tensor.dtype in (torch.bool, torch.int64):  # positions, counts of batches
+            continue
+        value = None if is_quantised(base.tensor) else base.value()
+        if value is None:
+            partial = True
+            continue
+        for name, part in _parts(base.name, value, id(base.tensor) in words):
+            sums[name] = _sum(part, id(base.tensor) in before)
+    if not sums:
+        return None
+    content = {"config": settings(backbone.base), "partial": partial, "sums": {n: s.text() for n, s in sums.items()}}
+    return base64.b64encode(zlib.compress(json.dumps(content).encode(), 9)).decode()
+
+
+def _parts(name: str, value: Tensor, is_words: bool) -> Iterator[tuple[str, Tensor]]:
+    if not is_words or value.dim() < 2:
+        yield name, value
+        return
+    for first in range(0, len(value), ROWS):
+        yield f"{name}[{first}:{min(first + ROWS, len(value))}]", value[first : first + ROWS]
+
+
+def _sum(value: Tensor, before: bool) -> _Sum:
+    flat = value.reshape(-1)
+    weights = _weights(value.device)
+    weighted, squares = [], []
+    for i, piece in enumerate(map(Tensor.float, flat.split(PIECE))):
+        factor = 1 + float(_weights(torch.device("cpu"))[i % PIECE]) / 2  # pieces that change places are seen
+        weighted.append(factor * torch.dot(piece, weights[: len(piece)]))
+        squares.append(torch.dot(piece, piece))
+    found = torch.stack([torch.stack(weighted).sum(), torch.stack(squares).sum()]).tolist()
+    if not all(map(math.isfinite, found)):
+        return _sum(value.float().nan_to_num(0, 0, 0), before)
+    sample = flat[:: max(1, flat.numel() // ROWS)]
+    narrow = next((n for n, d in (("b", torch.bfloat16), ("h", torch.float16)) if bool((sample.to(d) == sample).all())), "f")
+    return _Sum(before, narrow, flat.numel(), found[0], math.sqrt(found[1]))
+
+
+@lru_cache(maxsize=4)
+def _weights(device: torch.device) -> Tensor:
+    """Numbers between -1 and 1 without a pattern, the same everywhere: squares modulo a prime, `(PIECE,)` float32."""
+    i = torch.arange(1, PIECE + 1, dtype=torch.int64)
+    residues = (i * i % PRIME) * 48271 % PRIME
+    residues = (residues * residues % PRIME).double()
+    return (residues / PRIME * 2 - 1).float().to(device)
+
+
+def _parsed(data: str) -> tuple[dict[str, str], dict[str, _Sum], bool]:
+    content = json.loads(zlib.decompress(base64.b64decode(data, validate=True)))
+    sums = {name: _Sum.parsed(text) for name, text in content["sums"].items()}
+    if not sums:
+        raise ValueError("no values")
+    return dict(content["config"]), sums, bool(content["partial"])
+
+
+def _floats(data: str) -> tuple[float, ...]:
     raw = bytes.fromhex(data)
-    return version, struct.unpack(f"<{len(raw) // 4}f", raw)
+    if not raw:
+        raise ValueError("no values")
+    return struct.unpack(f"<{len(raw) // 4}f", raw)
 
 
-def _sample(tensor: Tensor, count: int) -> Tensor:
-    """At most `count` values of a tensor at equal distances, float32 on the CPU."""
-    flat = tensor.detach().flatten()
-    return flat[:: max(1, flat.numel() // count)][:count].float().cpu()
+def _sampled_differ(values: tuple[float, ...], others: tuple[float, ...]) -> str | None:
+    if len(values) != len(others):
+        return f"other weights: {len(values)} against {len(others)} sampled ones"
+    pairs = zip(values, others, strict=True)
+    far = sum(abs(a - b) > max(CAST * max(abs(a), abs(b)), SMALLEST_STEP) for a, b in pairs)
+    return f"other weights: {far} of {len(values)} sampled ones differ by more than 16-bit rounding" if far else None
 
 
-def _embedding_rows(backbone: Backbone) -> list[Tensor]:
-    weight = _embedding_weight(backbone)
-    if weight is None:
-        convolution = next((m for m in backbone.base.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d))), None)
-        return [] if convolution is None else [convolution.weight]
-    return [weight[row] for row in FINGERPRINT_ROWS if row < weight.shape[0]]
+def _tensor_of(name: str) -> str:
+    return name.partition("[")[0]
 
 
-def _embedding_weight(backbone: Backbone) -> Tensor | None:
-    """The word embeddings; None for models of images and sound."""
-    embedding = input_embeddings(backbone.root)
-    embedding = getattr(embedding, "original_module", embedding)
-    weight = getattr(getattr(embedding, "base_layer", embedding), "weight", None)
-    fits = isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
-    return weight if fits else None
-
-
-def _norms(blocks: list[nn.Module]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for block in (blocks[0], blocks[-1]):
-        weights = [
-            p
-            for module in block.modules()
-            if is_norm(module)
-            for n, p in module.named_parameters(recurse=False)
-            if n in ("weight", "bias") and p.dim() == 1
-        ]
-        found += weights[:2]
-    return found
+def _is_replaced(name: str, modules: Iterable[str], rows: Iterable[int]) -> bool:
+    """Whether an adapter brings these values itself."""
+    path, _, span = name.partition("[")
+    parts = path.split(".")[:-1]
+    if any(".".join(parts[:i]).endswith(module) for module in modules for i in range(1, len(parts) + 1)):
+        return True
+    first, _, last = span.rstrip("]").partition(":")
+    return bool(span) and any(int(first) <= row < int(last) for row in rows)

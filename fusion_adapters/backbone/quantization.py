@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .families import HEAD_NAMES
 
@@ -42,6 +42,12 @@ def quantization_config(bits: int = 8, extra_skip: tuple[str, ...] = (), **kwarg
         }
         return BitsAndBytesConfig(**{**defaults, **kwargs})
     raise ValueError(f"bits={bits}: bitsandbytes quantises to 8 or 4 bits. Use one of these.")
+
+
+def is_quantised(tensor: Tensor) -> bool:
+    """Whether a tensor holds packed or scaled values: whole numbers, float8, or a class of a quantisation library's own."""
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return not plain or not tensor.is_floating_point() or tensor.element_size() == 1
 
 
 def keep_unpacked(modules: Iterable[nn.Module]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .dataset import CachedCollator, CachedDataset
-from .key import cache_key, key_differences, row_signature, uncached_inputs
+from .key import LABELS, cache_key, key_differences, row_signature, uncached_inputs
 from .source import Source, source_of
-from .storage import DTYPES, StaleCacheError, read_index, read_manifest, shard_is_whole
+from .storage import DTYPES, SEAL, StaleCacheError, read_index, read_manifest, shard_is_whole, shard_mark
+
+
+def columns_of(model: nn.Module | Source | None) -> frozenset[str] | None:
+    """The columns that `Trainer` would hand on to a collator for a model: its arguments, and labels; None if it is not known."""
+    if not isinstance(model, nn.Module):
+        return None
+    get_base_model: Any = getattr(model, "get_base_model", None)
+    whole = model if get_base_model is None else get_base_model()
+    return frozenset({*inspect.signature(whole.forward).parameters, *LABELS})
 
 
 class LayerStateCache:
@@ -62,17 +72,19 @@ class LayerStateCache:
         self._signatures = [s.tobytes() for s in signatures.numpy()]
         self._places: list[tuple[int, int, int]] = places.tolist()  # shard, first token, tokens
         self.wanted = self.layers  # what a dataset reads
+        self.columns = columns_of(model)
         if model is not None:
             source = source_of(model)
             self.check(source, tokenizer, max_length)
             self.wanted = self.layers if source.layers is None else list(source.layers)
         if verify:
-            damaged = [s["file"] for s in self.manifest["shards"] if not shard_is_whole(self.folder / s["file"], s)]
+            shards = self.manifest["shards"]
+            damaged = [s["file"] for i, s in enumerate(shards) if not shard_is_whole(self.folder, self.manifest, i)]
             if damaged:
                 raise ValueError(
                     f"{len(damaged)} of {len(self.manifest['shards'])} shards of the cache {str(self.folder)!r} are damaged "
-                    f"({', '.join(damaged[:4])}): the checksum does not fit. Run the extraction again with the same "
-                    "settings; it makes only these anew."
+                    f"({', '.join(damaged[:4])}): the checksum does not fit, or they belong to another cache. Run the "
+                    "extraction again with the same settings; it makes only these anew."
                 )
 
     def __len__(self) -> int:
@@ -189,10 +201,14 @@ class LayerStateCache:
         return result
 
     def dataset(
-        self, rows: Sequence[Mapping[str, Any]], layers: Sequence[int] | None = None, positions: str = "all"
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        layers: Sequence[int] | None = None,
+        positions: str = "all",
+        remove_unused_columns: bool = True,
     ) -> CachedDataset:
         """A dataset of these rows with the states that the model reads, see `CachedDataset`."""
-        return CachedDataset(self, rows, self.wanted if layers is None else layers, positions)
+        return CachedDataset(self, rows, self.wanted if layers is None else layers, positions, remove_unused_columns)
 
     def collator(self, collator: Any, dtype: torch.dtype | None = None) -> CachedCollator:
         """The task's collator with the states added to its batches, see `CachedCollator`."""
@@ -201,6 +217,12 @@ class LayerStateCache:
     def _reader(self, shard: int) -> dict[str, Any]:
         reader = self._readers.get(shard)
         if reader is None:
-            file = safe_open(self.folder / self.manifest["shards"][shard]["file"], "pt")
+            path = self.folder / self.manifest["shards"][shard]["file"]
+            file = safe_open(path, "pt")
+            if (file.metadata() or {}).get(SEAL, "").partition("-")[0] != shard_mark(self.manifest, shard):
+                raise StaleCacheError(
+                    f"The shard {str(path)!r} belongs to another cache, or to another place in this one. Run the extraction again with "
+                    "the same settings; it makes only this shard anew."
+                )
             reader = self._readers[shard] = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         return reader

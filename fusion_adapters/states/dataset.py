@@ -12,6 +12,8 @@ from torch.utils.data import Dataset
 from transformers import BatchEncoding
 
 from ..backbone.replay import LayerStates
+from .key import check_rows
+from .seen import check_seen
 
 PACKED_LENGTH = 32  # positions of a packed row, within what any model allows
 IGNORED = nn.CrossEntropyLoss().ignore_index  # -100, the label of positions without one
@@ -22,6 +24,7 @@ class RowStates(Protocol):
 
     folder: Path
     manifest: dict[str, Any]
+    columns: frozenset[str] | None
 
     def find(self, rows: Sequence[Mapping[str, Any]]) -> list[int]:
         """The numbers of rows in the cache."""
@@ -46,7 +49,8 @@ class CachedRow(BatchEncoding):
     """
 
     def __init__(self, source: CachedDataset, index: int) -> None:
-        super().__init__(dict(source.rows[index]))
+        row, kept = source.rows[index], source.columns
+        super().__init__({n: v for n, v in row.items() if (not _is_text(v) if kept is None else n in kept)})
         self.source = source
         self.index = index
 
@@ -67,6 +71,8 @@ class CachedDataset(Dataset[CachedRow]):
         rows: Tokenised rows (`input_ids`, `attention_mask`, `labels`, ...), any part of those that were cached and in any
             order; labels may be others than when the states were extracted.
         layers: The layer states to read: those of the fusion, and `L`.
+        remove_unused_columns: As of `TrainingArguments`: the collator gets the columns that the model takes, and labels. A cache that
+            was opened without a model leaves out columns of text alone.
         positions: `"all"`; or for token classification by a fusion and a head that do not mix positions, `"labelled"`
             (no states for positions whose label is -100: the same loss and gradients with less arithmetic; logits there mean
             nothing), or `"packed"` (for training: the labelled positions of a batch moved together into rows of 32, so
@@ -83,13 +89,16 @@ class CachedDataset(Dataset[CachedRow]):
         rows: Sequence[Mapping[str, Any]],
         layers: Sequence[int],
         positions: str = "all",
+        remove_unused_columns: bool = True,
     ) -> None:
+        check_rows(rows)
         if positions not in ("all", "labelled", "packed"):
             raise ValueError(f"positions={positions!r} is unknown. Use 'all', 'labelled' or 'packed'.")
         self.cache = cache
         self.rows = rows
         self.layers = list(layers)
         self.positions = positions
+        self.columns = cache.columns if remove_unused_columns else frozenset(rows[0] if len(rows) else ())
         self.numbers = cache.find(rows)
         self._labelled: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
 
@@ -139,7 +148,10 @@ class CachedCollator:
         source, numbers = _common_source(rows), [row.number for row in rows]
         if source.positions == "packed":
             return self._packed(source, rows)
-        batch = self.collator([dict(row.data) for row in rows])
+        given = [dict(row.data) for row in rows]
+        batch = self.collator([dict(row) for row in given])
+        manifest = source.cache.manifest
+        check_seen(batch, given, manifest["inputs"], manifest["known_inputs"])
         lengths = [source.cache.length(n) for n in numbers]
         positions = _places(batch, lengths)
         keep = None
@@ -161,6 +173,12 @@ class CachedCollator:
             packed[:tokens] = torch.cat([inputs[name] for _, inputs in kept])
             batch[name] = packed.view(height, PACKED_LENGTH)
         return {**batch, "layer_states": _described(source, states, torch.arange(tokens))}
+
+
+def _is_text(value: Any) -> bool:
+    while isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    return isinstance(value, str)
 
 
 def _described(source: CachedDataset, states: Tensor, positions: Tensor) -> LayerStates:
@@ -186,7 +204,7 @@ def _places(batch: Mapping[str, Any], lengths: Sequence[int]) -> Tensor:
         mask = torch.ones_like(batch["input_ids"])
     if mask is not None:
         places = mask.flatten().nonzero().squeeze(1)
-        if len(places) == count:
+        if len(places) == count and (not text or mask.flatten(1).sum(1).tolist() == [*lengths]):
             return places
     if not text and len(set(lengths)) == 1:  # images and sound: the mask, if any, counts something else
         return torch.arange(count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +19,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ..backbone.blocks import Backbone
 from ..backbone.record import recorded
-from .cache import LayerStateCache
-from .key import key_differences
+from .cache import LayerStateCache, columns_of
+from .claim import Claim, claimed
+from .key import check_rows, key_differences
 from .plan import BATCH_SIZE, Plan, plan_cache
+from .seen import check_seen, padded_right
 from .source import Source, source_of
 from .storage import (
     DTYPES,
@@ -37,6 +40,7 @@ from .storage import (
 )
 
 INT8_MAX = 127
+PADDING_TOLERANCE = 0.05  # of the states' norm: above what 16 bits and quantisation change, far below what a position does
 POSITIVE_INFINITY, NEGATIVE_INFINITY = 0x7C00, 0xFC00  # bits of float16
 
 
@@ -81,9 +85,13 @@ def cache_layer_states(
     Raises:
         StaleCacheError: If the folder holds a cache of something else.
         OSError: If the disk would not hold it; nothing is written then.
-        ValueError: If something trains inside the backbone, or a state does not fit float16.
+        RuntimeError: If another run is writing into the folder.
+        FileNotFoundError: If the folder was deleted meanwhile.
+        ValueError: If something trains inside the backbone, the fusion reads other layers than `layers`, the collator changes the
+            rows' inputs, or a state does not fit float16.
     """
     folder = Path(folder)
+    check_rows(rows)
     if shard_bytes is None and (folder / MANIFEST).is_file():
         shard_bytes = read_manifest(folder)["shard_bytes"]
     source = source_of(model)
@@ -98,11 +106,32 @@ def cache_layer_states(
         max_length=max_length,
     )
     process = PartialState()
+    with contextlib.ExitStack() as held:
+        if process.is_main_process:
+            _refuse_foreign(folder)
+            held.enter_context(claimed(folder))
+        _fill(source, rows, plan, folder, collator, process, progress)
+    cache = LayerStateCache(folder, source, verify=False)
+    cache.columns = columns_of(model)
+    return cache
+
+
+def _fill(
+    source: Source,
+    rows: Sequence[Mapping[str, Any]],
+    plan: Plan,
+    folder: Path,
+    collator: Callable[[list[Any]], Any] | None,
+    process: PartialState,
+    progress: bool,
+) -> None:
+    """Writes what is not there yet."""
     shards = plan.manifest["shards"]
     if process.is_main_process:
         _prepare(folder, plan, progress)
     process.wait_for_everyone()
-    todo = [i for i, shard in enumerate(shards) if not shard_is_whole(folder / shard["file"], shard)]
+    claim = Claim(folder)
+    todo = [i for i in range(len(shards)) if not shard_is_whole(folder, plan.manifest, i)]
     process.wait_for_everyone()  # no process may take another's fresh shard for one that was there
     mine = todo[process.process_index :: process.num_processes]
     bar = tqdm(
@@ -120,13 +149,20 @@ def cache_layer_states(
             tensors = _extract(backbone, rows, plan, number, collator, bar)
             if writing is not None:  # never more than two shards in memory
                 writing.result()
-            writing = writer.submit(_write, folder / shards[number]["file"], tensors, plan.manifest["layers"])
+            writing = writer.submit(_write, folder, plan.manifest, number, tensors, claim)
             if not beside:
                 writing.result()
         if writing is not None:
             writing.result()
+    claim.check()
     process.wait_for_everyone()
-    return LayerStateCache(folder, source, verify=False)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not (folder / MANIFEST).is_file() and not is_only_begun(folder):
+        raise FileExistsError(
+            f"The folder {str(folder)!r} is not empty and holds no cache of layer states. Give a new or empty folder."
+        )
 
 
 def _prepare(folder: Path, plan: Plan, tell: bool) -> None:
@@ -134,27 +170,19 @@ def _prepare(folder: Path, plan: Plan, tell: bool) -> None:
     index_is_whole = False
     if (folder / MANIFEST).is_file():
         index_is_whole = _check_same(folder, plan)
-    elif folder.exists() and not is_only_begun(folder):
-        raise FileExistsError(
-            f"The folder {str(folder)!r} is not empty and holds no cache of layer states. Give a new or empty folder."
-        )
-    if folder.exists():
-        remove_leftovers(folder)
-    there = folder
-    while not there.exists():
-        there = there.parent
+    _refuse_foreign(folder)
+    remove_leftovers(folder)
     present = [folder / s["file"] for s in plan.manifest["shards"] if (folder / s["file"]).is_file()]
     done = sum(path.stat().st_size for path in present)
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(folder).free
     if plan.bytes - done > free:
         raise OSError(
-            f"The layer states need {(plan.bytes - done) / 2**20:,.1f} MiB ({plan}), and the disk of {str(there)!r} has "
+            f"The layer states need {(plan.bytes - done) / 2**20:,.1f} MiB ({plan}), and the disk of {str(folder)!r} has "
             f"{free / 2**20:,.1f} MiB free. Nothing was written. Choose another folder, dtype='int8', fewer layers "
             "(fusion_layers), or fewer rows."
         )
     if tell:
         print(f"{folder}: {plan}; {len(present)} of them there", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
     if not (folder / MANIFEST).is_file():
         write_plan(folder, plan.manifest, plan.signatures, plan.places)
     elif not index_is_whole:  # it follows from the rows
@@ -233,11 +261,35 @@ def _inputs(
     else:
         raise ValueError("The rows differ in length, and there is no collator to pad them. Give the task's collator.")
     known = inspect.signature(backbone.base.forward).parameters
+    check_seen(batch, plain, names, list(known))
     wanted = {*names, "attention_mask"} & known.keys()  # a collator that pads may make the mask
     inputs: dict[str, Any] = {n: v.to(backbone.device) for n, v in batch.items() if n in wanted}
     if "use_cache" in known:
         inputs["use_cache"] = False
-    return inputs
+    mask = inputs.get("attention_mask") if "input_ids" in inputs else None
+    if mask is None or mask.dim() != 2 or bool(mask[:, 0].all()):
+        return inputs
+    right = padded_right(inputs)
+    _check_left_padding(backbone, inputs, right)
+    return right
+
+
+def _check_left_padding(backbone: Backbone, left: dict[str, Any], right: dict[str, Any]) -> None:
+    """Raises ValueError if padding before the tokens changes their states: those of a row would depend on its batch."""
+    seen: list[Tensor] = []
+    with recorded(backbone, [backbone.num_layers], lambda _, state: seen.append(state)):
+        for inputs in (left, right):
+            row = {n: v[-1:] if isinstance(v, Tensor) else v for n, v in inputs.items()}  # the shortest of the batch
+            backbone.base(**row)
+    real = [inputs["attention_mask"][-1].bool() for inputs in (left, right)]
+    states, expected = (state[0][mask].float() for state, mask in zip(seen, real, strict=True))
+    error = float((states - expected).norm() / expected.norm().clamp_min(1e-12))
+    if error > PADDING_TOLERANCE:
+        raise ValueError(
+            f"The collator pads on the left, and this backbone ({backbone.model_type!r}) counts padding as positions: the states of a row "
+            f"differ by {100 * error:.0f} % with {int((~real[0]).sum())} paddings before it, so they would depend on the other rows of "
+            "its batch. Pad on the right: tokenizer.padding_side = 'right'."
+        )
 
 
 def _store(result: dict[str, Tensor], where: slice, column: int, states: Tensor) -> None:
@@ -256,16 +308,16 @@ def _store(result: dict[str, Tensor], where: slice, column: int, states: Tensor)
         target[where, column].copy_(states)
 
 
-def _write(path: Path, tensors: dict[str, Tensor], layers: Sequence[int]) -> None:
+def _write(folder: Path, manifest: Mapping[str, Any], number: int, tensors: dict[str, Tensor], claim: Claim) -> None:
     """Writes a shard, unless float16 could not hold a state."""
-    states = tensors["states"]
+    states, layers = tensors["states"], manifest["layers"]
     if states.dtype == torch.float16 and not _all_finite(states):
         wrong = [layer for column, layer in enumerate(layers) if not bool(states[:, column].isfinite().all())]
         raise ValueError(
             f"The layer states {wrong} hold values beyond {torch.finfo(torch.float16).max:,.0f}, where float16 ends, or NaN. Use "
             "dtype='bfloat16', or mend the backbone or rows that make NaN. Nothing of this shard was written."
         )
-    write_shard(path, tensors)
+    write_shard(folder, manifest, number, tensors, claim)
 
 
 def _all_finite(states: Tensor) -> bool:

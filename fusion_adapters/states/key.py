@@ -15,9 +15,20 @@ from transformers import PreTrainedTokenizerBase
 
 from ..backbone.blocks import Backbone
 from ..backbone.fingerprint import weights_signature
+from ..backbone.settings import settings
 from .source import Source, source_of
 
 LABELS = ("labels", "label", "label_ids")  # of a row: the states do not depend on them
+
+
+def check_rows(rows: Any) -> None:
+    """Raises TypeError for rows without number: those of a stream (IterableDataset, a generator)."""
+    if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+        raise TypeError(
+            f"The rows are a {type(rows).__name__}, which has no length and cannot be read by number; a cache sorts its rows by length "
+            "and finds them again. Give a list or a datasets.Dataset: list(rows), or Dataset.from_list(list(rows)) (load_dataset "
+            "without streaming=True)."
+        )
 
 
 def cache_key(
@@ -45,6 +56,7 @@ def cache_key(
         "torch": torch.__version__,
         "transformers": version("transformers"),
     }
+    key.update({f"configuration, {name}": value for name, value in settings(backbone.base).items()})
     if quantised is not None:
         key["quantization library"] = _library_version(key["quantization"])
     return key

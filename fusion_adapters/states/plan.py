@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..backbone.blocks import Backbone
 from ..backbone.record import recorded
-from .key import cache_key, input_names, known_inputs, row_signature
+from .key import cache_key, check_rows, input_names, known_inputs, row_signature
 from .source import Source, source_of
 from .storage import DTYPES, index_checksum
 
@@ -69,6 +69,7 @@ def plan_cache(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not a format of caches. Choose one of {', '.join(DTYPES)}.")
+    check_rows(rows)
     if not len(rows):
         raise ValueError("There are no rows to cache. Give at least one tokenised row.")
     source = source_of(model)
@@ -77,6 +78,12 @@ def plan_cache(
     chosen = sorted({*(range(1, backbone.num_layers + 1) if wanted is None else wanted), backbone.num_layers})
     if chosen[0] < 0 or chosen[-1] > backbone.num_layers:
         raise ValueError(f"layers={chosen}: the backbone has the layer states 0 to {backbone.num_layers}.")
+    lacking = sorted(set(source.layers or ()) - set(chosen))
+    if lacking:
+        raise ValueError(
+            f"layers={list(layers or ())}: the attached fusion reads the layer states {list(source.layers or ())}, and {lacking} are "
+            "not among these. Leave layers out to keep what the fusion reads, or set fusion_layers. Nothing was extracted."
+        )
     names = input_names(backbone, rows[0])
     _check_alike(rows, names, known_inputs(backbone))
     signatures = [row_signature(row, names) for row in rows]

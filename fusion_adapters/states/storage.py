@@ -1,4 +1,4 @@
-"""The folder of a cache: a manifest, an index of rows, and shards that carry their own checksum.
+"""The folder of a cache: a manifest, an index of rows, and shards that carry their own checksum and the mark of their cache.
 
 manifest.json         key, layers, dtype, width, checksum of the index, shards with their rows and tokens
 index.safetensors     for each row: signature, shard, first token, number of tokens
@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..backbone.atomic import temporary_of, write_text_whole, written_whole
+from ..backbone.atomic import temporary_of, write_text_whole
+from .claim import LOCK, Claim
 
-FORMAT = 2
+FORMAT = 3
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 MANIFEST = "manifest.json"
 INDEX = "index.safetensors"
-CHECKSUM = "xxh3_128"
+SEAL = "xxh3_128"  # in a shard's metadata: which shard of which cache it is, and its checksum; one entry, as their order is random
 FILES = re.compile(r"manifest\.json|index\.safetensors|shard-\d+\.safetensors")
+SAFETENSORS_TEMPORARY = re.compile(r"\.tmp\w{6}")  # left by a version that let safetensors write beside the shards
 
 
 class StaleCacheError(ValueError):
@@ -92,7 +95,7 @@ def index_checksum(signatures: Tensor, places: Tensor) -> str:
 
 def write_index(folder: Path, signatures: Tensor, places: Tensor) -> None:
     """Writes the index; it appears when it is whole."""
-    _save(folder / INDEX, {"signatures": signatures, "places": places}, {})
+    _save(folder / INDEX, {"signatures": signatures, "places": places}, {}, lambda: None)
 
 
 def write_plan(folder: Path, manifest: dict[str, Any], signatures: Tensor, places: Tensor) -> None:
@@ -101,17 +104,27 @@ def write_plan(folder: Path, manifest: dict[str, Any], signatures: Tensor, place
     write_text_whole(folder / MANIFEST, json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n")
 
 
-def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes a shard with its checksum; it appears when it is whole."""
-    _save(path, tensors, {CHECKSUM: _checksum(tensors)})
+def write_shard(folder: Path, manifest: Mapping[str, Any], number: int, tensors: dict[str, Tensor], claim: Claim) -> None:
+    """Writes a shard with its checksum and mark; it appears when it is whole, and if the folder is still that of the claim."""
+    mark = shard_mark(manifest, number)
+    _save(folder / manifest["shards"][number]["file"], tensors, {SEAL: f"{mark}-{_checksum(tensors)}"}, claim.check)
 
 
-def shard_is_whole(path: Path, planned: Mapping[str, Any]) -> bool:
-    """Whether a shard is there, has the planned number of tokens, and has the checksum that it carries."""
+def shard_mark(manifest: Mapping[str, Any], number: int) -> str:
+    """Which shard of which cache one is: a hash over key, layers, format, index and number."""
+    parts = {name: manifest[name] for name in ("key", "layers", "dtype", "hidden_size", "index")}
+    return xxhash.xxh3_128(json.dumps([parts, number], sort_keys=True).encode()).hexdigest()
+
+
+def shard_is_whole(folder: Path, manifest: Mapping[str, Any], number: int) -> bool:
+    """Whether a shard is there, is that one of this cache, has the planned number of tokens, and the checksum that it carries."""
+    planned = manifest["shards"][number]
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(folder / planned["file"], "pt") as file:
+            mark, _, stated = (file.metadata() or {}).get(SEAL, "").partition("-")
+            if mark != shard_mark(manifest, number):
+                return False
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            stated = (file.metadata() or {}).get(CHECKSUM)
     except (OSError, SafetensorError, ValueError):
         return False
     return len(tensors.get("states", ())) == planned["tokens"] and stated == _checksum(tensors)
@@ -119,15 +132,22 @@ def shard_is_whole(path: Path, planned: Mapping[str, Any]) -> bool:
 
 def is_only_begun(folder: Path) -> bool:
     """Whether a folder without a manifest holds nothing but what a run leaves that was killed before it wrote one."""
-    return all(path.name == INDEX or _writer(path) is not None for path in folder.iterdir())
+    return all(path.name in (INDEX, LOCK) or _is_leftover(path) for path in folder.iterdir())
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes the files that runs which are dead by now were writing; call it before this run writes any."""
+    """Removes what runs which are dead by now were writing; call it before this run writes any, with the folder claimed."""
     for path in folder.iterdir():
         process = _writer(path)
-        if process is not None and (process == os.getpid() or not psutil.pid_exists(process)):
+        dead = process is not None and (process == os.getpid() or not psutil.pid_exists(process))
+        if dead and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif dead or SAFETENSORS_TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
+
+
+def _is_leftover(path: Path) -> bool:
+    return _writer(path) is not None or SAFETENSORS_TEMPORARY.fullmatch(path.name) is not None
 
 
 def _writer(path: Path) -> int | None:
@@ -136,9 +156,20 @@ def _writer(path: Path) -> int | None:
     return process if FILES.fullmatch(name) else None
 
 
-def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    with written_whole(path) as temporary:
-        save_file(tensors, temporary, metadata)
+def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], check: Callable[[], None]) -> None:
+    # in a folder of its own: safetensors writes under a random name beside the file, which nobody would know after a kill
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir()
+        save_file(tensors, beside / path.name, metadata)
+        check()
+        (beside / path.name).replace(path)
+    except FileNotFoundError:
+        check()
+        raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -13,7 +13,7 @@ import yaml
 
 from ..backbone.atomic import temporary_of, write_text_whole
 from ..backbone.blocks import find_backbones
-from ..backbone.fingerprint import weights_signature
+from ..backbone.sampled import sampled_signature
 from ..runs.loading import load_model
 from ..runs.tokenizers import load_tokenizer
 from ..runs.training import adapter_config
@@ -91,7 +91,7 @@ def backbone_signatures(study: StudyRecipe) -> dict[str, str]:
         if part not in found:
             labels = splits_of(study, data).labels
             model = load_model(recipe.backbone, recipe.task, labels, config.modules_to_save or ())
-            found[part] = weights_signature(find_backbones(model, named)[0])
+            found[part] = sampled_signature(find_backbones(model, named)[0])
     return found
 
 

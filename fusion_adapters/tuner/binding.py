@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from ..backbone.blocks import LAYER_NAME, Backbone
-from ..backbone.fingerprint import fingerprints_differ
+from ..backbone.fingerprint import WHOLE, fingerprints_differ
 from ..fusions import Fusion
 from .config import FusionConfig
 
 
-def bind(config: FusionConfig, backbones: list[Backbone], signature: str | None) -> None:
+def bind(config: FusionConfig, backbones: list[Backbone], signatures: Mapping[str, str]) -> None:
     """Checks a saved config against the backbone; writes the backbone into a new one."""
     model_type = backbones[0].model_type
     widths = [b.hidden_size for b in backbones]
@@ -23,7 +23,7 @@ def bind(config: FusionConfig, backbones: list[Backbone], signature: str | None)
             (widths, depths) if len(backbones) > 1 else (widths[0], depths[0])
         )
         config.fusion_stack = "both" if len(backbones) > 1 else backbones[0].stack
-        config.fusion_fingerprint = signature
+        config.fusion_fingerprint = signatures.get(WHOLE)
         config.settle_options()
         return
     made_for = (config.fusion_model_type, _as_list(config.fusion_hidden_size), _as_list(config.fusion_num_layers))
@@ -39,14 +39,23 @@ def bind(config: FusionConfig, backbones: list[Backbone], signature: str | None)
                 f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else "",
             )
         )
-    difference = fingerprints_differ(config.fusion_fingerprint, signature)
+    difference = fingerprints_differ(
+        config.fusion_fingerprint, signatures, replaced=config.modules_to_save or (), rows=_own_tokens(config)
+    )
     if difference:
         raise ValueError(
-            f"The adapter was made for a backbone of the same shape but with other weights: {difference} by more than "
-            "16-bit rounding. Load the checkpoint that the adapter was trained on"
-            f"{f' ({config.base_model_name_or_path})' if config.base_model_name_or_path else ''}. If the backbone is right "
-            'and was changed on purpose, remove "fusion_fingerprint" from adapter_config.json.'
+            f"The adapter was made for a backbone of the same shape but with {difference}. Load the checkpoint that the adapter was "
+            f"trained on{f' ({config.base_model_name_or_path})' if config.base_model_name_or_path else ''}; if that was changed "
+            "before (a LoRA merged into it), the one that was saved after the change, under a name of its own. If the backbone is "
+            'right and was changed on purpose, remove "fusion_fingerprint" from adapter_config.json.'
         )
+
+
+def _own_tokens(config: FusionConfig) -> list[int]:
+    """The word embeddings that the adapter trains and saves."""
+    indices = config.trainable_token_indices or ()
+    lists = indices.values() if isinstance(indices, dict) else [indices]
+    return [row for each in lists for row in each]
 
 
 def _as_list(value: int | list[int] | None) -> list[int | None]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..backbone.blocks import Backbone
 from ..backbone.families import input_embeddings
-from ..backbone.fingerprint import fingerprint
+from ..backbone.fingerprint import fingerprints
 from ..backbone.quantization import keep_unpacked
 from ..backbone.replay import GivenStates, LayerStates
 from ..backbone.taps import Taps
@@ -34,6 +34,7 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
         fusion: That adapter's fusion.
         model: See `Taps`.
         check: See `Taps`.
+        known: The backbone's fingerprints, if they are known.
     """
 
     adapter_layer_names: tuple[str, ...] = ("fusions",)
@@ -45,13 +46,15 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
         fusion: Fusion,
         model: nn.Module | None = None,
         check: Callable[[nn.Module, LayerStates], GivenStates] | None = None,
+        known: dict[str, str] | None = None,
     ) -> None:
         super().__init__(nn.Identity(), adapter_name, fusion=fusion)
         self._active_adapter: list[str] = []
         self.training = backbone.root.training
         # plain attributes of a plain object: registered, the backbone would become a child of its own child
         self.backbone = backbone
-        self.fingerprint = fingerprint(backbone)  # now: a training may change what it samples (bias='all')
+        # now: a training may change what they are of (bias='all')
+        self.fingerprints = fingerprints(backbone) if known is None else known
         self.recording: list[Tensor] | None = None
         self._trainable: dict[str, bool] = {}
         self.taps = Taps(backbone.root, backbone.blocks, self, backbone.causal, model, check)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from ..backbone.blocks import LAYER_NAME, find_backbones
-from ..backbone.fingerprint import fingerprint, join_fingerprints
+from ..backbone.fingerprint import fingerprints, join_fingerprints
 from .binding import bind, check_adapter_name, check_saved_names
 from .budget import has_own_width, settle_budget, warn_if_large
 from .build import build_for
@@ -66,7 +66,8 @@ class FusionModel(LoraModel):
             raise ValueError(
                 "The model is a PeftModel already, and two of them around one model would save each other's weights. Give "
                 "get_peft_model the plain model, with FusionConfig's own LoRA fields (r, target_modules) for LoRA and fusion in "
-                "one adapter; or fold the LoRA in first, by merge_and_unload()."
+                "one adapter; or fold the LoRA in first, by merge_and_unload(), and save the merged model under a name of its own "
+                "(save_pretrained): the adapter then belongs to that, not to the checkpoint before."
             )
         check_options(config)
         own_width = has_own_width(config)
@@ -80,8 +81,9 @@ class FusionModel(LoraModel):
             _warn_if_compiled(model)
         # those of attached stacks as they were then
         backbones = [layers[id(b.root)].backbone if id(b.root) in layers else b for b in backbones]
-        known = {root: layer.fingerprint for root, layer in layers.items()}
-        bind(config, backbones, join_fingerprints([known.get(id(b.root)) or fingerprint(b) for b in backbones]))
+        known = {root: layer.fingerprints for root, layer in layers.items()}
+        marks = [known[id(b.root)] if id(b.root) in known else fingerprints(b) for b in backbones]
+        bind(config, backbones, join_fingerprints(marks))
         check_labels(config, model)
         name_task_heads(config)
         check_head(model, backbones, config)
@@ -100,12 +102,12 @@ class FusionModel(LoraModel):
         with _undone_on_error(model), _marked_lora_free(config):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             train_head_in_float32(model, backbones, adapter_name)
-            for backbone, fusion in zip(backbones, fusions, strict=True):
+            for backbone, fusion, mark in zip(backbones, fusions, marks, strict=True):
                 layer = layers.get(id(backbone.root))
                 if layer is None:
                     # one of its layers takes the layer_states that come with a call
                     first = model if backbone is backbones[0] and not layers else None
-                    layer = FusionLayer(backbone, adapter_name, fusion, first, checked_states)
+                    layer = FusionLayer(backbone, adapter_name, fusion, first, checked_states, mark)
                     setattr(backbone.root, LAYER_NAME, layer)
                 else:
                     layer.update(adapter_name, fusion=fusion)

@@ -114,6 +114,9 @@ CASES = {
     "The adapter was made for a backbone of the same shape but with other weights": lambda f: PeftModel.from_pretrained(
         plain(seed=1), saved(f)
     ),
+    "The adapter was made for a backbone of the same shape but with another configuration": lambda f: (
+        PeftModel.from_pretrained(plain(layer_norm_eps=1e-6), saved(f))
+    ),
     "... tensors are missing": lambda f: PeftModel.from_pretrained(
         plain(), edited(f, lambda t: t.pop("base_model.model.bert.layer_fusion.position"))
     ),

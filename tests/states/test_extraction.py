@@ -222,7 +222,7 @@ def test_a_cache_of_something_else_is_refused_and_the_part_is_named(tmp_path):
     with pytest.raises(StaleCacheError, match="dtype: float32 in the cache, float16 now"):
         cached(model, rows, folder, dtype="float16")
     (folder / "manifest.json").write_text(json.dumps({**cache.manifest, "format": 99}))
-    with pytest.raises(ValueError, match="has format 99, this version reads format 2"):
+    with pytest.raises(ValueError, match="has format 99, this version reads format 3"):
         LayerStateCache(folder)
     versions = {**cache.manifest, "key": {**cache.manifest["key"], "transformers": "4.0.0"}}
     (folder / "manifest.json").write_text(json.dumps(versions))

@@ -1,0 +1,78 @@
+"""The tensors of a checkpoint in a model: by their own names whatever adapters wrap them, also where accelerate keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .blocks import LAYER_NAME, Backbone
+
+WRAPPED = (
+    "base_layer",
+    "original_module",
+    "token_adapter",
+    "_orig_mod",
+)  # what peft and torch.compile call the module inside
+
+
+@dataclass
+class BaseTensor:
+    """A parameter or a saved buffer of the backbone.
+
+    Attributes:
+        name: As in a checkpoint of the backbone, without adapters.
+        tensor: What the module holds; on the meta device if its values are elsewhere.
+        maps: Where accelerate keeps the values of a backbone spread over devices, each with the name there.
+    """
+
+    name: str
+    tensor: Tensor
+    maps: tuple[tuple[Mapping[str, Tensor], str], ...]
+
+    def value(self) -> Tensor | None:
+        """The values; None if they are nowhere."""
+        if not self.tensor.is_meta:
+            return self.tensor.detach()
+        for values, name in reversed(self.maps):
+            try:
+                found = values[name]
+            except KeyError:
+                continue
+            if not found.is_meta:
+                return found.detach()
+        return None
+
+
+def base_tensors(backbone: Backbone) -> list[BaseTensor]:
+    """Every parameter and saved buffer of the backbone, once; adapters and fusions are left out.
+
+    Buffers that are not saved (rotary frequencies, position numbers) follow from the configuration.
+    """
+    found: dict[int, BaseTensor] = {}
+    for tensor in _walk(backbone.base, "", ()):
+        found.setdefault(id(tensor.tensor), tensor)
+    return list(found.values())
+
+
+def _walk(module: nn.Module, prefix: str, maps: tuple[tuple[Mapping[str, Tensor], str], ...]) -> Iterator[BaseTensor]:
+    hook: Any = getattr(module, "_hf_hook", None)
+    single = [getattr(h, "weights_map", None) for h in getattr(hook, "hooks", (hook,))]
+    maps = (*maps, *((values, "") for values in single if values is not None))
+    inside = next((module._modules[name] for name in WRAPPED if module._modules.get(name) is not None), None)
+    if inside is not None:
+        yield from _walk(inside, prefix, maps)
+        return
+    buffers = {n: t for n, t in module._buffers.items() if n not in module._non_persistent_buffers_set}
+    for name, tensor in {**module._parameters, **buffers}.items():
+        if tensor is not None:
+            yield BaseTensor(prefix + name, tensor, _below(maps, name))
+    for name, child in module._modules.items():
+        if child is not None and name != LAYER_NAME:
+            yield from _walk(child, f"{prefix}{name}.", _below(maps, f"{name}."))
+
+
+def _below(maps: tuple[tuple[Mapping[str, Tensor], str], ...], part: str) -> tuple[tuple[Mapping[str, Tensor], str], ...]:
+    return tuple((values, name + part) for values, name in maps)

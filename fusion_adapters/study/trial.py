@@ -24,6 +24,7 @@ from ..runs.trainers import TRAINING_DEFAULTS, make_trainer
 from ..runs.training import adapter_config, load_attached, not_finite
 from ..states import LayerStateCache
 from ..tasks.base import Measure
+from ..tuner import FusionConfig
 from ..tuner.counts import count_trainable
 from .depth import depth_by_label
 from .examples import encoded_part, splits_of, subset
@@ -203,7 +204,7 @@ def start_from(model: nn.Module, weights: Path) -> None:
 def regime(study: StudyRecipe, method: str) -> str:
     """`frozen`, `lora`, `lora + fusion`, with the bits of a quantised backbone."""
     chosen = study.methods[method]
-    lora = bool(chosen.adapter.get("target_modules") or chosen.adapter.get("target_parameters"))
+    lora = FusionConfig(**chosen.adapter).has_lora
     fusion = chosen.adapter.get("fusion", "dwatt") != "last"
     name = ("lora + fusion" if fusion else "lora") if lora else "frozen"
     bits = chosen.bits or study.backbone.bits

@@ -24,6 +24,7 @@ def bind(config: FusionConfig, backbones: list[Backbone], signatures: Mapping[st
         )
         config.fusion_stack = "both" if len(backbones) > 1 else backbones[0].stack
         config.fusion_fingerprint = signatures.get(WHOLE)
+        config.fusion_lora = config.has_lora
         config.settle_options()
         return
     made_for = (config.fusion_model_type, _as_list(config.fusion_hidden_size), _as_list(config.fusion_num_layers))

@@ -14,6 +14,7 @@ from peft import LoraConfig
 from ..fusions import all_options, fusion_class, fusion_options
 from .card import ModelClass, add_loading_section
 from .digest import OPTIONS, options_digest
+from .lora import changes_lora, names_lora
 from .sizes import check_budget
 
 
@@ -59,8 +60,9 @@ else:
 class FusionConfig(_MethodOptions):
     """Configuration of a fusion adapter, with or without LoRA inside the backbone.
 
-    All fields of `peft.LoraConfig` keep their meaning, with one exception: `target_modules=None` means no LoRA. The
-    options of a method are None for its own default; an option that the method does not have is refused.
+    All fields of `peft.LoraConfig` keep their meaning: with an option of LoRA (`r`, `lora_alpha`, ...) or `target_modules`
+    there is LoRA in the backbone, by default in the modules that peft chooses for the model; with none of them the fusion
+    trains alone. The options of a method are None for its own default; one that the method does not have is refused.
 
     Args:
         fusion: The method, a name in `FUSIONS`.
@@ -71,6 +73,8 @@ class FusionConfig(_MethodOptions):
             `fit_budget`) is set to the largest that fits, and this field to None.
         fusion_stop_gradient: With LoRA: the fusion reads the layer states, but sends no gradient back through them, so that
             LoRA learns as it would without the fusion, by what reaches the last block's output directly.
+        fusion_lora: Whether there is LoRA in the backbone; None: if an option of LoRA or its modules are given. True or
+            False in a saved adapter.
         fusion_blocks: Name of the backbone's list of blocks, for models where it is not found.
         fusion_stack: For an encoder-decoder: `"encoder"`, `"decoder"` or `"both"` (a fusion in each); None means the
             stack that the head reads, the decoder where there is one.
@@ -91,6 +95,7 @@ class FusionConfig(_MethodOptions):
     fusion_stop_gradient: bool = field(
         default=False, metadata={"help": "Whether the fusion sends no gradient into a backbone with LoRA."}
     )
+    fusion_lora: bool | None = _optional("Whether there is LoRA in the backbone; None: if an option of LoRA is given.")
     fusion_blocks: str | None = _optional("Name of the backbone's list of blocks.")
     fusion_stack: str | None = _optional("Stack of an encoder-decoder: 'encoder', 'decoder' or 'both'.")
     fusion_model_type: str | None = _optional("Filled in when attached.")
@@ -104,8 +109,15 @@ class FusionConfig(_MethodOptions):
 
         def __init__(self, fusion: str = "dwatt", **fields: Any) -> None: ...
 
+    def __new__(cls, *args: Any, **fields: Any) -> FusionConfig:  # noqa: D102
+        config = super().__new__(cls)
+        config.__dict__["named"] = frozenset(fields)  # what somebody wrote, defaults included
+        return config
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if names_lora(self.__dict__.pop("named")) and self.fusion_lora is None:
+            self.fusion_lora = True
         self.peft_type = FusionPeftType.FUSION  # type: ignore[assignment]
         # A config that names a backbone was saved with an adapter and belongs to that backbone.
         self.bound = self.fusion_num_layers is not None
@@ -174,7 +186,11 @@ class FusionConfig(_MethodOptions):
     @property
     def has_lora(self) -> bool:
         """Whether the config puts LoRA into the backbone."""
-        return bool(self.target_modules) or bool(self.target_parameters)
+        if self.target_modules or self.target_parameters:
+            return True
+        if self.bound:  # what was saved with an adapter names the modules
+            return False
+        return changes_lora(self) if self.fusion_lora is None else self.fusion_lora
 
     def _check_types(self) -> None:
         for option, value in self.options.items():
@@ -226,10 +242,15 @@ class FusionConfig(_MethodOptions):
             )
 
     def _check_lora(self) -> None:
+        if self.fusion_lora is False and self.has_lora:
+            raise ValueError(
+                "fusion_lora=False asks for a fusion alone, but target_modules or target_parameters name modules for LoRA. Leave "
+                "out one of them."
+            )
         if self.fusion_stop_gradient and not self.has_lora:
             raise ValueError(
-                "fusion_stop_gradient=True keeps the fusion's gradients from LoRA, but target_modules=None asks for a fusion "
-                "without LoRA. Set target_modules, or leave fusion_stop_gradient unset."
+                "fusion_stop_gradient=True keeps the fusion's gradients from LoRA, but the config has no option of LoRA and asks "
+                "for a fusion alone. Set target_modules, or leave fusion_stop_gradient unset."
             )
         if self.layer_replication:
             raise ValueError(
@@ -238,8 +259,8 @@ class FusionConfig(_MethodOptions):
             )
         if self.bias != "none" and not self.has_lora:
             raise ValueError(
-                f"bias={self.bias!r} trains biases of the backbone, but target_modules=None asks for a fusion alone, which "
-                "trains nothing inside it. Set target_modules, or leave bias='none'."
+                f"bias={self.bias!r} trains biases of the backbone, but fusion_lora=False asks for a fusion alone, which "
+                "trains nothing inside it. Leave one of them out."
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +30,7 @@ from .digest import check_options, is_wanted, no_digest, weights_digests
 from .heads import check_head, name_task_heads, remove_float32_hook, train_head_in_float32
 from .labels import check_labels, labels_to_save, set_labels
 from .layer import FusionLayer, fusion_layers
+from .lora import choose_targets
 from .replay import checked_states
 from .weights import (
     MODEL_PREFIX,
@@ -62,6 +64,8 @@ class FusionModel(LoraModel):
         """
         config = self.peft_config[adapter_name]
         assert isinstance(config, FusionConfig)  # peft refuses to mix methods in one model
+        if not config.bound:  # what is settled here holds for this model; the caller's config may go to another
+            config = self.peft_config[adapter_name] = copy.deepcopy(config)
         if isinstance(model, PeftModel):
             raise ValueError(
                 "The model is a PeftModel already, and two of them around one model would save each other's weights. Give "
@@ -70,6 +74,8 @@ class FusionModel(LoraModel):
                 "(save_pretrained): the adapter then belongs to that, not to the checkpoint before."
             )
         check_options(config)
+        if config.has_lora:
+            choose_targets(config, model)
         own_width = has_own_width(config)
         settle_budget(config, model)
         if config.has_lora:

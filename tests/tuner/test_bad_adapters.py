@@ -175,7 +175,7 @@ def test_importing_the_plug_in_is_enough_to_load_a_file(adapter, tmp_path):
         ({"fusion_heads": True}, "fusion_heads=True must be a whole number"),
         ({"fusion_scale": 1}, "fusion_scale=1 must be true or false"),
         ({"modules_to_save": "pooler"}, r"modules_to_save='pooler' is a text.*\['pooler'\]"),
-        ({"bias": "all"}, "target_modules=None asks for a fusion alone"),
+        ({"bias": "all", "fusion_lora": False}, "fusion_lora=False asks for a fusion alone"),
         ({"r": 4, "target_modules": ["query"], "layer_replication": [(0, 2)]}, "layer_replication"),
     ],
 )

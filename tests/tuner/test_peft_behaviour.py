@@ -181,8 +181,8 @@ def test_status_reports_the_method(family):
 def test_a_config_may_be_used_for_several_backbones():
     config = FusionConfig(task_type="TOKEN_CLS")
     get_peft_model(tiny("bert"), config)
-    get_peft_model(tiny("bert", depth=2), config)
-    assert config.fusion_num_layers == 2
+    model = get_peft_model(tiny("bert", depth=2), config)
+    assert model.peft_config["default"].fusion_num_layers == 2 and config.fusion_num_layers is None
 
 
 def test_the_task_may_be_given_as_peft_writes_it(tmp_path):

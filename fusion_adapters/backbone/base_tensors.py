@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .blocks import LAYER_NAME, Backbone
+from .families import HEAD_NAMES
 
 WRAPPED = (
     "base_layer",
@@ -47,9 +48,10 @@ class BaseTensor:
 
 
 def base_tensors(backbone: Backbone) -> list[BaseTensor]:
-    """Every parameter and saved buffer of the backbone, once; adapters and fusions are left out.
+    """Every parameter and saved buffer of the backbone, once; adapters, fusions and output layers are left out.
 
-    Buffers that are not saved (rotary frequencies, position numbers) follow from the configuration.
+    Output layers (poolers): many checkpoints have none, and then a model draws one anew at each load. Buffers that are not
+    saved (rotary frequencies, position numbers) follow from the configuration.
     """
     found: dict[int, BaseTensor] = {}
     for tensor in _walk(backbone.base, "", ()):
@@ -70,7 +72,7 @@ def _walk(module: nn.Module, prefix: str, maps: tuple[tuple[Mapping[str, Tensor]
         if tensor is not None:
             yield BaseTensor(prefix + name, tensor, _below(maps, name))
     for name, child in module._modules.items():
-        if child is not None and name != LAYER_NAME:
+        if child is not None and name not in (LAYER_NAME, *HEAD_NAMES):
             yield from _walk(child, f"{prefix}{name}.", _below(maps, f"{name}."))
 
 

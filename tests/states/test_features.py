@@ -165,7 +165,7 @@ def test_states_of_a_model_that_transformers_attached_to(tmp_path):
     rows = some_rows()
     model = tiny()
     expected = cached(model, rows, tmp_path / "bare")
-    model.add_adapter(FusionConfig(fusion="concat", init_lora_weights=True))
+    model.add_adapter(FusionConfig(fusion="concat"))
     disturb(model)
     cache = cached(model, rows, tmp_path / "attached")
     torch.testing.assert_close(cache.read(cache.find(rows)), expected.read(expected.find(rows)))

@@ -13,6 +13,7 @@ import torch
 from families import attach, inputs
 from peft import peft_model
 from support import disturb, without_dropout
+from support_distributed import end_process
 from transformers import Trainer, TrainingArguments
 
 torch.set_num_threads(1)
@@ -71,3 +72,4 @@ for case in sys.argv[3:]:
     folder = Path(sys.argv[1]) / case
     folder.mkdir(parents=True, exist_ok=True)
     train(folder, int(sys.argv[2]), *case.split("-"))
+end_process()

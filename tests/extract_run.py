@@ -7,6 +7,7 @@ import torch
 from accelerate import PartialState
 from support import attached
 from support_cache import pad, some_rows
+from support_distributed import end_process
 
 from fusion_adapters.states import cache_layer_states
 
@@ -17,3 +18,4 @@ cache = cache_layer_states(
 )
 assert len(cache) == 40
 (Path(sys.argv[1]).parent / f"process-{state.process_index}-of-{state.num_processes}").write_text("")
+end_process()

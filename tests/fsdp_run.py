@@ -15,6 +15,7 @@ from families import attach, inputs
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from support import disturb, without_dropout
+from support_distributed import end_process
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -61,5 +62,4 @@ def train(output, family, lora):
 
 for case in sys.argv[2:]:
     train(Path(sys.argv[1]) / case, *case.split("-"))
-if world > 1:
-    dist.destroy_process_group()
+end_process()

@@ -1,25 +1,22 @@
 """Two signatures of a backbone, by which adapters and caches know the backbone that they were made for.
 
-Both read every value of every tensor that is not quantised. An adapter outlives casts, quantisation and new tokens: its
-`fingerprint` holds sums and the configuration, and is compared up to rounding. Cached layer states do not: their
-`weights_signature` is a hash of the bytes, and must be equal.
+Both cover every tensor that is not quantised. An adapter outlives casts, quantisation and new tokens: its `fingerprint` holds
+the configuration and sums over a sample of each tensor (`sums`), and is compared up to rounding. Cached layer states do not:
+their `weights_signature` is a hash of all bytes, and must be equal.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import math
 import struct
 import zlib
-from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
 import xxhash
-from torch import Tensor, nn
+from torch import nn
 
 from .base_tensors import base_tensors
 from .blocks import Backbone
@@ -27,63 +24,30 @@ from .families import input_embeddings
 from .quantization import is_quantised
 from .sampled import sampled_fingerprint
 from .settings import settings, settings_differ
+from .sums import CAST, SMALLEST_STEP, Sum, Sums
 
 SAMPLED, WHOLE = "v1", "v2"  # of 0.1.0, see `sampled`; of 0.2.0
-ROWS = 1024  # of the word embeddings in one sum: rows that come with new tokens leave the other sums as they were
-PIECE = 2**20  # values that are summed at a time
-PRIME = 2**31 - 1
-# Of a tensor's norm. A cast to bf16 moves a weight by up to 2^-9 of its size; the order of a sum moves it by some 2^-20.
-CAST, EXACT = 2.0**-8, 2.0**-14
-SMALLEST_STEP = 2.0**-24  # between numbers of float16 near zero
 NAMED = 3  # tensors that a message names
 
 
-@dataclass(frozen=True)
-class _Sum:
-    """What is kept of a tensor: a weighted sum of its values and their norm, in what precision they are, and how many.
+def fingerprints(backbone: Backbone, saved: str | None = None, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The signatures of a backbone's weights and configuration, by version; empty if no weight is in memory (meta device).
 
-    `precision` is that of the values, whatever they are stored in: `b` if bfloat16 holds them, else `h` if float16 does, else `f`.
-    `before` says whether the tensor runs before or in the blocks.
+    They are the same for every dtype and quantisation of one checkpoint, and whatever adapters are attached to it. Compare by
+    `fingerprints_differ`.
+
+    Args:
+        backbone: The backbone.
+        saved: What they are to be compared with: for one of 0.1.0, the signature of its kind is among them.
+        known: Those found before a training, which may change what they are of (`bias="all"`).
     """
-
-    before: bool
-    precision: str
-    count: int
-    weighted: float
-    norm: float
-
-    def differs(self, other: _Sum) -> bool:
-        if self.count != other.count:
-            return True
-        allowed = EXACT * max(self.norm, other.norm)
-        if self.precision != other.precision:
-            allowed = CAST * max(self.norm, other.norm) + SMALLEST_STEP * math.sqrt(self.count)
-        far = max(abs(self.weighted - other.weighted), abs(self.norm - other.norm))
-        return not far <= allowed
-
-    def text(self) -> str:
-        return f"{'ud'[not self.before]}{self.precision}{self.count:x}:{struct.pack('<2f', self.weighted, self.norm).hex()}"
-
-    @classmethod
-    def parsed(cls, text: str) -> _Sum:
-        head, _, data = text.partition(":")
-        weighted, norm = struct.unpack("<2f", bytes.fromhex(data))
-        if head[0] not in "ud" or head[1] not in "bhf":
-            raise ValueError(text)
-        return cls(head[0] == "u", head[1], int(head[2:], 16), weighted, norm)
-
-
-def fingerprints(backbone: Backbone) -> dict[str, str]:
-    """The signatures of a backbone's weights and configuration, of every version; empty if no weight is in memory (meta device).
-
-    They are the same for every dtype and quantisation of one checkpoint, and whatever adapters are attached to it. The last is
-    the one to save. Compare by `fingerprints_differ`.
-    """
-    whole, old = _whole_fingerprint(backbone), sampled_fingerprint(backbone)
-    return {
-        **({} if old is None else {SAMPLED: f"{SAMPLED}:{old}"}),
-        **({} if whole is None else {WHOLE: f"{WHOLE}:{whole}"}),
-    }
+    found = dict(known or {})
+    if known is None and (whole := _whole_fingerprint(backbone)) is not None:
+        found[WHOLE] = f"{WHOLE}:{whole}"
+    if saved is not None and saved.startswith(f"{SAMPLED}:") and SAMPLED not in found:
+        old = sampled_fingerprint(backbone)
+        found.update({} if old is None else {SAMPLED: f"{SAMPLED}:{old}"})
+    return found
 
 
 def fingerprint(backbone: Backbone) -> str | None:
@@ -198,7 +162,7 @@ def _whole_fingerprint(backbone: Backbone) -> str | None:
     before = {id(t) for m in backbone.upstream for t in (*m.parameters(), *m.buffers())}
     words: Any = input_embeddings(backbone.root)
     words = {id(t) for t in words.parameters()} if hasattr(words, "parameters") else set()
-    sums: dict[str, _Sum] = {}
+    sums = Sums()
     partial = False
     for base in base_tensors(backbone):
         if not base.tensor.numel() or base.tensor.dtype in (torch.bool, torch.int64):  # positions, counts of batches
@@ -207,50 +171,17 @@ def _whole_fingerprint(backbone: Backbone) -> str | None:
         if value is None:
             partial = True
             continue
-        for name, part in _parts(base.name, value, id(base.tensor) in words):
-            sums[name] = _sum(part, id(base.tensor) in before)
-    if not sums:
+        sums.add(base.name, value, id(base.tensor) in before, id(base.tensor) in words)
+    texts = {name: total.text() for name, total in sums.all().items()}
+    if not texts:
         return None
-    content = {"config": settings(backbone.base), "partial": partial, "sums": {n: s.text() for n, s in sums.items()}}
-    return base64.b64encode(zlib.compress(json.dumps(content).encode(), 9)).decode()
+    content = {"config": settings(backbone.base), "partial": partial, "sums": texts}
+    return base64.b64encode(zlib.compress(json.dumps(content).encode())).decode()
 
 
-def _parts(name: str, value: Tensor, is_words: bool) -> Iterator[tuple[str, Tensor]]:
-    if not is_words or value.dim() < 2:
-        yield name, value
-        return
-    for first in range(0, len(value), ROWS):
-        yield f"{name}[{first}:{min(first + ROWS, len(value))}]", value[first : first + ROWS]
-
-
-def _sum(value: Tensor, before: bool) -> _Sum:
-    flat = value.reshape(-1)
-    weights = _weights(value.device)
-    weighted, squares = [], []
-    for i, piece in enumerate(map(Tensor.float, flat.split(PIECE))):
-        factor = 1 + float(_weights(torch.device("cpu"))[i % PIECE]) / 2  # pieces that change places are seen
-        weighted.append(factor * torch.dot(piece, weights[: len(piece)]))
-        squares.append(torch.dot(piece, piece))
-    found = torch.stack([torch.stack(weighted).sum(), torch.stack(squares).sum()]).tolist()
-    if not all(map(math.isfinite, found)):
-        return _sum(value.float().nan_to_num(0, 0, 0), before)
-    sample = flat[:: max(1, flat.numel() // ROWS)]
-    narrow = next((n for n, d in (("b", torch.bfloat16), ("h", torch.float16)) if bool((sample.to(d) == sample).all())), "f")
-    return _Sum(before, narrow, flat.numel(), found[0], math.sqrt(found[1]))
-
-
-@lru_cache(maxsize=4)
-def _weights(device: torch.device) -> Tensor:
-    """Numbers between -1 and 1 without a pattern, the same everywhere: squares modulo a prime, `(PIECE,)` float32."""
-    i = torch.arange(1, PIECE + 1, dtype=torch.int64)
-    residues = (i * i % PRIME) * 48271 % PRIME
-    residues = (residues * residues % PRIME).double()
-    return (residues / PRIME * 2 - 1).float().to(device)
-
-
-def _parsed(data: str) -> tuple[dict[str, str], dict[str, _Sum], bool]:
+def _parsed(data: str) -> tuple[dict[str, str], dict[str, Sum], bool]:
     content = json.loads(zlib.decompress(base64.b64decode(data, validate=True)))
-    sums = {name: _Sum.parsed(text) for name, text in content["sums"].items()}
+    sums = {name: Sum.parsed(text) for name, text in content["sums"].items()}
     if not sums:
         raise ValueError("no values")
     return dict(content["config"]), sums, bool(content["partial"])

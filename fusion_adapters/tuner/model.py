@@ -88,7 +88,7 @@ class FusionModel(LoraModel):
         # those of attached stacks as they were then
         backbones = [layers[id(b.root)].backbone if id(b.root) in layers else b for b in backbones]
         known = {root: layer.fingerprints for root, layer in layers.items()}
-        marks = [known[id(b.root)] if id(b.root) in known else fingerprints(b) for b in backbones]
+        marks = [fingerprints(b, config.fusion_fingerprint, known.get(id(b.root))) for b in backbones]
         bind(config, backbones, join_fingerprints(marks))
         check_labels(config, model)
         name_task_heads(config)

@@ -1,6 +1,7 @@
 """The backbone's identity: every value and every setting that changes answers, and nothing that does not."""
 
 import base64
+import copy
 import json
 import zlib
 
@@ -38,6 +39,43 @@ def test_a_change_of_any_tensor_is_seen_and_named(family):
         assert (after == signature) == (family == "llama" and name == "norm.weight"), name  # which runs after the blocks
         parameter.data = kept
     assert fingerprints_differ(before, fingerprints(found(model))) is None
+
+
+def test_changes_of_large_tensors_are_seen_in_their_samples():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 512}
+    model = BertModel(BertConfig(vocab_size=3000, **sizes))
+    before = fingerprint(found(model))
+    layers, words, state = model.encoder.layer, model.embeddings.word_embeddings.weight, copy.deepcopy(model.state_dict())
+    query = layers[1].attention.self.query.weight
+
+    def merge_lora():
+        a, b = torch.randn(4, 256), torch.randn(256, 4)
+        delta = b @ a
+        query.data += 0.02 * delta * query.norm() / delta.norm()  # a small one: 2 % of the matrix's norm
+
+    changes = {
+        "a LoRA merged": (merge_lora, "layer.1.attention.self.query"),
+        "two matrices exchanged": (lambda: _exchange(query, layers[2].attention.self.query.weight), "2 of"),
+        "a matrix drawn anew": (lambda: torch.nn.init.normal_(query, std=0.02), "1 of"),
+        "a matrix transposed": (lambda: query.data.copy_(query.data.T.clone()), "1 of"),
+        **{
+            f"token {row}": (lambda row=row: words.data[row].normal_(), "word_embeddings.weight[")
+            for row in (0, 1, 1023, 1024, 2999)
+        },
+    }
+    for name, (change, said) in changes.items():
+        with torch.no_grad():
+            change()
+        assert said in (fingerprints_differ(before, fingerprints(found(model))) or "nothing"), name
+        model.load_state_dict(state)
+        assert fingerprints_differ(before, fingerprints(found(model))) is None
+
+
+def _exchange(one, other):
+    kept = one.data.clone()
+    one.data.copy_(other.data)
+    other.data.copy_(kept)
 
 
 def test_a_single_token_and_tokens_exchanged_are_seen():
@@ -171,7 +209,7 @@ def edited(text, **change):
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_a_text_that_cannot_be_read_is_refused(version):
-    here = fingerprints(found(tiny()))
+    here = fingerprints(found(tiny()), saved=f"{version}:")
     text = here[version]
     broken = [f"{version}:", f"{version}:zz", text[:-3], text[:42], text[:20] + "!" + text[21:]]
     if version == "v2":

@@ -60,21 +60,25 @@ def base_tensors(backbone: Backbone) -> list[BaseTensor]:
 
 
 def _walk(module: nn.Module, prefix: str, maps: tuple[tuple[Mapping[str, Tensor], str], ...]) -> Iterator[BaseTensor]:
-    hook: Any = getattr(module, "_hf_hook", None)
-    single = [getattr(h, "weights_map", None) for h in getattr(hook, "hooks", (hook,))]
-    maps = (*maps, *((values, "") for values in single if values is not None))
-    inside = next((module._modules[name] for name in WRAPPED if module._modules.get(name) is not None), None)
+    hook: Any = module.__dict__.get("_hf_hook")
+    if hook is not None:
+        single = [getattr(h, "weights_map", None) for h in getattr(hook, "hooks", (hook,))]
+        maps = (*maps, *((values, "") for values in single if values is not None))
+    children = module._modules
+    inside = next((children[name] for name in WRAPPED if children.get(name) is not None), None) if children else None
     if inside is not None:
         yield from _walk(inside, prefix, maps)
         return
-    buffers = {n: t for n, t in module._buffers.items() if n not in module._non_persistent_buffers_set}
-    for name, tensor in {**module._parameters, **buffers}.items():
+    for name, tensor in module._parameters.items():
         if tensor is not None:
             yield BaseTensor(prefix + name, tensor, _below(maps, name))
-    for name, child in module._modules.items():
+    for name, tensor in module._buffers.items():
+        if tensor is not None and name not in module._non_persistent_buffers_set:
+            yield BaseTensor(prefix + name, tensor, _below(maps, name))
+    for name, child in children.items():
         if child is not None and name not in (LAYER_NAME, *HEAD_NAMES):
             yield from _walk(child, f"{prefix}{name}.", _below(maps, f"{name}."))
 
 
 def _below(maps: tuple[tuple[Mapping[str, Tensor], str], ...], part: str) -> tuple[tuple[Mapping[str, Tensor], str], ...]:
-    return tuple((values, name + part) for values, name in maps)
+    return tuple((values, name + part) for values, name in maps) if maps else maps

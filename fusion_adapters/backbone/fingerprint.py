@@ -100,7 +100,7 @@ def fingerprints_differ(
             f"{saved[:12]!r}: {error}), so nothing tells whether the adapter belongs to this backbone. Copy or download the "
             "file again."
         ) from error
-    if version not in here:
+    if version not in here or saved == here[version]:
         return None
     if version == SAMPLED:
         return _sampled_differ(sampled, _floats(here[SAMPLED].partition(":")[2]))

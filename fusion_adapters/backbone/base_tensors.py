@@ -69,12 +69,12 @@ def _walk(module: nn.Module, prefix: str, maps: tuple[tuple[Mapping[str, Tensor]
     if inside is not None:
         yield from _walk(inside, prefix, maps)
         return
-    for name, tensor in module._parameters.items():
-        if tensor is not None:
-            yield BaseTensor(prefix + name, tensor, _below(maps, name))
-    for name, tensor in module._buffers.items():
-        if tensor is not None and name not in module._non_persistent_buffers_set:
-            yield BaseTensor(prefix + name, tensor, _below(maps, name))
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield BaseTensor(prefix + name, parameter, _below(maps, name))
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield BaseTensor(prefix + name, buffer, _below(maps, name))
     for name, child in children.items():
         if child is not None and name not in (LAYER_NAME, *HEAD_NAMES):
             yield from _walk(child, f"{prefix}{name}.", _below(maps, f"{name}."))

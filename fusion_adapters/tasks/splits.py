@@ -49,6 +49,11 @@ def load_splits(recipe: DataRecipe, task: Task, seed: int) -> Splits:
         folder = Path(str(resources.files("fusion_adapters.tasks") / recipe.path.removeprefix(PACKAGED)))
     else:
         folder = Path(recipe.path)
+    if folder.is_file():
+        raise ValueError(
+            f"data.path={recipe.path!r} is a file; it names the folder, and data.train, data.dev and data.test the files in it. Write "
+            f"data.path: {folder.parent} and data.train: {folder.name}."
+        )
     given = [folder / name for name in names.values() if name is not None]
     if folder.is_dir() and (recipe.format is not None or any(path.suffix or path.is_file() for path in given)):
         tables = {split: read_file(folder / name, recipe, task) for split, name in names.items() if name is not None}

@@ -200,6 +200,12 @@ def entities(examples):
     return sum(label.startswith("B-") for e in examples for label in e.labels)
 
 
+def test_a_file_as_path_is_told_apart_from_its_folder(tmp_path):
+    (tmp_path / "d.csv").write_text("text,label\ngood,1\nbad,0\n")
+    with pytest.raises(ValueError, match=r"names the folder.*data\.train: d\.csv"):
+        load_splits(DataRecipe(path=str(tmp_path / "d.csv")), TOKENS, 1)
+
+
 def test_the_packaged_corpus():
     data = load_splits(DataRecipe(path="package:quickstart", train="train.conll", test="test.conll"), TOKENS, 1)
     assert (len(data.train) + len(data.dev), len(data.test)) == (300, 150)

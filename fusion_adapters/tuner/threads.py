@@ -29,12 +29,14 @@ class _Here(threading.local):
         recording: The fusion layer whose weights over depth are wanted, and those found.
     """
 
-    depth: int = 0
-    states: dict[int, State] | None = None
-    switches: int = 0
-    chosen: tuple[str, ...] | None = None
-    unfused: bool = False
-    recording: tuple[nn.Module, list[Tensor]] | None = None
+    def __init__(self) -> None:
+        # not on the class: what torch compiles watches attributes of the instance alone
+        self.depth = 0
+        self.states: dict[int, State] | None = None
+        self.switches = 0
+        self.chosen: tuple[str, ...] | None = None
+        self.unfused = False
+        self.recording: tuple[nn.Module, list[Tensor]] | None = None
 
 
 class Calls:

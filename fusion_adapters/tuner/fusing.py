@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from ..fusions import Context, Fusion
-
-if TYPE_CHECKING:
-    from .layer import FusionLayer
 
 
 @dataclass(eq=False)
@@ -19,14 +16,14 @@ class Fusing:
     """What `Fuse` asks for, by one adapter's fusion.
 
     Attributes:
-        layer: The layer that holds the fusion, through which it is called.
+        layer: The `FusionLayer` that holds the fusion, through which it is called.
         fusion: The fusion.
         wanted: The numbers of the layer states that it reads.
         mixes_positions: Whether its result at a position depends on others.
         recording: Where its weights over depth go; None if nobody asked for them.
     """
 
-    layer: FusionLayer
+    layer: Any
     fusion: Fusion
     wanted: frozenset[int]
     mixes_positions: bool
@@ -35,7 +32,7 @@ class Fusing:
     def cuts_graph(self) -> bool:
         """Whether nothing below the fusion trains, so that states are kept without the graph behind them."""
         # gradient checkpointing makes the embeddings' output require a gradient, which nothing would use here
-        return self.layer.training and not self.layer.trains_states()
+        return bool(self.layer.training) and not self.layer.trains_states()
 
     def absorbs(self) -> bool:
         """Whether the fusion may take in the states one by one, see `Fusion.absorb`: then no call is seen.

@@ -273,10 +273,10 @@ def test_copies_have_calls_of_their_own():
 
 def test_attaching_in_threads_at_once():
     """Counting parameters for a budget changes torch's Module class for a moment, for all threads."""
-    before = torch.nn.Module.register_parameter
+    before, bases = torch.nn.Module.register_parameter, [tiny() for _ in range(12)]
 
     def attach():
-        own = [attached("bert", **LORA["bert"], fusion_budget=20_000) for _ in range(3)]
+        own = [attached(model=bases.pop(), **LORA["bert"], fusion_budget=20_000) for _ in range(3)]
         return not any(p.is_meta for model in own for p in model.parameters())
 
     assert in_threads(*[attach] * 4) == [True] * 4

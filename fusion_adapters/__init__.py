@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .runs.recipe import load_recipe
     from .runs.training import run_recipe
     from .states import LayerStateCache, StaleCacheError, cache_layer_states
-    from .tuner import FusionConfig, FusionModel, depth_weights
+    from .tuner import FusionConfig, FusionModel, depth_weights, use_adapter
     from .tuner.counts import count_trainable
 
 # Where each public name is defined.
@@ -45,6 +45,7 @@ _HOME = {
     "predict": "runs.predicting",
     "quantization_config": "backbone.quantization",
     "run_recipe": "runs.training",
+    "use_adapter": "tuner",
 }
 _TUNER = f"{__name__}.tuner"  # importing it registers the method
 
@@ -63,6 +64,7 @@ __all__ = [
     "predict",
     "quantization_config",
     "run_recipe",
+    "use_adapter",
 ]
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..fusions import Context
+from .fuse import Fuse
 from .replay import GivenStates
 
 _ACCELERATES = "_old_forward"  # where accelerate keeps the `forward` that it wraps, for a backbone spread over devices
@@ -19,7 +20,7 @@ class Frame:
     """What one call of the backbone has left in the taps so far.
 
     Attributes:
-        wanted: The layers whose states are kept; None if no fusion is active.
+        fuse: What fuses, from the call's begin to its end; None if no fusion is active.
         states: The states by layer number, `z_0 .. z_L`.
         context: What a fusion may know besides the states.
         reached: The number of the block that ran last.
@@ -29,7 +30,7 @@ class Frame:
         cuts: Whether the states are kept without the graph behind them.
     """
 
-    wanted: frozenset[int] | None
+    fuse: Fuse | None
     states: list[Tensor | None]
     context: Context
     reached: int = 0

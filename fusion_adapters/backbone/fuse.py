@@ -11,17 +11,15 @@ from ..fusions import Context
 
 
 class Fuse(Protocol):
-    """Fuses the layer states of a call; the taps bring them and hand the result on.
+    """Fuses the layer states of one call; the taps bring them and hand the result on.
 
     Attributes:
+        wanted: The numbers of the layer states that it will read.
         mixes_positions: Whether the result at a position depends on others, so that it must know about a KV cache.
     """
 
-    @property
-    def mixes_positions(self) -> bool: ...  # noqa: D102
-
-    def wanted_layers(self) -> frozenset[int] | None:
-        """The numbers of the layer states that it will read; None to leave the backbone alone."""
+    wanted: frozenset[int]
+    mixes_positions: bool
 
     def cuts_graph(self) -> bool:
         """Whether nothing below the fusion trains, so that states are kept without the graph behind them."""
@@ -40,4 +38,12 @@ class Fuse(Protocol):
 
     def __call__(self, states: Sequence[Tensor | None], last: Tensor, context: Context) -> Tensor:
         """The fused state `(B, T, d)` from the states by layer number, None where not wanted, and from `z_L`."""
+        ...
+
+
+class Fuses(Protocol):
+    """Knows what fuses in a call that begins now; a switch of adapters later does not change it for that call."""
+
+    def begin(self) -> Fuse | None:
+        """What fuses in this call; None to leave the backbone alone."""
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,12 +17,15 @@ from .families import state_in, state_out
 def recorded(backbone: Backbone, layers: Sequence[int], take: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Hands the layer states of the calls in the body to `take`, with the layer's number, as the blocks reach them.
 
-    Each is `(B, T, d)`; a state that is not kept in `take` is gone when the next block is through.
+    Each is `(B, T, d)`; a state that is not kept in `take` is gone when the next block is through. Calls of other threads are left
+    alone.
     """
-    wanted, count = set(layers), 0
+    wanted, count, thread = set(layers), 0, threading.get_ident()
 
     def begin(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal count
+        if threading.get_ident() != thread:
+            return
         if count in (0, backbone.num_layers):
             count = 0
             if 0 in wanted:
@@ -29,6 +33,8 @@ def recorded(backbone: Backbone, layers: Sequence[int], take: Callable[[int, Ten
 
     def end(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         nonlocal count
+        if threading.get_ident() != thread:
+            return
         count += 1
         if count in wanted:
             take(count, state_out(output))

@@ -42,10 +42,12 @@ class GivenStates:
     Attributes:
         states: `(N, tokens, d)`, see `LayerStates`.
         positions: `(tokens,)`, likewise.
+        layers: The numbers of these layers; None if unknown.
     """
 
     states: Tensor
     positions: Tensor
+    layers: tuple[int, ...] | None = None
 
 
 class StandIns:
@@ -116,10 +118,15 @@ def fuse_given(fuse: Fuse, depth: int, given: GivenStates, shown: Tensor, contex
         context: That of the call, with the last block's arguments.
 
     Raises:
-        ValueError: If there are not as many states, or not as wide ones, as the fusion wants.
+        ValueError: If there are not as many states, or not as wide ones, as the fusion wants, or they are of other layers.
     """
-    layers = sorted({*(fuse.wanted_layers() or ()), depth})
+    layers = sorted({*fuse.wanted, depth})
     count, size = len(layers), shown.shape[-1]
+    if given.layers is not None and list(given.layers) != layers:
+        raise ValueError(
+            f"layer_states holds the layers {list(given.layers)}, but the fusion wants {layers}: the active adapter was switched in "
+            "another thread while this call began. Call it again, with states for the adapter that is active now."
+        )
     if given.states.dim() != 3 or (given.states.shape[0], given.states.shape[2]) != (count, size):
         raise ValueError(
             f"layer_states has the shape {tuple(given.states.shape)}, but the fusion wants ({count}, tokens, {size}): the "

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..fusions import Context
-from .calls import Frame, WrappedForward
+from .calls import Frame, Opener, WrappedForward
 from .families import ENCODED, beside_state, cached_positions, state_in, state_out, with_state_in, with_state_out
-from .fuse import Fuse
+from .fuse import Fuses
 from .replay import GivenStates, LayerStates, StandIns, fuse_given
 
 
@@ -37,29 +37,33 @@ class Taps:
     Args:
         root: The backbone; its call opens and closes a frame.
         blocks: The backbone's blocks in the order in which they run; a block may run several times.
-        fuse: What fuses.
+        fuses: Knows what fuses in a call.
         causal: Passed on in the context.
         model: The model with the backbone in it, whose calls may bring `layer_states` along; None if they may not.
         check: For these: takes the model and what it was given, and returns the states, or raises.
+        whole: Is told when calls of this model begin and end.
     """
 
     def __init__(
         self,
         root: nn.Module,
         blocks: Sequence[nn.Module],
-        fuse: Fuse,
+        fuses: Fuses,
         causal: bool,
         model: nn.Module | None = None,
         check: Callable[[nn.Module, LayerStates], GivenStates] | None = None,
+        whole: Opener | None = None,
     ) -> None:
-        self.fuse = fuse
+        self.fuses = fuses
         self.causal = causal
         self.depth = len(blocks)
         self._check = check
         self._frames = _Frames()
         self._stand_ins = StandIns(blocks, self._replays)
         self._parameters = tuple(inspect.signature(root.forward).parameters)
-        self._wrapped = WrappedForward(root, self)
+        self._wrapped = [WrappedForward(root, self)]
+        if whole is not None and model is not None and model is not root:
+            self._wrapped.append(WrappedForward(model, whole))
         self._handles: list[RemovableHandle] = [
             root.register_forward_pre_hook(_refuse_replicas),
             blocks[0].register_forward_pre_hook(self._keep_input, with_kwargs=True),
@@ -70,7 +74,8 @@ class Taps:
 
     def remove(self) -> None:
         """Takes all hooks off the backbone."""
-        self._wrapped.remove()
+        for wrapped in self._wrapped:
+            wrapped.remove()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -113,8 +118,8 @@ class Taps:
 
     def open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Begins a call of the backbone."""
-        frame, frames = Frame(self.fuse.wanted_layers(), [None] * (self.depth + 1), Context()), self._frames
-        if frame.wanted is not None:
+        frame, frames = Frame(self.fuses.begin(), [None] * (self.depth + 1), Context()), self._frames
+        if frame.fuse is not None:
             if frames.given is not None:
                 frame.given, frames.given = frames.given, None
             kwargs = self._prepare(frame, args, kwargs)
@@ -127,12 +132,14 @@ class Taps:
         # no zip: torch 2.8 cannot trace one over unequal lengths
         named = {self._parameters[i]: value for i, value in enumerate(args)}
         named.update(kwargs)
-        cuts = self.fuse.cuts_graph()
+        fuse = frame.fuse
+        assert fuse is not None
+        cuts = fuse.cuts_graph()
         # where the backbone runs, computing a small part of the fusion twice is cheap, and its memory is what counts
         frame.context = Context(named.get("attention_mask"), self.causal, recompute=cuts)
-        if self.fuse.mixes_positions:
+        if fuse.mixes_positions:
             frame.context.cached_positions = cached_positions(named)
-        frame.absorbs = not torch.is_grad_enabled() and frame.given is None and self.fuse.absorbs()
+        frame.absorbs = not torch.is_grad_enabled() and frame.given is None and fuse.absorbs()
         if not cuts:
             return kwargs
         encoded = named.pop(ENCODED, None)
@@ -147,7 +154,7 @@ class Taps:
         frame = self._frames.stack.pop()
         if frame.given is not None:
             self._stand_ins.remove()
-        if answered and frame.wanted is not None and frame.reached < self.depth:
+        if answered and frame.fuse is not None and frame.reached < self.depth:
             raise RuntimeError(
                 f"The backbone answered, but only {frame.reached} of its {self.depth} blocks ran, so nothing was fused. If "
                 "its configuration skips blocks in training (layerdrop), load it with layerdrop=0.0."
@@ -164,7 +171,7 @@ class Taps:
 
     def _keep_input(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         frame = self._frame
-        if frame is None or frame.wanted is None or frame.reached:
+        if frame is None or frame.fuse is None or frame.reached:
             return None
         state, changed = state_in(args, kwargs), None
         if frame.cuts and state.requires_grad:
@@ -177,7 +184,7 @@ class Taps:
         frame = self._frame
         if frame is None:
             return self._run_alone()
-        if frame.wanted is None:
+        if frame.fuse is None:
             return None
         frame.reached += 1
         state = state_out(output)
@@ -186,29 +193,31 @@ class Taps:
         return with_state_out(output, self._finish(frame, state, args, kwargs)) if frame.reached == self.depth else None
 
     def _keep(self, frame: Frame, layer: int, state: Tensor) -> None:
-        if layer not in (frame.wanted or ()):
+        if frame.fuse is None or layer not in frame.fuse.wanted:
             return
         if frame.absorbs:
-            frame.kept = self.fuse.absorb(frame.kept, layer, state)
+            frame.kept = frame.fuse.absorb(frame.kept, layer, state)
         else:
             frame.states[layer] = state
 
     def _finish(self, frame: Frame, last: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The fused state; the frame holds no state from here on."""
+        fuse = frame.fuse
+        assert fuse is not None
         if frame.absorbs:
             kept, frame.kept = frame.kept, None
-            return self.fuse.finish(kept, last)
+            return fuse.finish(kept, last)
         frame.context.block_args, frame.context.block_kwargs = beside_state(args, kwargs)
         if frame.given is not None:
-            return fuse_given(self.fuse, self.depth, frame.given, last, frame.context)
+            return fuse_given(fuse, self.depth, frame.given, last, frame.context)
         states, frame.states = frame.states, []
         # a backbone spread over devices: the fusion sits where the last block computes
         states = [s if s is None or s.device == last.device else s.to(last.device) for s in states]
-        return self.fuse(states, last, frame.context)
+        return fuse(states, last, frame.context)
 
     def _run_alone(self) -> None:
         """A block outside of a call of the backbone: harmless without a fusion, else a recomputation gone wrong."""
-        if self.fuse.wanted_layers() is not None:
+        if self.fuses.begin() is not None:
             raise RuntimeError(
                 "A block of the backbone ran outside of a call of the backbone, where the other layers' states are not at "
                 "hand. Activation checkpointing around blocks does that (FSDP's activation_checkpointing, "

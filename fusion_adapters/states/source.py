@@ -37,18 +37,15 @@ class Source:
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
-        """For the time of the body: evaluation mode, no graph, no fusion."""
+        """For the time of the body: evaluation mode, and in this thread no graph and no fusion."""
         modes = [(module, module.training) for module in self.backbone.base.modules()]
-        switched = [layer for layer in self.fusions if not layer.disable_adapters]
-        for layer in switched:
-            layer.enable_adapters(False)
         self.backbone.base.eval()
         try:
-            with torch.no_grad():
+            with contextlib.ExitStack() as stack, torch.no_grad():
+                for layer in self.fusions:
+                    stack.enter_context(layer.unfused())
                 yield
         finally:
-            for layer in switched:
-                layer.enable_adapters(True)
             for module, mode in modes:
                 module.training = mode
 

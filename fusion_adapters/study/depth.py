@@ -29,14 +29,12 @@ def depth_by_label(
     counts = torch.zeros(len(labels))
     model.eval()
     for batch in trainer.get_eval_dataloader(evaluation.dataset):
-        layers[-1].recording = []
-        with torch.no_grad():
+        with layers[-1].recorded() as found, torch.no_grad():
             if task.vocabulary_head:  # logits of a vocabulary at every position would fill the memory
                 labelled_logits(model, batch)
             else:
                 model(**batch)
-        weights = layers[-1].recording[-1].cpu()
-        layers[-1].recording = None
+        weights = found[-1].cpu()
         weights = weights if weights.dim() == 3 else weights.mean(2)  # (B, T, N), or (1, tokens, N) from a cache
         gold = task.depth_groups(batch["labels"].cpu(), batch["input_ids"].shape).flatten()
         if weights.shape[:2] != batch["input_ids"].shape:

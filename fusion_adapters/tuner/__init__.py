@@ -16,6 +16,7 @@ from .heads import TASK_HEADS
 from .layer import FusionLayer, fusion_layers
 from .model import FusionModel
 from .replay import layers_read
+from .use import use_adapter
 
 __all__ = [
     "TASK_HEADS",
@@ -28,6 +29,7 @@ __all__ = [
     "layers_read",
     "register",
     "scalings_in_use",
+    "use_adapter",
 ]
 
 

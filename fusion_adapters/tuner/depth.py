@@ -12,7 +12,7 @@ from .layer import fusion_layers
 
 
 def depth_weights(model: nn.Module, *, stack: str | None = None, **inputs: Any) -> Tensor:
-    """The weights over depth that the active fusion gives each token of a batch.
+    """The weights over depth that the active fusion gives each token of a batch. Several threads may ask at once.
 
     Args:
         model: A model with an attached fusion.
@@ -26,23 +26,20 @@ def depth_weights(model: nn.Module, *, stack: str | None = None, **inputs: Any) 
     Raises:
         ValueError: If no fusion is active, or the active one has no weights over depth.
     """
-    active = [layer for layer in fusion_layers(model) if layer.active_fusion is not None]
-    if stack is not None:
-        active = [layer for layer in active if layer.backbone.stack == stack]
-    if not active:
-        raise ValueError(
-            f"The model has no active fusion{f' in its {stack}' if stack else ''}: attach a FusionConfig by get_peft_model, "
-            "or enable its adapter."
-        )
-    layer = active[-1]  # the decoder comes last
-    fusion = layer.active_fusion
-    if fusion is None or not fusion.has_weights:
-        having = ", ".join(name for name, method in FUSIONS.items() if method.has_weights)
-        raise ValueError(f"{type(fusion).__name__} gives no weights over depth. Methods that do: {having}.")
-    layer.recording = []
-    try:
-        with torch.no_grad():
-            model(**inputs)
-        return layer.recording[-1]
-    finally:
-        layer.recording = None
+    layers = fusion_layers(model)
+    if layers and layers[0].calls is not None:
+        with layers[0].calls.held():  # the fusion that is looked at here is the one that is called
+            active = [layer for layer in layers if layer.active_fusion is not None and stack in (None, layer.backbone.stack)]
+            if active:
+                layer = active[-1]  # the decoder comes last
+                fusion = layer.active_fusion
+                if fusion is None or not fusion.has_weights:
+                    having = ", ".join(name for name, method in FUSIONS.items() if method.has_weights)
+                    raise ValueError(f"{type(fusion).__name__} gives no weights over depth. Methods that do: {having}.")
+                with layer.recorded() as found, torch.no_grad():
+                    model(**inputs)
+                return found[-1]
+    raise ValueError(
+        f"The model has no active fusion{f' in its {stack}' if stack else ''}: attach a FusionConfig by get_peft_model, "
+        "or enable its adapter."
+    )

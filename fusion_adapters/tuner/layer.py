@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from ..backbone.replay import GivenStates, LayerStates
 from ..backbone.taps import Taps
 from ..fusions import Context, Fusion
 from .active import modules_in, trains
+from .fusing import Fusing
+from .threads import Calls, Follower, deleted
 
 
-class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
+class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
     """The fusions of all adapters of a model, one of them active, and the taps that feed it.
 
     It hangs in the module tree as a child of the backbone, so that peft, transformers, optimizers and `.to()` find its
@@ -35,6 +38,7 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
         model: See `Taps`.
         check: See `Taps`.
         known: The backbone's fingerprints, if they are known.
+        calls: The calls of the model; None for one that no thread shares.
     """
 
     adapter_layer_names: tuple[str, ...] = ("fusions",)
@@ -47,17 +51,18 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
         model: nn.Module | None = None,
         check: Callable[[nn.Module, LayerStates], GivenStates] | None = None,
         known: dict[str, str] | None = None,
+        calls: Calls | None = None,
     ) -> None:
         super().__init__(nn.Identity(), adapter_name, fusion=fusion)
         self._active_adapter: list[str] = []
+        self.calls = Calls() if calls is None else calls
         self.training = backbone.root.training
         # plain attributes of a plain object: registered, the backbone would become a child of its own child
         self.backbone = backbone
         # now: a training may change what they are of (bias='all')
         self.fingerprints = fingerprints(backbone) if known is None else known
-        self.recording: list[Tensor] | None = None
         self._trainable: dict[str, bool] = {}
-        self.taps = Taps(backbone.root, backbone.blocks, self, backbone.causal, model, check)
+        self.taps = Taps(backbone.root, backbone.blocks, self, backbone.causal, model, check, self.calls)
 
     # what a forward pass does
 
@@ -75,58 +80,67 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
     @property
     def active_fusion(self) -> Fusion | None:
         """The active adapter's fusion; None if adapters are disabled or none is active."""
-        if self.disable_adapters or not self.active_adapters:
+        active, disabled = self.state_in_call()
+        if disabled or not active or (self.calls is not None and self.calls.here.unfused):
             return None
-        return self.fusions[self.active_adapters[0]]  # type: ignore[return-value]
+        fusion = self.fusions._modules.get(active[0])
+        if fusion is None:
+            raise deleted(active[0])
+        return fusion  # type: ignore[return-value]
 
-    def forward(  # type: ignore[override]
-        self, states: Sequence[Tensor | None], last: Tensor, context: Context
-    ) -> Tensor:
+    @property
+    def disable_adapters(self) -> bool:
+        return self.state_in_call()[1]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.state_in_call()[0])
+
+    def begin(self) -> Fusing | None:
+        """What fuses in a call of this thread that begins now; None if no fusion is active."""
         fusion = self.active_fusion
         if fusion is None:
-            return last
+            return None
+        asked = None if self.calls is None else self.calls.here.recording
+        recording = asked[1] if asked is not None and asked[0] is self and fusion.has_weights else None
+        return Fusing(self, fusion, frozenset(fusion.layers), fusion.mixes_positions, recording)
+
+    def forward(  # type: ignore[override]
+        self,
+        states: Sequence[Tensor | None],
+        last: Tensor,
+        context: Context,
+        fusion: Fusion,
+        recording: list[Tensor] | None = None,
+    ) -> Tensor:
+        """The fused state by one adapter's fusion, see `Fuse`; its weights over depth go into `recording`."""
         chosen: list[Any] = [states[i] for i in fusion.layers]
         if not (fusion.stop_gradient and last.requires_grad):
-            return self._fuse(fusion, chosen, last, context)
-        fused = self._fuse(fusion, [state.detach() for state in chosen], last.detach(), context)
+            return _fuse(fusion, chosen, last, context, recording)
+        fused = _fuse(fusion, [state.detach() for state in chosen], last.detach(), context, recording)
         return fused + (last - last.detach())  # adds zero, and the gradient that z_L has without a fusion
 
-    def _fuse(self, fusion: Fusion, chosen: Sequence[Tensor], last: Tensor, context: Context) -> Tensor:
-        if self.recording is None or not fusion.has_weights:
-            return fusion(chosen, last, context)
-        fused, weights = fusion(chosen, last, context, return_weights=True)
-        self.recording.append(weights.detach())
-        return fused
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[list[Tensor]]:
+        """In the body, calls of this thread leave the weights over depth in the list that it gives."""
+        assert self.calls is not None
+        here, found = self.calls.here, []  # type: ignore[var-annotated]
+        before, here.recording = here.recording, (self, found)
+        try:
+            yield found
+        finally:
+            here.recording = before
 
-    def cuts_graph(self) -> bool:
-        """Whether nothing below the fusion trains, so that states are kept without the graph behind them."""
-        # gradient checkpointing makes the embeddings' output require a gradient, which nothing would use here
-        return self.training and not self.trains_states()
-
-    def absorbs(self) -> bool:
-        """Whether the active fusion may take in the states one by one, see `Fusion.absorb`: then no call is seen.
-
-        A hook, a wrapper or a compiled form of the fusion waits for the call, and the weights over depth come from it.
-        """
-        fusion = self.active_fusion
-        if fusion is None or self.recording is not None or not getattr(fusion, "absorbs", False):
-            return False
-        return not any(
-            m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl is not None or "forward" in m.__dict__
-            for m in (self, fusion)
-        )
-
-    def absorb(self, kept: Any, layer: int, state: Tensor) -> Any:
-        """Takes in the state of a layer, see `Fusion.absorb`."""
-        fusion: Any = self.active_fusion
-        # a backbone spread over devices: the fusion sits where the last block computes
-        state = state.to(next(fusion.parameters()).device)
-        return fusion.absorb(kept, fusion.layers.index(layer), state)
-
-    def finish(self, kept: Any, last: Tensor) -> Tensor:
-        """The fused state from what was absorbed, see `Fusion.finish`."""
-        fusion: Any = self.active_fusion
-        return fusion.finish(kept, last)
+    @contextlib.contextmanager
+    def unfused(self) -> Iterator[None]:
+        """In the body, calls of this thread leave the fusion out, and LoRA and heads as they are."""
+        assert self.calls is not None
+        here = self.calls.here
+        before, here.unfused = here.unfused, True
+        try:
+            yield
+        finally:
+            here.unfused = before
 
     def trains_states(self) -> bool:
         """Whether something trains inside the backbone, so that its layer states change."""
@@ -196,6 +210,7 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
             fusion.requires_grad_(name == chosen and not inference_mode)
         self._trainable.clear()  # enabling again must not undo this
         self._active_adapter = [] if chosen is None else [chosen]
+        self.switched()
         if self.training:  # another adapter may train inside the backbone where this one does not
             self.backbone.root.train()
 
@@ -203,6 +218,7 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
         if enabled == (not self._disable_adapters):
             return
         self._disable_adapters = not enabled
+        self.switched()
         if enabled:
             for name, parameter in self.fusions.named_parameters():
                 parameter.requires_grad_(self._trainable.get(name, parameter.requires_grad))
@@ -213,10 +229,10 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
         if adapter_name not in self.fusions:
             return
+        if adapter_name in self._active_adapter:  # first: a call that begins meanwhile has the next one
+            self.set_adapter((new_active_adapters or sorted({*self.fusions} - {adapter_name}))[:1])
         del self.fusions[adapter_name]
         self._adapters.discard(adapter_name)
-        if adapter_name in self._active_adapter:
-            self.set_adapter((new_active_adapters or sorted(self.fusions))[:1])
 
     def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
         return {k: state_dict[v] for k, v in self.adapter_state_dict_load_map(adapter_name).items()}
@@ -238,6 +254,16 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name in self.fusions and not any(p.is_meta for p in self.fusions[adapter_name].parameters()):
             self.fusions[adapter_name].to(device or self.backbone.device)
+
+
+def _fuse(
+    fusion: Fusion, chosen: Sequence[Tensor], last: Tensor, context: Context, recording: list[Tensor] | None
+) -> Tensor:
+    if recording is None:
+        return fusion(chosen, last, context)
+    fused, weights = fusion(chosen, last, context, return_weights=True)
+    recording.append(weights.detach())
+    return fused
 
 
 def fusion_layers(model: nn.Module) -> list[FusionLayer]:

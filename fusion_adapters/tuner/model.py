@@ -13,8 +13,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, PeftType, get_peft_model_state_dict, load_peft_weights
-from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_peft_model_state_dict, load_peft_weights
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
@@ -30,8 +29,9 @@ from .digest import check_options, is_wanted, no_digest, weights_digests
 from .heads import check_head, name_task_heads, remove_float32_hook, train_head_in_float32
 from .labels import check_labels, labels_to_save, set_labels
 from .layer import FusionLayer, fusion_layers
-from .lora import choose_targets
+from .lora import as_lora, choose_targets, marked_lora_free
 from .replay import checked_states
+from .threads import ATTACHING, Calls
 from .weights import (
     MODEL_PREFIX,
     check_digest,
@@ -47,8 +47,17 @@ class FusionModel(LoraModel):
     """LoRA's tuner with a fusion on top. Users reach it through `peft.get_peft_model`."""
 
     tuner_layer_cls = (LoraLayer, FusionLayer)  # type: ignore[assignment]
+    calls: Calls  # of the model, whose adapters are switched here
 
-    def inject_adapter(
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adds an adapter, see `_inject`; in one thread at a time, and calls of the model that begin meanwhile wait."""
+        layers = fusion_layers(model)
+        self.calls = layers[0].calls or Calls() if layers else Calls()
+        with ATTACHING, self.calls.switching():
+            self._inject(model, adapter_name, *args, **kwargs)
+            self.calls.follow(model, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+
+    def _inject(
         self,
         model: nn.Module,
         adapter_name: str,
@@ -79,7 +88,7 @@ class FusionModel(LoraModel):
         own_width = has_own_width(config)
         settle_budget(config, model)
         if config.has_lora:
-            with _as_lora(config):  # peft renames targets in models that transformers 5 built anew, for LoRA alone
+            with as_lora(config):  # peft renames targets in models that transformers 5 built anew, for LoRA alone
                 convert_peft_config_for_transformers(config, model, None)
         backbones = find_backbones(model, config.fusion_blocks, config.fusion_stack)
         layers = {id(layer.backbone.root): layer for layer in fusion_layers(model)}
@@ -105,7 +114,7 @@ class FusionModel(LoraModel):
             if not any(p.is_meta for p in fusion.parameters()):
                 fusion.to(backbone.device)
 
-        with _undone_on_error(model), _marked_lora_free(config):
+        with _undone_on_error(model), marked_lora_free(config):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             train_head_in_float32(model, backbones, adapter_name)
             for backbone, fusion, mark in zip(backbones, fusions, marks, strict=True):
@@ -113,7 +122,7 @@ class FusionModel(LoraModel):
                 if layer is None:
                     # one of its layers takes the layer_states that come with a call
                     first = model if backbone is backbones[0] and not layers else None
-                    layer = FusionLayer(backbone, adapter_name, fusion, first, checked_states, mark)
+                    layer = FusionLayer(backbone, adapter_name, fusion, first, checked_states, mark, self.calls)
                     setattr(backbone.root, LAYER_NAME, layer)
                 else:
                     layer.update(adapter_name, fusion=fusion)
@@ -133,17 +142,23 @@ class FusionModel(LoraModel):
 
     def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
         """Makes an adapter active; the model's outputs then have the names of its labels."""
-        super().set_adapter(adapter_name, *args, **kwargs)
-        config: Any = self.peft_config[self.active_adapters[0]]
-        set_labels(config, self.model)
+        with self.calls.switching():
+            super().set_adapter(adapter_name, *args, **kwargs)
+            config: Any = self.peft_config[self.active_adapters[0]]
+            set_labels(config, self.model)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        with self.calls.switching():
+            super()._enable_adapter_layers(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; if it was active, the first of those that are left becomes active."""
-        super().delete_adapter(adapter_name)
-        left = sorted({name for layer in fusion_layers(self.model) for name in layer.fusions})
-        # peft asks the first LoRA layer who is left, which knows nothing of adapters without LoRA
-        if left and not self.active_adapters:
-            self.set_adapter(left[0])
+        with self.calls.switching():
+            super().delete_adapter(adapter_name)
+            left = sorted({name for layer in fusion_layers(self.model) for name in layer.fusions})
+            # peft asks the first LoRA layer who is left, which knows nothing of adapters without LoRA
+            if left and not self.active_adapters:
+                self.set_adapter(left[0])
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -152,7 +167,7 @@ class FusionModel(LoraModel):
                 "adapter_names (several adapters in one batch) does not work with a fusion, which replaces the output of "
                 "the last block for the whole batch. Run one batch per adapter, with model.set_adapter in between."
             )
-        with super()._enable_peft_forward_hooks(*args, **kwargs):
+        with self.calls.held(), super()._enable_peft_forward_hooks(*args, **kwargs):  # of a whole generation, too
             yield
 
     def merge_and_unload(
@@ -205,7 +220,7 @@ class FusionModel(LoraModel):
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
-        with _as_lora(peft_config):
+        with as_lora(peft_config):
             super()._check_target_module_compatiblity(peft_config, model, target_name)
 
     @classmethod
@@ -289,29 +304,6 @@ def _check_layer_drop(layer: FusionLayer) -> None:
             "all of them. Load it with layerdrop=0.0 (from_pretrained(..., layerdrop=0.0); BART and Whisper name it "
             "encoder_layerdrop and decoder_layerdrop), or train the fusion alone, without LoRA."
         )
-
-
-@contextlib.contextmanager
-def _marked_lora_free(config: FusionConfig) -> Iterator[None]:
-    """For the time of an injection, says "no LoRA" in peft's way; None would let peft choose modules."""
-    if config.has_lora:
-        yield
-        return
-    config.target_modules = DUMMY_TARGET_MODULES
-    try:
-        yield
-    finally:
-        config.target_modules = None
-
-
-@contextlib.contextmanager
-def _as_lora(config: Any) -> Iterator[None]:
-    """In the body, the config's type is LoRA's, for what peft does by the type."""
-    own, config.peft_type = config.peft_type, PeftType.LORA
-    try:
-        yield
-    finally:
-        config.peft_type = own
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ def checked_states(model: nn.Module, layer_states: LayerStates) -> GivenStates:
             "modules_to_save before the blocks), so the states would change with every step. Train live, without a cache."
         )
     _check_held(model, layers[0], layer_states)
-    return GivenStates(layer_states["states"], layer_states["positions"])
+    return GivenStates(layer_states["states"], layer_states["positions"], tuple(layer_states.get("layers") or ()))
 
 
 def _check_held(model: nn.Module, layer: FusionLayer, layer_states: LayerStates) -> None:

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -52,6 +53,19 @@ def cut_short(folder):
     path = saved(folder) / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
     PeftModel.from_pretrained(plain(), folder)
+
+
+def switched_meanwhile():
+    model = attach("bert", "token", lora=True)
+    model.add_adapter("second", model.peft_config["default"])
+
+    def switch(*_):
+        thread = threading.Thread(target=model.set_adapter, args=("second",))
+        thread.start()
+        thread.join()
+
+    fusion_layers(model)[0].backbone.blocks[1].register_forward_pre_hook(switch)
+    model.eval()(**inputs("bert", "token"))
 
 
 def other_names(folder):
@@ -150,6 +164,7 @@ CASES = {
         model.add_adapter("second", FusionConfig(task_type="TOKEN_CLS")),
         model.base_model.set_adapter(["default", "second"]),
     ],
+    "Another thread switched, disabled or deleted an adapter": lambda f: switched_meanwhile(),
     "adapter_names (several adapters in one batch) does not work with a fusion": lambda f: attach("bert", "token").eval()(
         **inputs("bert", "token"), adapter_names=["default", "__base__"]
     ),

@@ -292,7 +292,7 @@ def test_depth_weights_come_on_request(family):
     assert weights.shape == (2, 9, 2, DEPTH)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 9, 2))
     assert depth_weights(attached(family, fusion_heads=1), **batch()).shape == (2, 9, DEPTH)
-    assert layer_of(model).recording is None
+    assert layer_of(model).calls.here.recording is None
     with pytest.raises(ValueError, match="Methods that do: dwatt, dwconcat, scalar_mix, attnres, laya"):
         depth_weights(attached(family, fusion="concat"), **batch())
     with pytest.raises(ValueError, match="no active fusion"):

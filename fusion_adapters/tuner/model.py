@@ -26,27 +26,33 @@ from .budget import has_own_width, settle_budget, warn_if_large
 from .build import build_for
 from .card import CardWriter, class_of
 from .config import FusionConfig
-from .digest import check_options, is_wanted, no_digest, weights_digests
+from .digest import MODEL_PREFIX, is_wanted, no_digest, weights_digests
 from .heads import check_head, name_task_heads, remove_float32_hook, train_head_in_float32
 from .labels import check_labels, labels_to_save, set_labels
+from .as_lora import as_lora, marked_lora_free
 from .layer import FusionLayer, fusion_layers
+from .load import Load, current_load
 from .lora import choose_targets
 from .replay import checked_states
-from .weights import (
-    MODEL_PREFIX,
-    check_digest,
-    check_wrapped_tensors,
-    compare_tensors,
-    read_weights,
-    without_embeddings,
-    wrapped_keys,
-)
+from .undo import Before
+from .weights import check_weights, compare_tensors, saved_config, tensors_in_file, weights_of, without_embeddings, wrapped_keys
 
 
 class FusionModel(LoraModel):
     """LoRA's tuner with a fusion on top. Users reach it through `peft.get_peft_model`."""
 
     tuner_layer_cls = (LoraLayer, FusionLayer)  # type: ignore[assignment]
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        known = getattr(model, "peft_config", None)  # peft writes the config into it before it is checked
+        kept = dict(known or {})
+        try:
+            super().__init__(model, *args, **kwargs)
+        except BaseException:
+            if known is not None:
+                known.clear()
+                known.update(kept)
+            raise
 
     def inject_adapter(
         self,
@@ -62,6 +68,25 @@ class FusionModel(LoraModel):
             ValueError: If the config does not fit the backbone, the head is quantised or would be forgotten, or the
                 adapter's file is damaged or lacks tensors.
         """
+        before = Before(model, adapter_name)
+        load = current_load()
+        try:
+            self._inject(model, adapter_name, load, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except BaseException:
+            before.restore()
+            raise
+        if load is not None:
+            load.before = load.before or before
+
+    def _inject(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        load: Load | None,
+        autocast_adapter_dtype: bool,
+        low_cpu_mem_usage: bool,
+        state_dict: dict[str, Tensor] | None,
+    ) -> None:
         config = self.peft_config[adapter_name]
         assert isinstance(config, FusionConfig)  # peft refuses to mix methods in one model
         if not config.bound:  # what is settled here holds for this model; the caller's config may go to another
@@ -73,13 +98,13 @@ class FusionModel(LoraModel):
                 "one adapter; or fold the LoRA in first, by merge_and_unload(), and save the merged model under a name of its own "
                 "(save_pretrained): the adapter then belongs to that, not to the checkpoint before."
             )
-        check_options(config)
+        saved, load = saved_config(config, load)
         if config.has_lora:
             choose_targets(config, model)
         own_width = has_own_width(config)
         settle_budget(config, model)
         if config.has_lora:
-            with _as_lora(config):  # peft renames targets in models that transformers 5 built anew, for LoRA alone
+            with as_lora(config):  # peft renames targets in models that transformers 5 built anew, for LoRA alone
                 convert_peft_config_for_transformers(config, model, None)
         backbones = find_backbones(model, config.fusion_blocks, config.fusion_stack)
         layers = {id(layer.backbone.root): layer for layer in fusion_layers(model)}
@@ -93,7 +118,7 @@ class FusionModel(LoraModel):
         check_labels(config, model)
         name_task_heads(config)
         check_head(model, backbones, config)
-        weights = read_weights(config)
+        weights = None if load is None else weights_of(load)
         with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
             fusions = [build_for(backbone, config) for backbone in backbones]
         if not own_width:
@@ -105,7 +130,7 @@ class FusionModel(LoraModel):
             if not any(p.is_meta for p in fusion.parameters()):
                 fusion.to(backbone.device)
 
-        with _undone_on_error(model), _marked_lora_free(config):
+        with marked_lora_free(config):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             train_head_in_float32(model, backbones, adapter_name)
             for backbone, fusion, mark in zip(backbones, fusions, marks, strict=True):
@@ -122,12 +147,11 @@ class FusionModel(LoraModel):
                 if adapter_name in self.active_adapters:
                     layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
                 _check_layer_drop(layer)
-            if weights is not None:
-                check_wrapped_tensors(model, adapter_name, weights)
-                check_digest(config, weights, model, self._tensors_in_file(adapter_name))
+            if load is not None and weights is not None:
+                check_weights(model, saved, load, weights, tensors_in_file(self, adapter_name))
         if adapter_name in self.active_adapters:
             set_labels(config, model)
-        config.source = None  # checked: a copy of the config stands for another adapter, and the folder may go
+        config.source, config.attached = None, True  # checked: a copy stands for another adapter, and the folder may go
         for layer in fusion_layers(model):
             layer.train(layer.training)
 
@@ -205,7 +229,7 @@ class FusionModel(LoraModel):
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
-        with _as_lora(peft_config):
+        with as_lora(peft_config):
             super()._check_target_module_compatiblity(peft_config, model, target_name)
 
     @classmethod
@@ -220,12 +244,6 @@ class FusionModel(LoraModel):
         converted = {**{k: v for k, v in output_state_dict.items() if "lora_" not in k}, **converted}
         peft_config.fusion_digest = weights_digests(converted)
         return converted
-
-    def _tensors_in_file(self, adapter_name: str) -> dict[str, Tensor]:
-        """The tensors of an adapter that is being loaded, named as in its file but for the prefix."""
-        with no_digest():
-            found = get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
-        return {k.removeprefix("model."): v for k, v in found.items()}
 
     @classmethod
     def _get_adapter_state_dict(  # type: ignore[override]
@@ -250,19 +268,10 @@ class FusionModel(LoraModel):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         # Every load passes here (peft itself ignores what does not fit); wrapped modules have their model keys already.
-        model_state = model.state_dict()
-        with no_digest():
-            expected = get_peft_model_state_dict(
-                model, state_dict=model_state, adapter_name=adapter_name, save_embedding_layers=False
-            )
         file_keys = {model_key: file_key for file_key, model_key in wrapped_keys(model, adapter_name).items()}
-        given = {file_keys.get(k, k): v for k, v in state_dict.items()}
-        given = {k: v for k, v in given.items() if k in expected or k not in model_state}
-        # transformers' own load has no prefix in the model, but the file has
-        if not any(k.startswith(MODEL_PREFIX) for k in expected):
-            given = {k.removeprefix(MODEL_PREFIX): v for k, v in given.items()}
-        given = without_embeddings(model, given, expected)
-        compare_tensors(expected, given)
+        given = {file_keys.get(k, k).removeprefix(MODEL_PREFIX): v for k, v in state_dict.items()}
+        expected = tensors_in_file(model, adapter_name)
+        compare_tensors(expected, without_embeddings(model, given, expected))
         return super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
@@ -289,55 +298,3 @@ def _check_layer_drop(layer: FusionLayer) -> None:
             "all of them. Load it with layerdrop=0.0 (from_pretrained(..., layerdrop=0.0); BART and Whisper name it "
             "encoder_layerdrop and decoder_layerdrop), or train the fusion alone, without LoRA."
         )
-
-
-@contextlib.contextmanager
-def _marked_lora_free(config: FusionConfig) -> Iterator[None]:
-    """For the time of an injection, says "no LoRA" in peft's way; None would let peft choose modules."""
-    if config.has_lora:
-        yield
-        return
-    config.target_modules = DUMMY_TARGET_MODULES
-    try:
-        yield
-    finally:
-        config.target_modules = None
-
-
-@contextlib.contextmanager
-def _as_lora(config: Any) -> Iterator[None]:
-    """In the body, the config's type is LoRA's, for what peft does by the type."""
-    own, config.peft_type = config.peft_type, PeftType.LORA
-    try:
-        yield
-    finally:
-        config.peft_type = own
-
-
-@contextlib.contextmanager
-def _undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Puts the module tree back as it was if the body fails: children, parameters, what trains, who is active."""
-    modules = list(model.modules())
-    contents: list[dict[str, Any]] = [d for m in modules for d in (m._modules, m._parameters)]
-    before = [dict(d) for d in contents]
-    trains = [(p, p.requires_grad) for p in model.parameters()]
-    adapters = [(m._adapters, set(m._adapters)) for m in modules if isinstance(m, AuxiliaryTrainingWrapper)]
-    active = [(m, m._active_adapter) for m in modules if isinstance(m, (AuxiliaryTrainingWrapper, BaseTunerLayer))]
-    layers = fusion_layers(model)
-    try:
-        yield
-    except BaseException:
-        for attached in fusion_layers(model):
-            if not any(attached is layer for layer in layers):
-                attached.taps.remove()
-        for now, then in zip(contents, before, strict=True):
-            now.clear()
-            now.update(then)
-        for parameter, requires_grad in trains:
-            parameter.requires_grad_(requires_grad)
-        for names, names_before in adapters:
-            names.clear()
-            names.update(names_before)
-        for module, adapter in active:
-            module._active_adapter = adapter
-        raise

@@ -17,6 +17,7 @@ from .layer import FusionLayer, fusion_layers
 from .model import FusionModel
 from .replay import layers_read
 from .use import use_adapter
+from .ways import accompany
 
 __all__ = [
     "TASK_HEADS",
@@ -50,6 +51,7 @@ def register() -> None:
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[FusionPeftType.FUSION] = FusionConfig  # type: ignore[index]
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[FusionPeftType.FUSION] = FusionModel  # type: ignore[index]
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING[FusionPeftType.FUSION] = LoraModel.prefix  # type: ignore[index]
+    accompany()
 
 
 register()

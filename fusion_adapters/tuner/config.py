@@ -123,6 +123,8 @@ class FusionConfig(_MethodOptions):
         self.bound = self.fusion_num_layers is not None
         # Where the config was loaded from; its weights are checked against the model before they are used.
         self.source: tuple[str, dict[str, Any]] | None = None
+        # Whether it is in a model; its digest is then that of its last save, and the weights may have moved on.
+        self.attached = False
         # The class of the model that it is attached to, for the card; known when the adapter is saved.
         self.model_class: ModelClass | None = None
         self._check_types()

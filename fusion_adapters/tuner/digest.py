@@ -80,26 +80,29 @@ def _plain(value: Any, unordered: bool) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def check_options(config: Any) -> None:
-    """Compares the options of a config that was loaded with those that were saved.
+def check_options(config: Any, source: tuple[str, Any] | None) -> None:
+    """Compares the options of a config with those that were saved.
+
+    Args:
+        config: The config as it was read.
+        source: The folder that it was read from, first; None for one that was not.
 
     Raises:
         ValueError: If they differ: an option was changed, or left out, which would then take its default.
     """
-    if config.source is None:
+    if source is None:
         return
     if config.fusion_digest is None:
         if config.bound:
             warnings.warn(
-                f"The adapter in {config.source[0]!r} holds no digest of its weights and options, as none did before version 0.2, so "
+                f"The adapter in {source[0]!r} holds no digest of its weights and options, as none did before version 0.2, so "
                 "damage to them goes unnoticed. Save it again to add one.",
                 stacklevel=2,
             )
         return
-    stated = config.fusion_digest.get(OPTIONS) if isinstance(config.fusion_digest, dict) else None
-    if stated != options_digest(config):
+    if config.fusion_digest.get(OPTIONS) != options_digest(config):
         raise ValueError(
-            f"The options in adapter_config.json of {config.source[0]!r} are not those that the adapter was saved with: one was changed, "
+            f"The options in adapter_config.json of {source[0]!r} are not those that the adapter was saved with: one was changed, "
             "or is missing and would take its default, and the answers would be others. Restore the file. If you changed an option on "
             'purpose, remove "fusion_digest" from it.'
         )
@@ -107,10 +110,16 @@ def check_options(config: Any) -> None:
 
 def weights_differ(config: Any, weights: Mapping[str, Tensor]) -> bool:
     """Whether tensors of a file are other than those that its config was saved with, a cast of all of them left aside."""
-    if not isinstance(config.fusion_digest, dict):
+    known = {digest for name, digest in (config.fusion_digest or {}).items() if name != OPTIONS}
+    if not known or _digest(weights) in known:
         return False
-    known = {digest for name, digest in config.fusion_digest.items() if name != OPTIONS}
-    return bool(known) and _digest(weights) not in known
+    wide = all(t.dtype == torch.float64 for t in weights.values())  # holds every value of the others
+    return not (wide and _digest(weights, torch.float32) in known)
+
+
+def holds_digest(config: Any) -> bool:
+    """Whether a config says what the weights were that it was saved with."""
+    return any(name != OPTIONS for name in config.fusion_digest or {})
 
 
 def _digest(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:

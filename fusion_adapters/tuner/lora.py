@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from dataclasses import MISSING, fields
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType
-from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 # Fields of LoraConfig that say what trains or is saved beside LoRA's matrices, or that name its modules themselves.
@@ -66,26 +64,3 @@ def choose_targets(config: LoraConfig, model: nn.Module) -> None:
         "gives options of LoRA without target_modules, which name others; fusion_lora=False trains the fusion alone.",
         stacklevel=2,
     )
-
-
-@contextlib.contextmanager
-def marked_lora_free(config: Any) -> Iterator[None]:
-    """For the time of an injection, says "no LoRA" in peft's way; None would let peft choose modules."""
-    if config.has_lora:
-        yield
-        return
-    config.target_modules = DUMMY_TARGET_MODULES
-    try:
-        yield
-    finally:
-        config.target_modules = None
-
-
-@contextlib.contextmanager
-def as_lora(config: Any) -> Iterator[None]:
-    """In the body, the config's type is LoRA's, for what peft does by the type."""
-    own, config.peft_type = config.peft_type, PeftType.LORA
-    try:
-        yield
-    finally:
-        config.peft_type = own

@@ -20,24 +20,27 @@ from torch._dynamo import OptimizedModule
 
 from ..backbone.blocks import LAYER_NAME, find_backbones
 from ..backbone.fingerprint import fingerprints, join_fingerprints
+from .as_lora import as_lora, marked_lora_free
 from .binding import bind, check_adapter_name, check_saved_names
 from .budget import has_own_width, settle_budget, warn_if_large
 from .build import build_for
 from .card import CardWriter, class_of
 from .config import FusionConfig
-from .digest import check_options, is_wanted, no_digest, weights_digests
+from .digest import MODEL_PREFIX, is_wanted, no_digest, weights_digests
 from .heads import check_head, name_task_heads, remove_float32_hook, train_head_in_float32
 from .labels import check_labels, labels_to_save, set_labels
 from .layer import FusionLayer, fusion_layers
-from .lora import as_lora, choose_targets, marked_lora_free
+from .load import Load, current_load
+from .lora import choose_targets
 from .replay import checked_states
 from .threads import ATTACHING, Calls
+from .undo import Before
 from .weights import (
-    MODEL_PREFIX,
-    check_digest,
-    check_wrapped_tensors,
+    check_weights,
     compare_tensors,
-    read_weights,
+    saved_config,
+    tensors_in_file,
+    weights_of,
     without_embeddings,
     wrapped_keys,
 )
@@ -49,15 +52,18 @@ class FusionModel(LoraModel):
     tuner_layer_cls = (LoraLayer, FusionLayer)  # type: ignore[assignment]
     calls: Calls  # of the model, whose adapters are switched here
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Adds an adapter, see `_inject`; in one thread at a time, and calls of the model that begin meanwhile wait."""
-        layers = fusion_layers(model)
-        self.calls = layers[0].calls or Calls() if layers else Calls()
-        with ATTACHING, self.calls.switching():
-            self._inject(model, adapter_name, *args, **kwargs)
-            self.calls.follow(model, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        known = getattr(model, "peft_config", None)  # peft writes the config into it before it is checked
+        kept = dict(known or {})
+        try:
+            super().__init__(model, *args, **kwargs)
+        except BaseException:
+            if known is not None:
+                known.clear()
+                known.update(kept)
+            raise
 
-    def _inject(
+    def inject_adapter(
         self,
         model: nn.Module,
         adapter_name: str,
@@ -71,6 +77,31 @@ class FusionModel(LoraModel):
             ValueError: If the config does not fit the backbone, the head is quantised or would be forgotten, or the
                 adapter's file is damaged or lacks tensors.
         """
+        layers = fusion_layers(model)
+        self.calls = layers[0].calls or Calls() if layers else Calls()
+        load = current_load()
+        # in one thread at a time, and calls of the model that begin meanwhile wait
+        with ATTACHING, self.calls.switching():
+            before = Before(model, adapter_name)
+            try:
+                self._inject(model, adapter_name, load, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            except BaseException:
+                before.restore()
+                raise
+            finally:
+                self.calls.follow(model, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        if load is not None:
+            load.before = load.before or before
+
+    def _inject(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        load: Load | None,
+        autocast_adapter_dtype: bool,
+        low_cpu_mem_usage: bool,
+        state_dict: dict[str, Tensor] | None,
+    ) -> None:
         config = self.peft_config[adapter_name]
         assert isinstance(config, FusionConfig)  # peft refuses to mix methods in one model
         if not config.bound:  # what is settled here holds for this model; the caller's config may go to another
@@ -82,7 +113,7 @@ class FusionModel(LoraModel):
                 "one adapter; or fold the LoRA in first, by merge_and_unload(), and save the merged model under a name of its own "
                 "(save_pretrained): the adapter then belongs to that, not to the checkpoint before."
             )
-        check_options(config)
+        saved, load = saved_config(config, load)
         if config.has_lora:
             choose_targets(config, model)
         own_width = has_own_width(config)
@@ -102,7 +133,7 @@ class FusionModel(LoraModel):
         check_labels(config, model)
         name_task_heads(config)
         check_head(model, backbones, config)
-        weights = read_weights(config)
+        weights = None if load is None else weights_of(load)
         with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
             fusions = [build_for(backbone, config) for backbone in backbones]
         if not own_width:
@@ -114,7 +145,7 @@ class FusionModel(LoraModel):
             if not any(p.is_meta for p in fusion.parameters()):
                 fusion.to(backbone.device)
 
-        with _undone_on_error(model), marked_lora_free(config):
+        with marked_lora_free(config):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             train_head_in_float32(model, backbones, adapter_name)
             for backbone, fusion, mark in zip(backbones, fusions, marks, strict=True):
@@ -131,12 +162,11 @@ class FusionModel(LoraModel):
                 if adapter_name in self.active_adapters:
                     layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
                 _check_layer_drop(layer)
-            if weights is not None:
-                check_wrapped_tensors(model, adapter_name, weights)
-                check_digest(config, weights, model, self._tensors_in_file(adapter_name))
+            if load is not None and weights is not None:
+                check_weights(model, saved, load, weights, tensors_in_file(self, adapter_name))
         if adapter_name in self.active_adapters:
             set_labels(config, model)
-        config.source = None  # checked: a copy of the config stands for another adapter, and the folder may go
+        config.source, config.attached = None, True  # checked: a copy stands for another adapter, and the folder may go
         for layer in fusion_layers(model):
             layer.train(layer.training)
 
@@ -236,12 +266,6 @@ class FusionModel(LoraModel):
         peft_config.fusion_digest = weights_digests(converted)
         return converted
 
-    def _tensors_in_file(self, adapter_name: str) -> dict[str, Tensor]:
-        """The tensors of an adapter that is being loaded, named as in its file but for the prefix."""
-        with no_digest():
-            found = get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
-        return {k.removeprefix("model."): v for k, v in found.items()}
-
     @classmethod
     def _get_adapter_state_dict(  # type: ignore[override]
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
@@ -265,19 +289,10 @@ class FusionModel(LoraModel):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         # Every load passes here (peft itself ignores what does not fit); wrapped modules have their model keys already.
-        model_state = model.state_dict()
-        with no_digest():
-            expected = get_peft_model_state_dict(
-                model, state_dict=model_state, adapter_name=adapter_name, save_embedding_layers=False
-            )
         file_keys = {model_key: file_key for file_key, model_key in wrapped_keys(model, adapter_name).items()}
-        given = {file_keys.get(k, k): v for k, v in state_dict.items()}
-        given = {k: v for k, v in given.items() if k in expected or k not in model_state}
-        # transformers' own load has no prefix in the model, but the file has
-        if not any(k.startswith(MODEL_PREFIX) for k in expected):
-            given = {k.removeprefix(MODEL_PREFIX): v for k, v in given.items()}
-        given = without_embeddings(model, given, expected)
-        compare_tensors(expected, given)
+        given = {file_keys.get(k, k).removeprefix(MODEL_PREFIX): v for k, v in state_dict.items()}
+        expected = tensors_in_file(model, adapter_name)
+        compare_tensors(expected, without_embeddings(model, given, expected))
         return super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
@@ -304,32 +319,3 @@ def _check_layer_drop(layer: FusionLayer) -> None:
             "all of them. Load it with layerdrop=0.0 (from_pretrained(..., layerdrop=0.0); BART and Whisper name it "
             "encoder_layerdrop and decoder_layerdrop), or train the fusion alone, without LoRA."
         )
-
-
-@contextlib.contextmanager
-def _undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Puts the module tree back as it was if the body fails: children, parameters, what trains, who is active."""
-    modules = list(model.modules())
-    contents: list[dict[str, Any]] = [d for m in modules for d in (m._modules, m._parameters)]
-    before = [dict(d) for d in contents]
-    trains = [(p, p.requires_grad) for p in model.parameters()]
-    adapters = [(m._adapters, set(m._adapters)) for m in modules if isinstance(m, AuxiliaryTrainingWrapper)]
-    active = [(m, m._active_adapter) for m in modules if isinstance(m, (AuxiliaryTrainingWrapper, BaseTunerLayer))]
-    layers = fusion_layers(model)
-    try:
-        yield
-    except BaseException:
-        for attached in fusion_layers(model):
-            if not any(attached is layer for layer in layers):
-                attached.taps.remove()
-        for now, then in zip(contents, before, strict=True):
-            now.clear()
-            now.update(then)
-        for parameter, requires_grad in trains:
-            parameter.requires_grad_(requires_grad)
-        for names, names_before in adapters:
-            names.clear()
-            names.update(names_before)
-        for module, adapter in active:
-            module._active_adapter = adapter
-        raise

@@ -6,17 +6,14 @@ Thousands of them in `make test-all`, some hundred in `make test`. docs/reliabil
 import json
 import random
 import shutil
-import struct
 from collections import Counter
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from support import LORA, attached, disturb, logits, tiny
+from support_damage import CONFIG_DAMAGE, DAMAGE, HARMLESS, SEEN_WITHOUT, without_digest
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 REFUSED = (ValueError, OSError)  # what a load may raise: one paragraph of ours
 BARE = (json.JSONDecodeError, UnicodeDecodeError)  # kinds of them that come from inside
 MOVED = 1e-3  # a logit, by what a damaged file may do to it without a word
@@ -42,153 +39,6 @@ def adapters(tmp_path_factory):
         "c": saved(root / "c", 3, fusion="dwatt", fusion_heads=4, fusion_bottleneck=8),
     }
     return root, answers
-
-
-def metadata_of(path):
-    with safe_open(path, "pt") as file:
-        return file.metadata()
-
-
-def rewrite(path, change):
-    """Changes the tensors of a file and keeps what the file says of itself."""
-    tensors, metadata = load_file(path), metadata_of(path)
-    change(tensors)
-    save_file(tensors, path, metadata)
-
-
-def edit_config(folder, change):
-    values = json.loads((folder / CONFIG).read_text())
-    change(values)
-    (folder / CONFIG).write_text(json.dumps(values))
-
-
-def flip_bit(folder, draw, where):
-    path = folder / WEIGHTS
-    data = bytearray(path.read_bytes())
-    header = 8 + struct.unpack("<Q", data[:8])[0]
-    at = draw.randrange(8, header) if where == "header" else draw.randrange(header, len(data))
-    data[at] ^= 1 << draw.randrange(8)
-    path.write_bytes(data)
-
-
-def put(value):
-    def change(folder, draw):
-        def one(tensors):
-            tensor = tensors[draw.choice(sorted(tensors))]
-            tensor.view(-1)[draw.randrange(tensor.numel())] = value
-
-        rewrite(folder / WEIGHTS, one)
-
-    return change
-
-
-def exchange(folder, draw):
-    """Two tensors of one shape under each other's name."""
-
-    def swap(tensors):
-        shapes = Counter(tuple(t.shape) for t in tensors.values())
-        shape = draw.choice(sorted(s for s, n in shapes.items() if n > 1))
-        first, second = draw.sample(sorted(n for n, t in tensors.items() if tuple(t.shape) == shape), 2)
-        tensors[first], tensors[second] = tensors[second].clone(), tensors[first].clone()
-
-    rewrite(folder / WEIGHTS, swap)
-
-
-def to_whole_numbers(folder, draw):
-    def one(tensors):
-        name = draw.choice(sorted(tensors))
-        tensors[name] = (100 * tensors[name]).to(draw.choice([torch.int8, torch.int32, torch.int64, torch.uint8]))
-
-    rewrite(folder / WEIGHTS, one)
-
-
-def scale_a_tensor(folder, draw):
-    def one(tensors):
-        name = draw.choice(sorted(tensors))
-        tensors[name] = tensors[name] * draw.choice([-1.0, 0.5, 2.0]) + 0.05
-
-    rewrite(folder / WEIGHTS, one)
-
-
-def drop_a_tensor(folder, draw):
-    rewrite(folder / WEIGHTS, lambda tensors: tensors.pop(draw.choice(sorted(tensors))))
-
-
-def cut(folder, draw):
-    path = folder / WEIGHTS
-    path.write_bytes(path.read_bytes()[: draw.randrange(path.stat().st_size)])
-
-
-def other_weights(folder, draw):
-    shutil.copy(folder.parent / "b" / WEIGHTS, folder / WEIGHTS)
-
-
-def other_config(folder, draw):
-    shutil.copy(folder.parent / "b" / CONFIG, folder / CONFIG)
-
-
-def option(values, draw):
-    names = sorted(n for n, v in values.items() if n.startswith("fusion") and v is not None)
-    return draw.choice([*names, "r", "lora_alpha", "target_modules", "modules_to_save"])
-
-
-def take_option_out(folder, draw):
-    edit_config(folder, lambda values: values.pop(option(values, draw)))
-
-
-def null_an_option(folder, draw):
-    edit_config(folder, lambda values: values.update({option(values, draw): None}))
-
-
-def another_value(folder, draw):
-    def change(values):
-        name = option(values, draw)
-        value = values[name]
-        other = {bool: lambda: not value, int: lambda: value + 1, float: lambda: 2 * value, str: lambda: f"{value}x"}
-        if isinstance(value, dict):
-            values[name] = {**value, draw.choice(sorted(value)): "0"}
-        else:
-            values[name] = other[type(value)]() if type(value) in other else value[:-1]
-
-    edit_config(folder, change)
-
-
-DAMAGE = {
-    "a bit of the weights": lambda folder, draw: flip_bit(folder, draw, "weights"),
-    "a bit of the header": lambda folder, draw: flip_bit(folder, draw, "header"),
-    "NaN": put(float("nan")),
-    "infinity": put(float("inf")),
-    "exchanged names": exchange,
-    "whole numbers": to_whole_numbers,
-    "a tensor scaled": scale_a_tensor,
-    "a tensor left out": drop_a_tensor,
-    "a file cut short": cut,
-    "another adapter's weights": other_weights,
-    "another adapter's config": other_config,
-    "an option left out": take_option_out,
-    "an option null": null_an_option,
-    "another value of an option": another_value,
-}
-
-
-def keep_tensors_in(dtype):
-    def change(folder, draw):
-        def cast(tensors):
-            for name in list(tensors):
-                tensors[name] = tensors[name].to(dtype)
-
-        rewrite(folder / WEIGHTS, cast)
-
-    return change
-
-
-HARMLESS = {
-    "cast to bfloat16": keep_tensors_in(torch.bfloat16),
-    "cast to float16": keep_tensors_in(torch.float16),
-    "config written anew": lambda folder, draw: edit_config(folder, lambda values: None),
-    "without the card": lambda folder, draw: (folder / "README.md").unlink(),
-    "a note beside it": lambda folder, draw: (folder / "note.txt").write_text("mine"),
-}
 
 
 def outcome(root, change, draw):
@@ -234,15 +84,28 @@ def test_damage_is_refused_or_changes_nothing(adapters, kind, number):
     assert set(found) <= {"refused", "same"}, found
 
 
-def test_a_config_cut_short_is_no_adapter(adapters):
-    """peft reads the config before any of ours is asked, and its error is json's."""
-    root, _ = adapters
-    size = (root / "a" / CONFIG).stat().st_size
+@trials(50)
+@pytest.mark.parametrize("kind", CONFIG_DAMAGE)
+def test_a_damaged_config_is_refused(adapters, kind, number):
+    """peft reads the config before any of ours is asked."""
+    root, answers = adapters
+    found = Counter(told(root, answers, CONFIG_DAMAGE[kind], f"{kind} {i}") for i in range(number))
+    print(f"| {kind} | {number} | {found['refused']} | {found['same']} |")
+    assert set(found) <= {"refused"}, found
 
-    def cut_config(folder, draw):
-        (folder / CONFIG).write_bytes((folder / CONFIG).read_bytes()[: draw.randrange(size - 1)])
 
-    assert {outcome(root, cut_config, random.Random(i)) for i in range(8)} == {"BARE JSONDecodeError"}
+@trials(50)
+@pytest.mark.parametrize("kind", SEEN_WITHOUT)
+def test_what_is_seen_without_a_digest(adapters, kind, number):
+    root, answers = adapters
+
+    def change(folder, draw):
+        SEEN_WITHOUT[kind](folder, draw)
+        without_digest(folder)
+
+    found = Counter(told(root, answers, change, f"{kind} {i}") for i in range(number))
+    print(f"| {kind}, no digest | {number} | {found['refused']} | {found['same']} |")
+    assert set(found) <= {"refused"}, found
 
 
 @pytest.mark.parametrize("kind", HARMLESS)

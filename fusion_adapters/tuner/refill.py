@@ -1,0 +1,82 @@
+"""A folder that is loaded into an adapter that the model has already: a best checkpoint, one to resume from."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from peft import PeftModel
+from peft.utils import CONFIG_NAME
+
+from ..backbone.fingerprint import join_fingerprints
+from .binding import bind
+from .config import FusionConfig
+from .digest import check_options
+from .labels import check_labels
+from .layer import fusion_layers
+from .load import Load
+from .weights import check_weights, tensors_in_file, weights_of
+
+# Fields that change an adapter's answers and that its tensors do not show; those of LoRA, if there is any.
+_OPTIONS = (
+    "fusion",
+    "fusion_heads",
+    "fusion_scale",
+    "fusion_weights",
+    "fusion_temperature",
+    "fusion_copy_last",
+    "fusion_stack",
+)
+_LORA = ("r", "lora_alpha", "alpha_pattern", "use_rslora")
+
+
+def check_refill(model: PeftModel, adapter_name: str, load: Load) -> None:
+    """Compares a folder with the adapter into which it is about to be loaded.
+
+    Raises:
+        ValueError: If it is of another method, its options or its backbone are others, or the file is damaged.
+    """
+    saved = _config_in(load)
+    config: Any = model.peft_config[adapter_name]
+    if saved is not None and not isinstance(saved, FusionConfig):
+        raise ValueError(
+            f"The adapter in {load.folder!r} is of type {getattr(saved.peft_type, 'value', saved.peft_type)}, and {adapter_name!r} in the "
+            "model is a fusion adapter. Load it into a model of its own."
+        )
+    if saved is not None:
+        check_options(saved, load.source)
+    base = model.get_base_model()
+    check_weights(base, saved, load, weights_of(load), tensors_in_file(model, adapter_name))
+    if saved is None or not saved.bound:
+        return
+    layers = [layer for layer in fusion_layers(base) if adapter_name in layer.fusions]
+    bind(saved, [layer.backbone for layer in layers], join_fingerprints([layer.fingerprints for layer in layers]))
+    check_labels(saved, base)
+    depth = layers[0].backbone.num_layers
+    fields = (*_OPTIONS, *(_LORA if config.has_lora else ()))
+    others = [
+        f"{name} is {getattr(saved, name)!r} there and {getattr(config, name)!r} here"
+        for name in fields
+        if getattr(saved, name) != getattr(config, name)
+    ]
+    if _layers(saved, depth) != _layers(config, depth):
+        others.append(f"fusion_layers is {saved.fusion_layers} there and {config.fusion_layers} here")
+    if others:
+        raise ValueError(
+            f"The adapter in {load.folder!r} was saved with other options than {adapter_name!r} has in the model: {'; '.join(others)}. "
+            "Its answers would be others. Load it under another name, or attach the adapter with its options."
+        )
+
+
+def _config_in(load: Load) -> Any:
+    """The config beside the weights; None if there is none, which peft does not ask for here."""
+    folder, where = load.folder or "", load.where
+    path = os.path.join(folder, where.get("subfolder") or "")
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, CONFIG_NAME)):
+        return None
+    return FusionConfig.from_pretrained(folder, **where)
+
+
+def _layers(config: FusionConfig, depth: int) -> list[int]:
+    chosen = config.fusion_layers
+    return list(range(1, depth + 1)) if chosen is None else [i + depth + 1 if i < 0 else i for i in chosen]

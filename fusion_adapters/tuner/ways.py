@@ -80,7 +80,7 @@ def _load_adapter(original: Callable[..., Any], *args: Any, **kwargs: Any) -> An
         return original(*args, **kwargs)
     load = _load_of(given.get("model_id"), given, given.get("key_mapping"))
     with under_way(load):
-        model, name = given.get("self"), given.get("adapter_name")
+        model, name = given.get("self"), str(given.get("adapter_name"))
         if isinstance(model, PeftModel) and isinstance(model.peft_config.get(name), FusionConfig):
             check_refill(model, name, load)
         return original(*args, **kwargs)

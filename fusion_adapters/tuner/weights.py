@@ -111,6 +111,7 @@ def check_weights(
     # what transformers renames by itself is looked at when it has loaded
     if not (load.plain and get_model_conversion_mapping(model, add_legacy=False)):  # type: ignore[arg-type]
         compare_tensors(expected, given)
+        load.compared = True
     own = {k: v for k, v in weights.items() if names[k] in given}
     if config is not None and holds_digest(config):
         check_digest(config, load.folder, own)

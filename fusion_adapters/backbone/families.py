@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 # Configurations
 
@@ -22,9 +30,21 @@ BOTH_WAYS = ("xlnet",)  # of the families that transformers knows for causal lan
 
 # Classes
 
-# What the names of classes with a new head have in common; others predict tokens by the embeddings.
-CLASSIFIERS = ("Classification", "QuestionAnswering", "MultipleChoice")
 CAUSAL_LM_CLASSES = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+# Classes all of whose weights come from pre-training: those without a head, those that predict tokens, those of pre-training itself.
+PRETRAINED_CLASSES = CAUSAL_LM_CLASSES.union(
+    *(
+        [name for value in names.values() for name in ((value,) if isinstance(value, str) else value)]
+        for names in (
+            MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+            MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+            MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+            MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+            MODEL_MAPPING_NAMES,
+        )
+    )
+)
 
 # Modules
 
@@ -35,6 +55,7 @@ HEAD_NAMES = (
     *("cls", "predictions", "generator_predictions", "generator_lm_head", "vocab_transform", "vocab_projector"),  # masked LM
     *("embed_out", "proj_out"),  # GPT-NeoX, Whisper
 )
+TRAINING_ONLY = ("masked_spec_embed", "mask_token")  # parameters that stand for masked input, in training
 POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")  # tables of absolute positions
 # What encoders register after their blocks and give to each of them: relative positions of DeBERTa and MPNet; DeBERTa-v2's norm
 # of these, and the convolution beside its first block.
@@ -101,7 +122,7 @@ def is_causal_lm(model: nn.Module) -> bool:
 
 def has_new_head(model: nn.Module) -> bool:
     """Whether a model's class has a head that pre-training does not know."""
-    return any(kind in type(model).__name__ for kind in CLASSIFIERS)
+    return not any(c.__name__ in PRETRAINED_CLASSES for c in type(model).__mro__)
 
 
 def share_of_experts(model: nn.Module) -> float:
@@ -117,6 +138,14 @@ def input_embeddings(root: nn.Module) -> Any:
     try:
         return root.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
+        return None
+
+
+def output_embeddings(model: nn.Module) -> Any:
+    """The module that predicts tokens; None if there is none."""
+    try:
+        return model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
         return None
 
 

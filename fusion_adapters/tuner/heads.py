@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..backbone.blocks import Backbone
-from ..backbone.families import has_new_head
+from ..backbone.families import output_embeddings
 from .config import FusionConfig
+from .fresh import Fresh, find_fresh
 
 # peft's own names; for some tasks it adds them to modules_to_save only after the injection
 TASK_HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
@@ -29,43 +31,71 @@ def name_task_heads(config: FusionConfig) -> None:
 
 
 def check_head(model: nn.Module, backbones: list[Backbone], config: FusionConfig) -> None:
-    """Looks for a task head that cannot be trained, or that would stay frozen and not be saved.
+    """Looks for a task head that cannot be trained, and for fresh weights that would stay frozen and not be saved.
 
     Raises:
-        ValueError: If the head is quantised, or peft would train and save only a part of it.
+        ValueError: If the head is quantised, or fresh weights would be other ones after each load.
     """
     wanted = config.modules_to_save or []
-    in_backbone = _modules_of(model, backbones)
-    forgotten = []
     for name, module in model.named_modules():
-        covered = any(name.endswith(key) for key in wanted)
         quantised = [n for n, p in module.named_parameters() if not p.is_floating_point()]
-        if covered and quantised:
+        if quantised and any(name.endswith(key) for key in wanted):
             raise ValueError(
                 f"The task head {name!r} ({type(module).__name__}) was quantised with the backbone ({', '.join(quantised)} "
                 "is not floating point), so it cannot be trained. Load the model with "
                 "quantization_config=fusion_adapters.quantization_config(bits=8), which leaves heads alone "
                 f"(it sets llm_int8_skip_modules; yours must contain {name!r})."
             )
-        own = next(module.named_parameters(recurse=False), None)
-        parts = name.split(".")
-        inside_covered = any(".".join(parts[:i]).endswith(key) for i in range(1, len(parts) + 1) for key in wanted)
-        if own is not None and id(module) not in in_backbone and not inside_covered:
-            forgotten.append(name or own[0])
-    if not forgotten or not has_new_head(model) or config.inference_mode:
+    fresh = find_fresh(model, backbones, wanted)
+    if not (fresh.modules or fresh.bare) or (config.inference_mode and not fresh.known):
         return
-    named = ", ".join(map(repr, forgotten))
-    if task_heads(config):
+    named = ", ".join(map(repr, (*fresh.modules, *fresh.bare)))
+    kind, given = type(model).__name__, [name for name in wanted if name not in task_heads(config)]
+    remedy = _remedy([*given, *fresh.names] if fresh.names else [], fresh)
+    if fresh.known:
+        _tell_of_lost_weights(kind, config, fresh, named, remedy)
+    elif task_heads(config):
         raise ValueError(
-            f"The task head of {type(model).__name__} has parameters in {named}, which would stay "
-            f"frozen and would not be saved: its task_type covers {', '.join(map(repr, wanted))} only. Add "
-            "them to modules_to_save in the config."
+            f"The task head of {kind} has parameters in {named}, which would stay frozen and would not be saved: "
+            f"{_covered(model, wanted)}. {remedy}"
         )
-    warnings.warn(
-        f"The task head of {type(model).__name__} ({named}) stays frozen and is not saved with the adapter. If it is new, "
-        f"train it: modules_to_save={forgotten} in the config.",
-        stacklevel=2,
+    else:
+        warnings.warn(
+            f"The task head of {kind} ({named}) stays frozen and is not saved with the adapter. If it is new: {remedy}",
+            stacklevel=2,
+        )
+
+
+def _covered(model: nn.Module, wanted: Sequence[str]) -> str:
+    there = [key for key in wanted if any(n.endswith(key) for n, _ in model.named_modules())]
+    return (
+        f"its task_type covers {', '.join(map(repr, there))} only" if there else "its task_type covers none of its modules"
     )
+
+
+def _remedy(names: list[str], fresh: Fresh) -> str:
+    train, save = f"modules_to_save={names} in the config", "the model as it is now (save_pretrained)"
+    if fresh.bare:
+        return f"Save {save}, and attach to what is loaded from there{f', with {train}' if names else ''}."
+    return f"Train what is named: {train}. Or save {save}, and attach to what is loaded from there."
+
+
+def _tell_of_lost_weights(kind: str, config: FusionConfig, fresh: Fresh, named: str, remedy: str) -> None:
+    """Raises or warns: the checkpoint lacked weights, and each load of it draws them anew."""
+    what = (
+        f"The checkpoint of {kind} lacks {named}: {'these have' if len(fresh.modules + fresh.bare) > 1 else 'it has'} random values, "
+        "other ones after each load, and the adapter would neither train nor save them."
+    )
+    if fresh.output:
+        remedy += " If these rows were in the checkpoint and you made room for more tokens (resize_token_embeddings), the same holds."
+    if config.bound:
+        remedy = (
+            "The adapter was saved without them, so its answers are not those that it was trained to. Load the model that it was "
+            "trained on, from a checkpoint that holds them."
+        )
+    if fresh.in_use and not (fresh.output or config.bound or config.inference_mode):
+        raise ValueError(f"{what} {remedy}")
+    warnings.warn(f"{what} {remedy}", stacklevel=2)
 
 
 def _modules_of(model: nn.Module, backbones: list[Backbone]) -> set[int]:
@@ -78,7 +108,7 @@ def _modules_of(model: nn.Module, backbones: list[Backbone]) -> set[int]:
 def train_head_in_float32(model: nn.Module, backbones: list[Backbone], adapter_name: str) -> None:
     """Makes the trainable copy of a 16-bit head float32; peft leaves it in the dtype of the backbone."""
     in_backbone = _modules_of(model, backbones)
-    outputs = getattr(model, "get_output_embeddings", lambda: None)()
+    outputs = output_embeddings(model)
     for wrapper in model.modules():
         if not isinstance(wrapper, ModulesToSaveWrapper) or id(wrapper) in in_backbone:
             continue

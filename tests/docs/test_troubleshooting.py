@@ -102,6 +102,11 @@ def frozen_head(folder):
         get_peft_model(plain("vit", "image"), FusionConfig())
 
 
+def headless(folder):
+    plain("bert", "masked").bert.save_pretrained(folder)
+    get_peft_model(type(plain("bert", "masked")).from_pretrained(folder), FusionConfig())
+
+
 def quantised_head(folder):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra: quantised)")
     from transformers import BitsAndBytesConfig
@@ -154,6 +159,7 @@ CASES = {
     "... was quantised with the backbone": quantised_head,
     "... would stay frozen and would not be saved": lambda f: attach("modernbert", "token", modules_to_save=None),
     "... stays frozen and is not saved with the adapter": frozen_head,
+    "The checkpoint of ... lacks": headless,
     "... was made for something else": lambda f: opened_by_another(f, seed=1, layers=[2, 3, 4]),
     "... does not hold": lambda f: opened_by_another(f, seed=0, layers=None),
     "The model is a PeftModel already": lambda f: get_peft_model(
@@ -207,7 +213,7 @@ def words(text):
 @pytest.mark.parametrize("case", CASES)
 def test_the_page_quotes_what_is_raised(case, tmp_path, request):
     said = words(message(case, tmp_path))
-    assert case.removeprefix("... ") in said
+    assert all(part in said for part in case.split("..."))
     assert words(sections().get(case, "")) == said
 
 

@@ -37,9 +37,12 @@ def check_head(model: nn.Module, backbones: list[Backbone], config: FusionConfig
         ValueError: If the head is quantised, or fresh weights would be other ones after each load.
     """
     wanted = config.modules_to_save or []
+    ends = tuple(wanted)
     for name, module in model.named_modules():
+        if not name.endswith(ends):
+            continue
         quantised = [n for n, p in module.named_parameters() if not p.is_floating_point()]
-        if quantised and any(name.endswith(key) for key in wanted):
+        if quantised:
             raise ValueError(
                 f"The task head {name!r} ({type(module).__name__}) was quantised with the backbone ({', '.join(quantised)} "
                 "is not floating point), so it cannot be trained. Load the model with "

@@ -103,7 +103,7 @@ def as_before(model, before):
 
 
 def outcome(adapters, way, change, seed, limit):
-    _root, _answer = adapters
+    root, answer = adapters
     build, load = WAYS[way]
     folder = root / "changed"
     shutil.rmtree(folder, ignore_errors=True)
@@ -185,8 +185,6 @@ def test_a_checkpoint_with_other_options_is_told(adapters):
 
 
 def test_a_file_in_float64_holds_the_same_values(adapters):
-    _root, _answer = adapters
-
     def widen(folder, draw):
         from safetensors.torch import save_file
 

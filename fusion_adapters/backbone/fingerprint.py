@@ -25,6 +25,7 @@ from .quantization import is_quantised
 from .sampled import sampled_fingerprint
 from .settings import settings, settings_differ
 from .sums import CAST, SMALLEST_STEP, Sum, Sums
+from .walk import tensors_of
 
 SAMPLED, WHOLE = "v1", "v2"  # of 0.1.0, see `sampled`; of 0.2.0
 NAMED = 3  # tensors that a message names
@@ -159,7 +160,7 @@ def weights_signature(backbone: Backbone, idle: Container[int] = (), scalings: I
 
 
 def _whole_fingerprint(backbone: Backbone) -> str | None:
-    before = {id(t) for m in backbone.upstream for t in (*m.parameters(), *m.buffers())}
+    before = set(map(id, tensors_of(*backbone.upstream)))
     words: Any = input_embeddings(backbone.root)
     words = {id(t) for t in words.parameters()} if hasattr(words, "parameters") else set()
     sums = Sums()

@@ -10,6 +10,7 @@ from torch import nn
 from ..backbone.base_tensors import WRAPPED
 from ..backbone.blocks import LAYER_NAME, Backbone
 from ..backbone.families import TRAINING_ONLY, has_new_head, input_embeddings, output_embeddings
+from ..backbone.walk import parameters_of
 
 _LOADED = "_is_hf_initialized"  # what transformers' from_pretrained writes on a parameter that the checkpoint held
 
@@ -50,7 +51,7 @@ def find_fresh(model: nn.Module, backbones: Sequence[Backbone], saved: Iterable[
     """
     plain = [(n, p) for p, n in {p: n for n, p in reversed([*_plain_parameters(model, "")])}.items()][::-1]  # once each
     base = backbones[0].base
-    below = {id(p) for root in ([base] if base is not model else [b.root for b in backbones]) for p in root.parameters()}
+    below = set(map(id, parameters_of(*([base] if base is not model else [b.root for b in backbones]))))
     known = any(_is_loaded(p) for _, p in plain) and all(
         _is_loaded(p) or p.is_meta or not p.is_floating_point()
         for block in backbones[0].blocks
@@ -66,6 +67,8 @@ def find_fresh(model: nn.Module, backbones: Sequence[Backbone], saved: Iterable[
         new = [(n, p) for n, p in plain if id(p) not in below and p is not embeddings]
         certain = new if has_new_head(model) else []
     left = {n: p for n, p in certain if not _is_saved(n, saved)}
+    if not left:
+        return Fresh([], [], [], known=known, in_use=False, output=False)
     whole = _wholly_fresh((n for n, _ in _plain_parameters(model, "")), {n for n, _ in new if not _is_saved(n, saved)})
     modules = {n: "" if p is embeddings else _largest(n.rpartition(".")[0], whole) for n, p in left.items()}
     names = _names_to_save(model, set(modules.values()))

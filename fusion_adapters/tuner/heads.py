@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..backbone.blocks import Backbone
 from ..backbone.families import output_embeddings
+from ..backbone.walk import modules_of
 from .config import FusionConfig
 from .fresh import Fresh, find_fresh
 
@@ -105,14 +106,14 @@ def _modules_of(model: nn.Module, backbones: list[Backbone]) -> set[int]:
     """The identities of the modules below the head; a model that is its own base (Whisper's) has its head beside a stack."""
     base = backbones[0].base
     inside = [base] if base is not model else [backbone.root for backbone in backbones]
-    return {id(m) for module in inside for m in module.modules()}
+    return {id(m) for m in modules_of(*inside)}
 
 
 def train_head_in_float32(model: nn.Module, backbones: list[Backbone], adapter_name: str) -> None:
     """Makes the trainable copy of a 16-bit head float32; peft leaves it in the dtype of the backbone."""
     in_backbone = _modules_of(model, backbones)
     outputs = output_embeddings(model)
-    for wrapper in model.modules():
+    for wrapper in modules_of(model):
         if not isinstance(wrapper, ModulesToSaveWrapper) or id(wrapper) in in_backbone:
             continue
         if adapter_name not in wrapper.modules_to_save:

@@ -20,6 +20,7 @@ from torch._dynamo import OptimizedModule
 
 from ..backbone.blocks import LAYER_NAME, find_backbones
 from ..backbone.fingerprint import fingerprints, join_fingerprints
+from ..backbone.walk import modules_of
 from .as_lora import as_lora, marked_lora_free
 from .binding import bind, check_adapter_name, check_saved_names
 from .budget import has_own_width, settle_budget, warn_if_large
@@ -303,8 +304,7 @@ class FusionModel(LoraModel):
 
 def _warn_if_compiled(model: nn.Module) -> None:
     """Warns if the model was compiled already: code that torch compiled earlier does not see hooks that come later."""
-    compiled = [n for n, m in model.named_modules() if m._compiled_call_impl is not None]
-    if isinstance(model, OptimizedModule) or compiled:
+    if isinstance(model, OptimizedModule) or any(m._compiled_call_impl is not None for m in modules_of(model)):
         warnings.warn(
             "The model was compiled before the adapter was attached. Code compiled earlier does not see the fusion's hooks, so "
             "answers may leave the fusion out. Attach first (get_peft_model), then compile (torch.compile); or call "

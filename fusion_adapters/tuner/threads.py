@@ -11,6 +11,8 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from ..backbone.walk import modules_of
+
 State = tuple[tuple[str, ...], bool]  # the active adapters of a module, and whether they are disabled
 
 # accelerate's init_empty_weights, which peft and the counting of parameters use, changes torch's Module class for all threads
@@ -72,7 +74,7 @@ class Calls:
     def follow(self, model: nn.Module, switched: tuple[type, ...]) -> None:
         """Makes the wrappers around a model's heads ask here. `switched` are the classes that peft switches."""
         self.followers, self.layerwise = [], False
-        for module in model.modules():
+        for module in modules_of(model):
             if type(module) is ModulesToSaveWrapper:
                 module.__class__ = HeadWrapper
             if isinstance(module, Follower):

@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..backbone.walk import modules_of, parameters_of
 from .labels import MARK
 from .layer import fusion_layers
 
@@ -26,10 +27,10 @@ class Before:
 
     def __init__(self, model: nn.Module, adapter_name: str) -> None:
         self.model = model
-        modules = list(model.modules())
+        modules = modules_of(model)
         self.layers = fusion_layers(model)
         self.training = [(m, m.training) for m in modules]
-        self.trains = [(p, p.requires_grad) for p in model.parameters()]
+        self.trains = [(p, p.requires_grad) for p in parameters_of(model)]
         self.contents = [(own, own.copy()) for m in modules for own in _containers(m)]
         self.plain = [(m, name, value) for m in modules for name, value in _plain_state(m)]
         added = not any(adapter_name in layer.fusions for layer in self.layers)

@@ -177,7 +177,14 @@ def no_object(folder, draw):
 def another_type(folder, draw):
     """A value of a type that its field does not take."""
     wrong = {"fusion": 5, "r": "4", "fusion_heads": "x", "fusion_layers": ["a"], "peft_type": "FUSIOM", "target_modules": 3}
-    wrong |= {"modules_to_save": 7, "fusion_scale": 3, "lora_alpha": [], "fusion_digest": "x", "fusion_labels": 2, "bias": {}}
+    wrong |= {
+        "modules_to_save": 7,
+        "fusion_scale": 3,
+        "lora_alpha": [],
+        "fusion_digest": "x",
+        "fusion_labels": 2,
+        "bias": {},
+    }
     name = draw.choice(sorted(wrong))
     edit_config(folder, lambda values: values.update({name: wrong[name]}))
 

@@ -12,15 +12,14 @@ from accelerate import init_empty_weights
 from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, PeftType, get_peft_model_state_dict, load_peft_weights
-from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict, load_peft_weights
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from ..backbone.blocks import LAYER_NAME, find_backbones
 from ..backbone.fingerprint import fingerprints, join_fingerprints
+from .as_lora import as_lora, marked_lora_free
 from .binding import bind, check_adapter_name, check_saved_names
 from .budget import has_own_width, settle_budget, warn_if_large
 from .build import build_for
@@ -29,13 +28,20 @@ from .config import FusionConfig
 from .digest import MODEL_PREFIX, is_wanted, no_digest, weights_digests
 from .heads import check_head, name_task_heads, remove_float32_hook, train_head_in_float32
 from .labels import check_labels, labels_to_save, set_labels
-from .as_lora import as_lora, marked_lora_free
 from .layer import FusionLayer, fusion_layers
 from .load import Load, current_load
 from .lora import choose_targets
 from .replay import checked_states
 from .undo import Before
-from .weights import check_weights, compare_tensors, saved_config, tensors_in_file, weights_of, without_embeddings, wrapped_keys
+from .weights import (
+    check_weights,
+    compare_tensors,
+    saved_config,
+    tensors_in_file,
+    weights_of,
+    without_embeddings,
+    wrapped_keys,
+)
 
 
 class FusionModel(LoraModel):

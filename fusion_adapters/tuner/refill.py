@@ -18,7 +18,15 @@ from .load import Load
 from .weights import check_weights, tensors_in_file, weights_of
 
 # Fields that change an adapter's answers and that its tensors do not show; those of LoRA, if there is any.
-_OPTIONS = ("fusion", "fusion_heads", "fusion_scale", "fusion_weights", "fusion_temperature", "fusion_copy_last", "fusion_stack")
+_OPTIONS = (
+    "fusion",
+    "fusion_heads",
+    "fusion_scale",
+    "fusion_weights",
+    "fusion_temperature",
+    "fusion_copy_last",
+    "fusion_stack",
+)
 _LORA = ("r", "lora_alpha", "alpha_pattern", "use_rslora")
 
 

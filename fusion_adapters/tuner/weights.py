@@ -147,7 +147,9 @@ def without_embeddings(model: nn.Module, given: dict[str, Tensor], expected: dic
     for getter in (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")):
         with contextlib.suppress(NotImplementedError, TypeError):  # sound has none, a class of one's own no such method
             layers.append(getter())  # type: ignore[misc]
-    names = tuple(f"{n}." for n, m in model.named_modules() if any(m is layer for layer in layers))
+    names = tuple(
+        f"{n}.".removeprefix(MODEL_PREFIX) for n, m in model.named_modules() if any(m is layer for layer in layers)
+    )
     return {k: v for k, v in given.items() if k in expected or not k.startswith(names or ("\0",))}
 
 
@@ -205,7 +207,11 @@ def compare_tensors(expected: dict[str, Tensor], given: dict[str, Tensor]) -> No
         *([f"{len(missing)} of {len(expected)} tensors are missing ({_some(missing)})"] if missing else []),
         *([f"{len(surplus)} have no place in the model ({_some(surplus)})"] if surplus else []),
         *([f"{len(shapes)} have another shape ({_some(shapes)})"] if shapes else []),
-        *([f"{len(kinds)} hold whole numbers or eight bits where float32 or 16 bits belong ({_some(kinds)})"] if kinds else []),
+        *(
+            [f"{len(kinds)} hold whole numbers or eight bits where float32 or 16 bits belong ({_some(kinds)})"]
+            if kinds
+            else []
+        ),
     ]
     raise ValueError(
         f"The adapter's file does not fit its config and this model: {'; '.join(found)}. Nothing was loaded. Check that "

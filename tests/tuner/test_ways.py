@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from peft import AutoPeftModelForTokenClassification, PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import LORA, attached, disturb, logits, tiny
 from support_damage import CONFIG, CONFIG_DAMAGE, DAMAGE, HARMLESS, SEEN_WITHOUT, WEIGHTS, without_digest
 from transformers import AutoModel, AutoModelForTokenClassification
@@ -96,7 +96,9 @@ def as_before(model, before):
     if model is None:
         return True
     values, then = now[-1], before[-1]
-    same = values.keys() == then.keys() and all(r == then[n][0] and torch.equal(p, then[n][1]) for n, (r, p) in values.items())
+    same = values.keys() == then.keys() and all(
+        r == then[n][0] and torch.equal(p, then[n][1]) for n, (r, p) in values.items()
+    )
     return same and now[:-1] == before[:-1]
 
 
@@ -183,11 +185,7 @@ def test_a_checkpoint_with_other_options_is_told(adapters):
 
 
 def test_a_file_in_float64_holds_the_same_values(adapters):
-    root, answer = adapters
-
     def widen(folder, draw):
-        from safetensors.torch import save_file
-
         save_file({k: v.double() for k, v in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS, {"format": "pt"})
 
     assert outcome(adapters, "PeftModel.from_pretrained", widen, "wide", 1e-6) == "same"

@@ -21,6 +21,7 @@ from torch._dynamo import OptimizedModule
 from ..backbone.blocks import LAYER_NAME, find_backbones
 from ..backbone.fingerprint import fingerprints, join_fingerprints
 from ..backbone.walk import modules_of
+from ..fusions.numerics import undrawn
 from .as_lora import as_lora, marked_lora_free
 from .binding import bind, check_adapter_name, check_saved_names
 from .budget import has_own_width, settle_budget, warn_if_large
@@ -135,7 +136,7 @@ class FusionModel(LoraModel):
         name_task_heads(config)
         check_head(model, backbones, config)
         weights = None if load is None else weights_of(load)
-        with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext():
+        with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext() if weights is None else undrawn():
             fusions = [build_for(backbone, config) for backbone in backbones]
         if not own_width:
             warn_if_large(config, fusions)

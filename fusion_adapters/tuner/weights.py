@@ -148,7 +148,9 @@ def without_embeddings(model: nn.Module, given: dict[str, Tensor], expected: dic
     for getter in (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")):
         with contextlib.suppress(NotImplementedError, TypeError):  # sound has none, a class of one's own no such method
             layers.append(getter())  # type: ignore[misc]
-    names = tuple(f"{n}." for n, m in model.named_modules() if any(m is layer for layer in layers))
+    names = tuple(
+        f"{n}.".removeprefix(MODEL_PREFIX) for n, m in model.named_modules() if any(m is layer for layer in layers)
+    )
     return {k: v for k, v in given.items() if k in expected or not k.startswith(names or ("\0",))}
 
 

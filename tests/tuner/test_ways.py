@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from peft import AutoPeftModelForTokenClassification, PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import LORA, attached, disturb, logits, tiny
 from support_damage import CONFIG, CONFIG_DAMAGE, DAMAGE, HARMLESS, SEEN_WITHOUT, WEIGHTS, without_digest
 from transformers import AutoModel, AutoModelForTokenClassification
@@ -186,8 +186,6 @@ def test_a_checkpoint_with_other_options_is_told(adapters):
 
 def test_a_file_in_float64_holds_the_same_values(adapters):
     def widen(folder, draw):
-        from safetensors.torch import save_file
-
         save_file({k: v.double() for k, v in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS, {"format": "pt"})
 
     assert outcome(adapters, "PeftModel.from_pretrained", widen, "wide", 1e-6) == "same"

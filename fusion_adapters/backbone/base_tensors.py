@@ -27,11 +27,13 @@ class BaseTensor:
         name: As in a checkpoint of the backbone, without adapters.
         tensor: What the module holds; on the meta device if its values are elsewhere.
         maps: Where accelerate keeps the values of a backbone spread over devices, each with the name there.
+        before: Whether it runs before or in the blocks.
     """
 
     name: str
     tensor: Tensor
     maps: tuple[tuple[Mapping[str, Tensor], str], ...]
+    before: bool
 
     def value(self) -> Tensor | None:
         """The values; None if they are nowhere."""
@@ -54,12 +56,17 @@ def base_tensors(backbone: Backbone) -> list[BaseTensor]:
     saved (rotary frequencies, position numbers) follow from the configuration.
     """
     found: dict[int, BaseTensor] = {}
-    for tensor in _walk(backbone.base, "", ()):
-        found.setdefault(id(tensor.tensor), tensor)
+    upstream = set(map(id, backbone.upstream))
+    for tensor in _walk(backbone.base, "", (), upstream, False):
+        if found.setdefault(id(tensor.tensor), tensor) is not tensor and tensor.before:
+            found[id(tensor.tensor)].before = True
     return list(found.values())
 
 
-def _walk(module: nn.Module, prefix: str, maps: tuple[tuple[Mapping[str, Tensor], str], ...]) -> Iterator[BaseTensor]:
+def _walk(
+    module: nn.Module, prefix: str, maps: tuple[tuple[Mapping[str, Tensor], str], ...], upstream: set[int], before: bool
+) -> Iterator[BaseTensor]:
+    before = before or id(module) in upstream
     hook: Any = module.__dict__.get("_hf_hook")
     if hook is not None:
         single = [getattr(h, "weights_map", None) for h in getattr(hook, "hooks", (hook,))]
@@ -67,17 +74,17 @@ def _walk(module: nn.Module, prefix: str, maps: tuple[tuple[Mapping[str, Tensor]
     children = module._modules
     inside = next((children[name] for name in WRAPPED if children.get(name) is not None), None) if children else None
     if inside is not None:
-        yield from _walk(inside, prefix, maps)
+        yield from _walk(inside, prefix, maps, upstream, before)
         return
     for name, parameter in module._parameters.items():
         if parameter is not None:
-            yield BaseTensor(prefix + name, parameter, _below(maps, name))
+            yield BaseTensor(prefix + name, parameter, _below(maps, name), before)
     for name, buffer in module._buffers.items():
         if buffer is not None and name not in module._non_persistent_buffers_set:
-            yield BaseTensor(prefix + name, buffer, _below(maps, name))
+            yield BaseTensor(prefix + name, buffer, _below(maps, name), before)
     for name, child in children.items():
         if child is not None and name not in (LAYER_NAME, *HEAD_NAMES):
-            yield from _walk(child, f"{prefix}{name}.", _below(maps, f"{name}."))
+            yield from _walk(child, f"{prefix}{name}.", _below(maps, f"{name}."), upstream, before)
 
 
 def _below(maps: tuple[tuple[Mapping[str, Tensor], str], ...], part: str) -> tuple[tuple[Mapping[str, Tensor], str], ...]:

@@ -25,7 +25,6 @@ from .quantization import is_quantised
 from .sampled import sampled_fingerprint
 from .settings import settings, settings_differ
 from .sums import CAST, SMALLEST_STEP, Sum, Sums
-from .walk import tensors_of
 
 SAMPLED, WHOLE = "v1", "v2"  # of 0.1.0, see `sampled`; of 0.2.0
 NAMED = 3  # tensors that a message names
@@ -160,7 +159,6 @@ def weights_signature(backbone: Backbone, idle: Container[int] = (), scalings: I
 
 
 def _whole_fingerprint(backbone: Backbone) -> str | None:
-    before = set(map(id, tensors_of(*backbone.upstream)))
     words: Any = input_embeddings(backbone.root)
     words = {id(t) for t in words.parameters()} if hasattr(words, "parameters") else set()
     sums = Sums()
@@ -172,7 +170,7 @@ def _whole_fingerprint(backbone: Backbone) -> str | None:
         if value is None:
             partial = True
             continue
-        sums.add(base.name, value, id(base.tensor) in before, id(base.tensor) in words)
+        sums.add(base.name, value, base.before, id(base.tensor) in words)
     texts = {name: total.text() for name, total in sums.all().items()}
     if not texts:
         return None

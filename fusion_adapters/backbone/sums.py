@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-SMALL = 4096  # values of a tensor (a norm, a bias) that is read whole
-SAMPLE = 512  # values that stand for a larger one; every row of the word embeddings gives one of its own
+SMALL = 2048  # values of a tensor (a norm, a bias) that is read whole
+SAMPLE = 256  # values that stand for a larger one; every row of the word embeddings gives one of its own
 ROWS = 1024  # of the word embeddings in one sum: rows that come with new tokens leave the other sums as they were
 PRIME = 2**31 - 1
 # Of a sample's norm. A cast to bf16 moves a weight by up to 2^-9 of its size; the order of a sum moves it by some 2^-20.
@@ -104,8 +105,13 @@ def _sample(value: Tensor) -> Tensor:
     """All values of a small tensor; at most `SAMPLE` of a larger one, at equal distances."""
     if value.numel() <= SMALL:
         return value.reshape(-1)
-    # an odd step walks through the columns of a matrix, and does not stay in a few of them
-    step = -(-value.numel() // SAMPLE) | 1
+    # A step that shares no factor with the row's length walks through all columns; next to a multiple of it, along a diagonal,
+    # which is the same in the transposed matrix.
+    step, length = -(-value.numel() // SAMPLE), value.numel() // len(value)
+    while length > 6 and (
+        math.gcd(step, length) > 1 or step % length in (1, length - 1)
+    ):  # every such length has other steps
+        step += 1
     if type(value) not in (Tensor, nn.Parameter) or not value.is_contiguous():
         return value.reshape(-1)[::step]
     return value.as_strided((-(-value.numel() // step),), (step,), value.storage_offset())

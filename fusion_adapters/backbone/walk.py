@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import nn
 
 
 def modules_of(*roots: nn.Module) -> list[nn.Module]:
@@ -24,8 +24,3 @@ def modules_of(*roots: nn.Module) -> list[nn.Module]:
 def parameters_of(*roots: nn.Module) -> Iterator[nn.Parameter]:
     """Their parameters; one that several modules share comes several times."""
     return (p for module in modules_of(*roots) for p in module._parameters.values() if p is not None)
-
-
-def tensors_of(*roots: nn.Module) -> Iterator[Tensor]:
-    """Their parameters and buffers, likewise."""
-    return (t for m in modules_of(*roots) for own in (m._parameters, m._buffers) for t in own.values() if t is not None)

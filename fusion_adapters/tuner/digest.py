@@ -54,7 +54,8 @@ def weights_digests(tensors: Mapping[str, Tensor]) -> dict[str, str] | None:
         return None
     found = {"saved": _digest(tensors)}
     for dtype in CASTS:
-        found[str(dtype).removeprefix("torch.")] = _digest(tensors, dtype)
+        cast = any(t.is_floating_point() and t.dtype != dtype for t in tensors.values())
+        found[str(dtype).removeprefix("torch.")] = _digest(tensors, dtype) if cast else found["saved"]
     return found
 
 

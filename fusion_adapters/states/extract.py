@@ -130,6 +130,8 @@ def _fill(
     if process.is_main_process:
         _prepare(folder, plan, progress)
     process.wait_for_everyone()
+    # its marks stand in the shards, and it may know a tokenizer that was not given now
+    plan.manifest["key"] = read_manifest(folder)["key"]
     claim = Claim(folder)
     todo = [i for i in range(len(shards)) if not shard_is_whole(folder, plan.manifest, i)]
     process.wait_for_everyone()  # no process may take another's fresh shard for one that was there
@@ -159,6 +161,10 @@ def _fill(
 
 
 def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(
+            f"{str(folder)!r} is a file; a cache of layer states is a folder. Give a new or empty folder."
+        )
     if folder.exists() and not (folder / MANIFEST).is_file() and not is_only_begun(folder):
         raise FileExistsError(
             f"The folder {str(folder)!r} is not empty and holds no cache of layer states. Give a new or empty folder."

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .dataset import CachedCollator, CachedDataset
 from .key import LABELS, cache_key, key_differences, row_signature, uncached_inputs
 from .source import Source, source_of
-from .storage import DTYPES, SEAL, StaleCacheError, read_index, read_manifest, shard_is_whole, shard_mark
+from .storage import DTYPES, StaleCacheError, open_shard, read_index, read_manifest, shard_is_whole
 
 
 def columns_of(model: nn.Module | Source | None) -> frozenset[str] | None:
@@ -217,12 +216,6 @@ class LayerStateCache:
     def _reader(self, shard: int) -> dict[str, Any]:
         reader = self._readers.get(shard)
         if reader is None:
-            path = self.folder / self.manifest["shards"][shard]["file"]
-            file = safe_open(path, "pt")
-            if (file.metadata() or {}).get(SEAL, "").partition("-")[0] != shard_mark(self.manifest, shard):
-                raise StaleCacheError(
-                    f"The shard {str(path)!r} belongs to another cache, or to another place in this one. Run the extraction again with "
-                    "the same settings; it makes only this shard anew."
-                )
+            file, _ = open_shard(self.folder, self.manifest, shard)
             reader = self._readers[shard] = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         return reader

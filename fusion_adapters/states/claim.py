@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,24 +48,36 @@ def claimed(folder: Path) -> Iterator[None]:
 
     Raises:
         RuntimeError: If another run holds it.
+        OSError: If it cannot be made, or its lock file.
     """
     path = folder / LOCK
     new = not folder.exists()
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_CREAT | os.O_RDWR)
         except FileNotFoundError:  # the folder went meanwhile
             continue
+        except OSError as error:
+            raise OSError(
+                f"No layer states can be written into the folder {str(folder)!r}: {path.name!r} cannot be made there ({error.strerror}). "
+                "Give a folder in which you may write, and move away what stands in the place of that file."
+            ) from error
         try:
             if fcntl is not None:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             os.close(handle)
             raise RuntimeError(
                 f"Another run is writing layer states into the folder {str(folder)!r} at this moment. Wait until it has ended and start "
                 "again (what it wrote is kept, if it is the same cache), or give another folder."
             ) from error
+        except OSError as error:
+            warnings.warn(
+                f"The file system of {str(folder)!r} has no locks ({error.strerror}): nothing keeps a second run from writing layer states "
+                "there at the same time. Start one run at a time.",
+                stacklevel=3,
+            )
         if _inode(path) == os.fstat(handle).st_ino:
             break
         os.close(handle)  # that run ended, and took its lock file with it

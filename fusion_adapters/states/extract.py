@@ -27,8 +27,8 @@ from .seen import check_seen, padded_right
 from .source import Source, source_of
 from .storage import (
     DTYPES,
-    MANIFEST,
     StaleCacheError,
+    has_manifest,
     is_only_begun,
     read_index,
     read_manifest,
@@ -92,7 +92,7 @@ def cache_layer_states(
     """
     folder = Path(folder)
     check_rows(rows)
-    if shard_bytes is None and (folder / MANIFEST).is_file():
+    if shard_bytes is None and has_manifest(folder):
         shard_bytes = read_manifest(folder)["shard_bytes"]
     source = source_of(model)
     plan = plan_cache(
@@ -130,6 +130,8 @@ def _fill(
     if process.is_main_process:
         _prepare(folder, plan, progress)
     process.wait_for_everyone()
+    # its marks stand in the shards, and it may know a tokenizer that was not given now
+    plan.manifest["key"] = read_manifest(folder)["key"]
     claim = Claim(folder)
     todo = [i for i in range(len(shards)) if not shard_is_whole(folder, plan.manifest, i)]
     process.wait_for_everyone()  # no process may take another's fresh shard for one that was there
@@ -159,7 +161,11 @@ def _fill(
 
 
 def _refuse_foreign(folder: Path) -> None:
-    if folder.exists() and not (folder / MANIFEST).is_file() and not is_only_begun(folder):
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(
+            f"{str(folder)!r} is a file; a cache of layer states is a folder. Give a new or empty folder."
+        )
+    if folder.exists() and not has_manifest(folder) and not is_only_begun(folder):
         raise FileExistsError(
             f"The folder {str(folder)!r} is not empty and holds no cache of layer states. Give a new or empty folder."
         )
@@ -168,7 +174,7 @@ def _refuse_foreign(folder: Path) -> None:
 def _prepare(folder: Path, plan: Plan, tell: bool) -> None:
     """Checks folder and disk, tells the size, and writes the plan."""
     index_is_whole = False
-    if (folder / MANIFEST).is_file():
+    if has_manifest(folder):
         index_is_whole = _check_same(folder, plan)
     _refuse_foreign(folder)
     remove_leftovers(folder)
@@ -183,7 +189,7 @@ def _prepare(folder: Path, plan: Plan, tell: bool) -> None:
         )
     if tell:
         print(f"{folder}: {plan}; {len(present)} of them there", flush=True)
-    if not (folder / MANIFEST).is_file():
+    if not has_manifest(folder):
         write_plan(folder, plan.manifest, plan.signatures, plan.places)
     elif not index_is_whole:  # it follows from the rows
         write_index(folder, plan.signatures, plan.places)

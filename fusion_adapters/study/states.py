@@ -17,7 +17,7 @@ from ..runs.tokenizers import load_tokenizer
 from ..runs.training import adapter_config
 from ..states import cache_layer_states
 from ..states.key import made_by_other_versions
-from ..states.storage import MANIFEST, read_manifest
+from ..states.storage import has_manifest, read_manifest
 from .examples import splits_of
 from .recipe import StudyRecipe
 
@@ -44,7 +44,7 @@ def prepare_states(study: StudyRecipe, root: Path) -> None:
             if recipe.backbone.bits is None:  # a quantised model is where it was loaded
                 model.to(PartialState().device)
             layers = {i for m in methods for i in _layers(study.recipe_of(data, m), model)}
-            if (folder / MANIFEST).is_file():
+            if has_manifest(folder):
                 manifest = read_manifest(folder)
                 there = set(manifest["layers"])
                 if made_by_other_versions(manifest["key"]):  # the runs that are done say theirs, and stay

@@ -18,6 +18,7 @@ from support_text import tokenizer
 
 from fusion_adapters.states import LayerStateCache, StaleCacheError, cache_layer_states, plan_cache
 from fusion_adapters.states.extract import _all_finite
+from fusion_adapters.states.storage import manifest_text
 
 
 def test_only_what_the_fusion_reads_is_stored_and_no_padding(tmp_path):
@@ -164,6 +165,21 @@ def test_an_extraction_goes_on_with_the_shards_that_it_began_with(tmp_path):
         cached(model, rows, folder, batch_size=4, shard_bytes=40_000)
 
 
+def test_a_tokenizer_that_is_not_given_again_changes_nothing(tmp_path):
+    model, rows, folder = attached(), some_rows(40), tmp_path / "states"
+    options = {"batch_size": 4, "shard_bytes": 20_000}
+    cached(model, rows, folder, tokenizer=tokenizer(), max_length=64, **options)
+    before, times = digests(folder), {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    cache = cached(model, rows, folder, **options)
+    assert cache.read(cache.find(rows)).isfinite().all()
+    assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == times
+    next(folder.glob("shard-*")).unlink()
+    cached(model, rows, folder, **options)
+    assert digests(folder) == before
+    with pytest.raises(StaleCacheError, match="max_length: 64 in the cache, 32 now"):
+        cached(model, rows, folder, max_length=32, **options)
+
+
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "another's"])
 def test_a_damaged_index_is_found_and_made_again(damage, tmp_path):
     model, rows = attached(), some_rows(40)
@@ -222,10 +238,10 @@ def test_a_cache_of_something_else_is_refused_and_the_part_is_named(tmp_path):
     with pytest.raises(StaleCacheError, match="dtype: float32 in the cache, float16 now"):
         cached(model, rows, folder, dtype="float16")
     (folder / "manifest.json").write_text(json.dumps({**cache.manifest, "format": 99}))
-    with pytest.raises(ValueError, match="has format 99, this version reads format 3"):
+    with pytest.raises(ValueError, match="has format 99, this version reads format 4"):
         LayerStateCache(folder)
     versions = {**cache.manifest, "key": {**cache.manifest["key"], "transformers": "4.0.0"}}
-    (folder / "manifest.json").write_text(json.dumps(versions))
+    (folder / "manifest.json").write_text(manifest_text(versions))
     with pytest.raises(StaleCacheError, match=r"transformers: 4.0.0 in the cache"):
         LayerStateCache(folder, model)
 

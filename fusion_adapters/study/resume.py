@@ -13,7 +13,9 @@ import yaml
 
 from ..backbone.atomic import temporary_of, write_text_whole
 from ..backbone.blocks import find_backbones
+from ..backbone.fingerprint import weights_signature
 from ..backbone.sampled import sampled_signature
+from ..backbone.settings import settings
 from ..runs.loading import load_model
 from ..runs.tokenizers import load_tokenizer
 from ..runs.training import adapter_config
@@ -76,9 +78,10 @@ def data_signature(study: StudyRecipe, data: str) -> str:
 
 
 def backbone_signatures(study: StudyRecipe) -> dict[str, str]:
-    """Hashes over the tokenizer and over values sampled from the weights that run before or in the blocks.
+    """Hashes over the tokenizer, over the weights that run before or in the blocks, and over the settings that change answers.
 
-    The weights once for each quantisation that a method asks for: a folder or a hub name can hold others than yesterday.
+    The weights once for each quantisation that a method asks for: a folder or a hub name can hold others than yesterday. Comparisons
+    of 0.1.0 know values sampled from them alone.
     """
     data = next(iter(study.data))
     recipes = [study.recipe_of(data, method) for method in study.methods]
@@ -91,7 +94,10 @@ def backbone_signatures(study: StudyRecipe) -> dict[str, str]:
         if part not in found:
             labels = splits_of(study, data).labels
             model = load_model(recipe.backbone, recipe.task, labels, config.modules_to_save or ())
-            found[part] = sampled_signature(find_backbones(model, named)[0])
+            backbone = find_backbones(model, named)[0]
+            found[part] = sampled_signature(backbone)
+            found[f"all {part}"] = weights_signature(backbone)
+            found["settings"] = hashlib.sha256(json.dumps(settings(backbone.base), sort_keys=True).encode()).hexdigest()[:16]
     return found
 
 

@@ -119,8 +119,17 @@ def test_a_backbone_that_changed_under_its_name_is_refused(tmp_path, capsys):
     before, tensors = weights.read_bytes(), load_file(weights)
     name = next(n for n in tensors if "query.weight" in n)
     save_file({**tensors, name: tensors[name] + 1}, weights, {"format": "pt"})  # retrained in place
-    assert "the backbone's weights differ" in refused([path, "--output", out], capsys)
+    assert "the backbone's weights, the backbone's all weights differ" in refused([path, "--output", out], capsys)
+    one = tensors[name].clone()
+    one.view(-1)[7] += 1e-3  # a value that no sample holds
+    save_file({**tensors, name: one}, weights, {"format": "pt"})
+    assert "comparison: the backbone's all weights differ" in refused([path, "--output", out], capsys)
     weights.write_bytes(before)
+    config = tmp_path / "model" / "config.json"
+    kept = config.read_text()
+    config.write_text(json.dumps({**json.loads(kept), "layer_norm_eps": 1e-3}))
+    assert "comparison: the backbone's settings differ" in refused([path, "--output", out], capsys)
+    config.write_text(kept)
     tokenizer = tmp_path / "model" / "tokenizer.json"
     kept = tokenizer.read_text()
     tokenizer.write_text(kept.replace('"lowercase": true', '"lowercase": false'))
@@ -130,7 +139,7 @@ def test_a_backbone_that_changed_under_its_name_is_refused(tmp_path, capsys):
     # a folder begun before backbones were noted takes today's
     (out / "backbone.json").unlink()
     main(["compare", str(path), "--output", str(out), "--workers", "1"])
-    assert set(json.loads((out / "backbone.json").read_text())) == {"tokenizer", "weights"}
+    assert set(json.loads((out / "backbone.json").read_text())) == {"tokenizer", "weights", "all weights", "settings"}
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -16,6 +16,7 @@ from .calls import Frame, Opener, WrappedForward
 from .families import ENCODED, beside_state, cached_positions, state_in, state_out, with_state_in, with_state_out
 from .fuse import Fuses
 from .replay import GivenStates, LayerStates, StandIns, fuse_given
+from .shapes import check_state
 
 
 class _Frames(threading.local):
@@ -189,6 +190,7 @@ class Taps:
         frame.reached += 1
         state = state_out(output)
         if frame.given is None:
+            check_state(state, frame.fuse.width)
             self._keep(frame, frame.reached, state)
         return with_state_out(output, self._finish(frame, state, args, kwargs)) if frame.reached == self.depth else None
 

@@ -104,7 +104,7 @@ class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
             return None
         asked = None if self.calls is None else self.calls.here.recording
         recording = asked[1] if asked is not None and asked[0] is self and fusion.has_weights else None
-        return Fusing(self, fusion, frozenset(fusion.layers), fusion.mixes_positions, recording)
+        return Fusing(self, fusion, frozenset(fusion.layers), self.backbone.hidden_size, fusion.mixes_positions, recording)
 
     def forward(  # type: ignore[override]
         self,

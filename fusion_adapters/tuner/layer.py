@@ -57,7 +57,7 @@ class FusionLayer(AuxiliaryTrainingWrapper, BaseTunerLayer):
         self.fingerprints = fingerprints(backbone) if known is None else known
         self.recording: list[Tensor] | None = None
         self._trainable: dict[str, bool] = {}
-        self.taps = Taps(backbone.root, backbone.blocks, self, backbone.causal, model, check)
+        self.taps = Taps(backbone.root, backbone.blocks, self, backbone.causal, backbone.hidden_size, model, check)
 
     # what a forward pass does
 

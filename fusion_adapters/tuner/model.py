@@ -27,7 +27,7 @@ from .build import build_for
 from .card import CardWriter, class_of
 from .config import FusionConfig
 from .digest import check_options, is_wanted, no_digest, weights_digests
-from .heads import check_head, name_task_heads, remove_float32_hook, train_head_in_float32
+from .heads import check_head, name_task_heads, remove_float32_hook, train_head_in_float32, warn_if_nothing_trains
 from .labels import check_labels, labels_to_save, set_labels
 from .layer import FusionLayer, fusion_layers
 from .lora import choose_targets
@@ -126,6 +126,7 @@ class FusionModel(LoraModel):
                 check_wrapped_tensors(model, adapter_name, weights)
                 check_digest(config, weights, model, self._tensors_in_file(adapter_name))
         if adapter_name in self.active_adapters:
+            warn_if_nothing_trains(model, config)
             set_labels(config, model)
         config.source = None  # checked: a copy of the config stands for another adapter, and the folder may go
         for layer in fusion_layers(model):

@@ -31,16 +31,12 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # the number
 BOTH_WAYS = ("xlnet",)  # of the families that transformers knows for causal language modelling alone
 
 _MAPS = "its states are maps of an image, (B, height, width, d) or (B, d, height, width)"
-_NGRAMS = "its states hold the positions of several predictions one after the other"
 # Types of models whose blocks give something else than one state (B, T, d), and what.
 UNLIKE = {
     "squeezebert": "its states are (B, d, T), and it calls its blocks past their hooks",
-    "prophetnet": _NGRAMS,
-    "xlm-prophetnet": _NGRAMS,
-    **dict.fromkeys(
-        ("sam_vision_model", "sam_hq_vision_model", "sam3_vit_model", "sam3_vision_model", "sam", "sam_hq", "vitdet"), _MAPS
-    ),
+    **dict.fromkeys(("sam_vision_model", "sam_hq_vision_model", "sam3_vit_model", "vitdet"), _MAPS),
 }
+POSITIONS_FIRST = ("xlnet", "fsmt")  # their states are (T, B, d)
 
 # Classes
 

@@ -15,12 +15,10 @@ class Fuse(Protocol):
 
     Attributes:
         wanted: The numbers of the layer states that it will read.
-        width: Their last dimension.
         mixes_positions: Whether the result at a position depends on others, so that it must know about a KV cache.
     """
 
     wanted: frozenset[int]
-    width: int
     mixes_positions: bool
 
     def cuts_graph(self) -> bool:

@@ -32,13 +32,13 @@ def check_blocks(model: nn.Module, blocks: Sequence[nn.Module], hidden_size: int
             raise ValueError(
                 _refusal(
                     model,
-                    f"its blocks, or stages of blocks, differ in width: nothing in block {number} of {len(blocks)} "
-                    f"({type(block).__name__}) has the width {hidden_size} of the others (it has {', '.join(map(str, widths))})",
+                    f"its blocks, or stages of blocks, differ in width: no norm of block {number} of {len(blocks)} "
+                    f"({type(block).__name__}) has the width {hidden_size} (they have {', '.join(map(str, widths))})",
                 )
             )
 
 
-def check_whole(model: nn.Module, base: nn.Module, name: str, lists: Mapping[str, nn.ModuleList]) -> None:
+def check_whole(model: nn.Module, base: nn.Module, name: str, lists: Mapping[str, Sequence[nn.Module]]) -> None:
     """Raises ValueError if a list holds parts of blocks: beside it lies one of as many norms, and its own have none.
 
     Args:
@@ -85,7 +85,5 @@ def _refusal(model: nn.Module, reason: str) -> str:
 
 
 def _widths(block: nn.Module) -> list[int]:
-    """The sizes of a block's norms; of all its parameters where it has none; empty where nothing says a width."""
-    norms = {p.shape[0] for m in block.modules() if is_norm(m) for p in m.parameters(recurse=False) if p.dim() == 1}
-    sizes = {n for p in block.parameters() if p.is_floating_point() for n in p.shape}
-    return sorted(norms | sizes) if norms else []
+    """The sizes of a block's norms, one of which every transformer block has at its own width; empty where they have no weights."""
+    return sorted({p.shape[0] for m in block.modules() if is_norm(m) for p in m.parameters(recurse=False) if p.dim() == 1})

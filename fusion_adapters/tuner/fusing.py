@@ -19,7 +19,6 @@ class Fusing:
         layer: The `FusionLayer` that holds the fusion, through which it is called.
         fusion: The fusion.
         wanted: The numbers of the layer states that it reads.
-        width: Their last dimension.
         mixes_positions: Whether its result at a position depends on others.
         recording: Where its weights over depth go; None if nobody asked for them.
     """
@@ -27,7 +26,6 @@ class Fusing:
     layer: Any
     fusion: Fusion
     wanted: frozenset[int]
-    width: int
     mixes_positions: bool
     recording: list[Tensor] | None = None
 

@@ -63,7 +63,9 @@ class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
         # now: a training may change what they are of (bias='all')
         self.fingerprints = fingerprints(backbone) if known is None else known
         self._trainable: dict[str, bool] = {}
-        self.taps = Taps(backbone.root, backbone.blocks, self, backbone.causal, model, check, self.calls)
+        self.taps = Taps(
+            backbone.root, backbone.blocks, self, backbone.causal, backbone.hidden_size, model, check, self.calls
+        )
 
     # what a forward pass does
 
@@ -104,7 +106,7 @@ class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
             return None
         asked = None if self.calls is None else self.calls.here.recording
         recording = asked[1] if asked is not None and asked[0] is self and fusion.has_weights else None
-        return Fusing(self, fusion, frozenset(fusion.layers), self.backbone.hidden_size, fusion.mixes_positions, recording)
+        return Fusing(self, fusion, frozenset(fusion.layers), fusion.mixes_positions, recording)
 
     def forward(  # type: ignore[override]
         self,

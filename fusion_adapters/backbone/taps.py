@@ -163,8 +163,7 @@ class Taps:
                 f"The backbone answered, but only {frame.reached} of its {self.depth} blocks ran, so nothing was fused. If "
                 "its configuration skips blocks in training (layerdrop), load it with layerdrop=0.0."
             )
-
-        if answered and frame.wanted is not None and frame.reached > self.depth:
+        if answered and frame.fuse is not None and frame.reached > self.depth:
             raise RuntimeError(
                 f"The backbone ran blocks {frame.reached} times in one call, and has {self.depth}: the fusion took the state after the "
                 f"first {self.depth} for the last one. No fusion attaches to a backbone that runs its stack again and again."

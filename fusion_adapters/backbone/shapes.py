@@ -38,7 +38,7 @@ def check_blocks(model: nn.Module, blocks: Sequence[nn.Module], hidden_size: int
             )
 
 
-def check_whole(model: nn.Module, base: nn.Module, name: str, lists: Mapping[str, Sequence[nn.Module]]) -> None:
+def check_whole(model: nn.Module, base: nn.Module, name: str, lists: Mapping[str, nn.ModuleList]) -> None:
     """Raises ValueError if a list holds parts of blocks: beside it lies one of as many norms, and its own have none.
 
     Args:

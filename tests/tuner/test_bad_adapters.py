@@ -250,5 +250,5 @@ def test_a_config_without_its_weights(adapter):
 
 def test_a_folder_of_another_method_is_no_fusion(tmp_path):
     get_peft_model(tiny("bert"), LoraConfig(task_type="TOKEN_CLS", target_modules=["query"])).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is no fusion, its peft_type is 'LORA'. Load it as what it is, LoraConfig"):
+    with pytest.raises(ValueError, match=r"is no fusion, its peft_type is 'LORA'. Load it as what it is, LoraConfig"):
         FusionConfig.from_pretrained(tmp_path)

@@ -161,7 +161,8 @@ class Taps:
         if answered and frame.fuse is not None and frame.reached < self.depth:
             raise RuntimeError(
                 f"The backbone answered, but only {frame.reached} of its {self.depth} blocks ran, so nothing was fused. If "
-                "its configuration skips blocks in training (layerdrop), load it with layerdrop=0.0."
+                "its configuration skips blocks in training (layerdrop), load it with layerdrop=0.0; if num_hidden_layers was "
+                "changed in it, set that back."
             )
         if answered and frame.fuse is not None and frame.reached > self.depth:
             raise RuntimeError(

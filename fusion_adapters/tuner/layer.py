@@ -21,6 +21,8 @@ from ..backbone.taps import Taps
 from ..backbone.walk import modules_of
 from ..fusions import Context, Fusion
 from .active import modules_in, trains
+from .casts import warn_if_cast, warn_if_cast_in_call
+from .drafts import is_draft, named_blocks
 from .fusing import Fusing
 from .threads import Calls, Follower, deleted
 
@@ -63,6 +65,9 @@ class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
         # now: a training may change what they are of (bias='all')
         self.fingerprints = fingerprints(backbone) if known is None else known
         self._trainable: dict[str, bool] = {}
+        self.as_given: set[str] = set()  # adapters attached with autocast_adapter_dtype=False
+        self.cast_told = False
+        self.named_blocks = named_blocks(backbone)
         self.taps = Taps(
             backbone.root, backbone.blocks, self, backbone.causal, backbone.hidden_size, model, check, self.calls
         )
@@ -102,8 +107,10 @@ class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
     def begin(self) -> Fusing | None:
         """What fuses in a call of this thread that begins now; None if no fusion is active."""
         fusion = self.active_fusion
-        if fusion is None:
+        if fusion is None or is_draft(self):
             return None
+        if self.training and torch.is_grad_enabled():
+            warn_if_cast_in_call(self)
         asked = None if self.calls is None else self.calls.here.recording
         recording = asked[1] if asked is not None and asked[0] is self and fusion.has_weights else None
         return Fusing(self, fusion, frozenset(fusion.layers), fusion.mixes_positions, recording)
@@ -157,6 +164,7 @@ class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
         super().train(mode)
         if not mode:
             return self
+        warn_if_cast(self)
         frozen: set[nn.Module] = set()
         if not self.trains_states():
             root = self.backbone.root
@@ -197,6 +205,9 @@ class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
     def _get_available_adapters(self) -> set[str]:
         return set(self.fusions)
 
+    def config(self) -> Any:
+        return None if self.named_blocks is None else self.backbone.root.config
+
     def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         known = [name for name in names if name in self.fusions]
@@ -236,6 +247,7 @@ class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
             self.set_adapter((new_active_adapters or sorted({*self.fusions} - {adapter_name}))[:1])
         del self.fusions[adapter_name]
         self._adapters.discard(adapter_name)
+        self.as_given.discard(adapter_name)
 
     def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
         return {k: state_dict[v] for k, v in self.adapter_state_dict_load_map(adapter_name).items()}

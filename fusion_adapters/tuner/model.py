@@ -191,6 +191,11 @@ class FusionModel(LoraModel):
             config: Any = self.peft_config[self.active_adapters[0]]
             set_labels(config, self.model)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in fusion_layers(self.model):
+            (layer.as_given.discard if autocast_adapter_dtype else layer.as_given.add)(adapter_name)
+
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         with self.calls.switching():
             super()._enable_adapter_layers(enabled)

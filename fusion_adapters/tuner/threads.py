@@ -12,6 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..backbone.walk import modules_of
+from .drafts import COUNT
 
 State = tuple[tuple[str, ...], bool]  # the active adapters of a module, and whether they are disabled
 
@@ -28,6 +29,7 @@ class _Here(threading.local):
         switches: The model's count of switches when it began.
         chosen: The adapter of `use_adapter`, `()` for none; None outside of it.
         unfused: Whether calls leave the fusion out.
+        named: The configurations of the backbones, and how many blocks each named when the outermost call began.
         recording: The fusion layer whose weights over depth are wanted, and those found.
     """
 
@@ -38,6 +40,7 @@ class _Here(threading.local):
         self.switches = 0
         self.chosen: tuple[str, ...] | None = None
         self.unfused = False
+        self.named: list[tuple[Any, int]] = []
         self.recording: tuple[nn.Module, list[Tensor]] | None = None
 
 
@@ -94,6 +97,8 @@ class Calls:
                 with self._lock:
                     here.states = {id(module): module.state() for module in self.followers}
                     here.switches = self.switches
+                    configs = [module.config() for module in self.followers]
+                    here.named = [(config, getattr(config, COUNT)) for config in configs if config is not None]
             here.depth += 1
         return args, kwargs
 
@@ -110,6 +115,10 @@ class Calls:
         if here.depth:
             return
         here.states = None
+        named, here.named = here.named, []
+        for config, count in named:  # a draft that failed: transformers does not set it back
+            if not answered and getattr(config, COUNT) != count:
+                setattr(config, COUNT, count)
         if not (answered and self.layerwise):
             return
         with self._lock:
@@ -191,8 +200,12 @@ class Follower(nn.Module):
                 return states[id(self)]
         return self.state()
 
+    def config(self) -> Any:
+        """The configuration whose number of blocks is kept over calls that fail; None if there is none."""
+        return None
+
     def switched(self) -> None:
-        """This thread has switched the module: a call that is under way in it goes on with that."""
+        """""This thread has switched the module: a call that is under way in it goes on with that."""
         states = None if self.calls is None else self.calls.here.states
         if states is not None:
             states[id(self)] = self.state()

@@ -1,4 +1,6 @@
-"""Ways to damage, exchange and edit a folder of cached layer states, for states/test_cache_damage.py. Each takes a folder and a `random.Random`.
+"""Ways to damage, exchange and edit a folder of cached layer states, for states/test_cache_damage.py.
+
+Each takes a folder and a `random.Random`.
 
 Beside the folder stand two caches of the same shape: `other`, of another backbone, and `rows`, of other rows.
 """

@@ -19,6 +19,7 @@ from .families import (
     layer_drop,
     text_config,
 )
+from .shapes import check_blocks, check_whole, refuse_stages, widths_of_stages
 
 LAYER_NAME = "layer_fusion"  # where a fusion hangs in the module tree: a child of the backbone
 
@@ -152,10 +153,13 @@ def _backbone(model: nn.Module, base: nn.Module, name: str, blocks: list[nn.Modu
     config = text_config(root if getattr(root, "config", None) is not None else model)
     hidden_size = next((getattr(config, n) for n in HIDDEN_SIZE_NAMES if hasattr(config, n)), None)
     if hidden_size is None:
+        if len(set(widths := widths_of_stages(config))) > 1:
+            refuse_stages(model, widths)
         raise ValueError(
             f"The hidden size of {type(model).__name__} is unknown: its configuration has none of "
             f"{', '.join(HIDDEN_SIZE_NAMES)}. Add config.hidden_size, the width of the blocks' outputs."
         )
+    check_blocks(model, blocks, hidden_size, (getattr(model, "config", None), config))
     return Backbone(
         base=base,
         root=root,
@@ -191,6 +195,7 @@ def _named_blocks(model: nn.Module, base: nn.Module, name: str) -> tuple[str, nn
         if isinstance(found, nn.ModuleList) and len(found) > 0:
             inner = next((n for n, m in base.named_modules() if m is found), None)
             if inner is not None:
+                check_whole(model, base, inner, _candidates(base))
                 return inner, found
     raise ValueError(
         f"fusion_blocks={name!r} does not name a list of blocks of {type(model).__name__}. "
@@ -222,6 +227,8 @@ def _search_blocks(model: nn.Module, base: nn.Module, config: Any) -> tuple[str,
     candidates = _candidates(base)
     ordered = {n: blocks_in_order(config, list(m)) for n, m in _outermost(candidates).items()}
     fitting = {n: blocks for n, blocks in ordered.items() if blocks is not None}
+    for name in fitting:
+        check_whole(model, base, name, candidates)
     if len(fitting) == 1:
         return next(iter(fitting.items()))
     found = "None was found" if not fitting else f"{len(fitting)} were found"

@@ -19,6 +19,8 @@ from transformers.models.auto.modeling_auto import (
 # Configurations
 
 HIDDEN_SIZE_NAMES = ("hidden_size", "d_model", "n_embd", "dim")
+WIDTHS_OF_STAGES = ("hidden_sizes", "embed_dims", "neck_hidden_sizes", "embed_dim")
+STREAMS = ("hc_mult", "altup_num_inputs")  # the number of states that run beside one another (DeepSeek-V4, Gemma 3n)
 STACKS = ("encoder", "decoder")
 # How configurations of encoder-decoders name the depth of each stack, the first that is there.
 DEPTH_NAMES = {
@@ -27,6 +29,14 @@ DEPTH_NAMES = {
 }
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # the number of experts in a mixture
 BOTH_WAYS = ("xlnet",)  # of the families that transformers knows for causal language modelling alone
+
+_MAPS = "its states are maps of an image, (B, height, width, d) or (B, d, height, width)"
+# Types of models whose blocks give something else than one state (B, T, d), and what.
+UNLIKE = {
+    "squeezebert": "its states are (B, d, T), and it calls its blocks past their hooks",
+    **dict.fromkeys(("sam_vision_model", "sam_hq_vision_model", "sam3_vit_model", "vitdet"), _MAPS),
+}
+POSITIONS_FIRST = ("xlnet", "fsmt")  # their states are (T, B, d)
 
 # Classes
 

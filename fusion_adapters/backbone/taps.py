@@ -16,6 +16,7 @@ from .calls import Frame, Opener, WrappedForward
 from .families import ENCODED, beside_state, cached_positions, state_in, state_out, with_state_in, with_state_out
 from .fuse import Fuses
 from .replay import GivenStates, LayerStates, StandIns, fuse_given
+from .shapes import check_state
 
 
 class _Frames(threading.local):
@@ -39,6 +40,7 @@ class Taps:
         blocks: The backbone's blocks in the order in which they run; a block may run several times.
         fuses: Knows what fuses in a call.
         causal: Passed on in the context.
+        width: The width of the layer states.
         model: The model with the backbone in it, whose calls may bring `layer_states` along; None if they may not.
         check: For these: takes the model and what it was given, and returns the states, or raises.
         whole: Is told when calls of this model begin and end.
@@ -50,12 +52,14 @@ class Taps:
         blocks: Sequence[nn.Module],
         fuses: Fuses,
         causal: bool,
+        width: int,
         model: nn.Module | None = None,
         check: Callable[[nn.Module, LayerStates], GivenStates] | None = None,
         whole: Opener | None = None,
     ) -> None:
         self.fuses = fuses
         self.causal = causal
+        self.width = width
         self.depth = len(blocks)
         self._check = check
         self._frames = _Frames()
@@ -160,6 +164,11 @@ class Taps:
                 "its configuration skips blocks in training (layerdrop), load it with layerdrop=0.0; if num_hidden_layers was "
                 "changed in it, set that back."
             )
+        if answered and frame.fuse is not None and frame.reached > self.depth:
+            raise RuntimeError(
+                f"The backbone ran blocks {frame.reached} times in one call, and has {self.depth}: the fusion took the state after the "
+                f"first {self.depth} for the last one. No fusion attaches to a backbone that runs its stack again and again."
+            )
 
     @property
     def _frame(self) -> Frame | None:
@@ -189,6 +198,7 @@ class Taps:
             return None
         frame.reached += 1
         state = state_out(output)
+        check_state(state, self.width)
         if frame.given is None:
             self._keep(frame, frame.reached, state)
         return with_state_out(output, self._finish(frame, state, args, kwargs)) if frame.reached == self.depth else None

@@ -10,12 +10,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..backbone.blocks import Backbone
+from ..backbone.families import POSITIONS_FIRST
 from ..fusions import Fusion, build_fusion
 from .config import FusionConfig
 
 
 def build_for(backbone: Backbone, config: FusionConfig, **widths: int) -> Fusion:
-    """Builds the fusion of a config for a backbone, with fresh parameters; `widths` win over the config."""
+    """Builds the fusion of a config for a backbone, with fresh parameters; `widths` win over the config.
+
+    Raises:
+        ValueError: If a fusion that mixes positions would not find them where it looks.
+    """
     fusion = build_fusion(
         config.fusion,
         backbone.hidden_size,
@@ -24,6 +29,11 @@ def build_for(backbone: Backbone, config: FusionConfig, **widths: int) -> Fusion
         last_block=_plain_copy(backbone.blocks[-1]) if config.fusion_copy_last else None,
         **{**config.options, **widths},
     )
+    if fusion.mixes_positions and backbone.model_type in POSITIONS_FIRST:
+        raise ValueError(
+            f"fusion={config.fusion!r} attends over positions, and the layer states of a {backbone.model_type!r} are (positions, batch, "
+            "hidden size), of which it would take texts for positions. Use a fusion over depth (dwatt, concat, scalar_mix)."
+        )
     fusion.stop_gradient = config.fusion_stop_gradient
     return fusion
 

@@ -148,8 +148,14 @@ class FusionConfig(_MethodOptions):
         cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any
     ) -> FusionConfig:
         """Loads the config of a saved adapter from a folder or a hub id; see `peft.PeftConfig.from_pretrained`."""
-        config = super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
-        if isinstance(config, FusionConfig):
+        config: Any = super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
+        if not isinstance(config, FusionConfig):
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            raise ValueError(
+                f"The adapter in {str(pretrained_model_name_or_path)!r} is no fusion, its peft_type is {kind!r}. Load it as what it is, "
+                f"{type(config).__name__}.from_pretrained, or PeftModel.from_pretrained without a config; its weights do not fit a fusion."
+            )
+        else:
             download, _, _ = cls._split_kwargs(kwargs)
             config.source = (str(pretrained_model_name_or_path), {"subfolder": subfolder, **download})
         return config

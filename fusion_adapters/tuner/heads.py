@@ -102,6 +102,18 @@ def _tell_of_lost_weights(kind: str, config: FusionConfig, fresh: Fresh, named: 
     warnings.warn(f"{what} {remedy}", stacklevel=2)
 
 
+def warn_if_nothing_trains(model: nn.Module, config: FusionConfig) -> None:
+    """Warns if an adapter that is to be trained has nothing that trains. Not for models without weights, which are counted."""
+    parameters = list(model.parameters())
+    if config.inference_mode or any(p.requires_grad or p.is_meta for p in parameters):
+        return
+    warnings.warn(
+        f"Nothing trains: fusion={config.fusion!r} has no parameters here, and the config asks neither for LoRA nor for a head. Training "
+        "would fail at its first step. Choose another fusion, give target_modules for LoRA, or name a head in modules_to_save.",
+        stacklevel=2,
+    )
+
+
 def _modules_of(model: nn.Module, backbones: list[Backbone]) -> set[int]:
     """The identities of the modules below the head; a model that is its own base (Whisper's) has its head beside a stack."""
     base = backbones[0].base

@@ -68,7 +68,9 @@ class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
         self.as_given: set[str] = set()  # adapters attached with autocast_adapter_dtype=False
         self.cast_told = False
         self.named_blocks = named_blocks(backbone)
-        self.taps = Taps(backbone.root, backbone.blocks, self, backbone.causal, model, check, self.calls)
+        self.taps = Taps(
+            backbone.root, backbone.blocks, self, backbone.causal, backbone.hidden_size, model, check, self.calls
+        )
 
     # what a forward pass does
 

@@ -29,7 +29,7 @@ from .build import build_for
 from .card import CardWriter, class_of
 from .config import FusionConfig
 from .digest import MODEL_PREFIX, is_wanted, no_digest, weights_digests
-from .heads import check_head, name_task_heads, remove_float32_hook, train_head_in_float32
+from .heads import check_head, name_task_heads, remove_float32_hook, train_head_in_float32, warn_if_nothing_trains
 from .labels import check_labels, labels_to_save, set_labels
 from .layer import FusionLayer, fusion_layers
 from .load import Load, current_load
@@ -167,6 +167,7 @@ class FusionModel(LoraModel):
             if load is not None and weights is not None:
                 check_weights(model, saved, load, weights, tensors_in_file(self, adapter_name))
         if adapter_name in self.active_adapters:
+            warn_if_nothing_trains(model, config)
             set_labels(config, model)
         config.source, config.attached = None, True  # checked: a copy stands for another adapter, and the folder may go
         for layer in fusion_layers(model):

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from support import METHODS, attached, batch, disturb, layer_of, logits, tiny, without_dropout
 from torch.utils.checkpoint import checkpoint
 
-from fusion_adapters import FusionConfig
+from fusion_adapters import FusionConfig, depth_weights
 from fusion_adapters.tuner import fusion_layers
 
 FEW = pytest.mark.parametrize("family", ["bert", "llama", "albert", "t5-both", "mamba"])
@@ -87,6 +87,47 @@ def test_a_failure_within_a_call_leaves_nothing_behind(family, error):
         assert held(model) == 0 and not any(layer.taps.open_calls for layer in fusion_layers(model))
     handle.remove()
     torch.testing.assert_close(answer(model, batch), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("where", ["embeddings", "block", "fusion", "head"])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_failure_anywhere_leaves_the_model_as_it_was(family, where, training):
+    head = "sequence"
+    model = without_dropout(disturb(attached(family, head, fusion="dwatt"))).train(training)
+    layer = layer_of(model)
+    backbone = layer.backbone
+    place = {
+        "embeddings": next(backbone.root.children()),
+        "block": backbone.blocks[1],
+        "fusion": layer.fusions["default"],
+        "head": model.base_model.model.classifier if family == "bert" else model.base_model.model.score,
+    }[where]
+
+    def state():
+        here = layer.calls.here
+        return (
+            [(name, m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()],
+            [p.requires_grad for p in model.parameters()],
+            (here.depth, here.states, here.named, here.unfused, here.recording),
+            (layer.taps.held, layer.taps.open_calls, layer.state(), model.config.num_hidden_layers),
+        )
+
+    def fail(module, args):
+        raise RuntimeError("out of something")
+
+    def weights():
+        return depth_weights(model, **batch(head))
+
+    expected, weighed, before = model(**batch(head)).logits, weights(), state()
+    for call in (lambda: model(**batch(head)), weights):
+        handle = place.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="out of something"):
+            call()
+        handle.remove()
+        assert state() == before
+    torch.testing.assert_close(model(**batch(head)).logits, expected, rtol=0, atol=0)
+    torch.testing.assert_close(weights(), weighed, rtol=0, atol=0)
 
 
 @FEW

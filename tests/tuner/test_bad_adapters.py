@@ -246,3 +246,9 @@ def test_a_config_without_its_weights(adapter):
     with pytest.raises((OSError, ValueError), match=str(adapter.parent)):
         PeftModel.from_pretrained(tiny("bert"), adapter.parent)
     assert json.loads((adapter / "adapter_config.json").read_text())["fusion"] == "dwatt"
+
+
+def test_a_folder_of_another_method_is_no_fusion(tmp_path):
+    get_peft_model(tiny("bert"), LoraConfig(task_type="TOKEN_CLS", target_modules=["query"])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is no fusion, its peft_type is 'LORA'. Load it as what it is, LoraConfig"):
+        FusionConfig.from_pretrained(tmp_path)

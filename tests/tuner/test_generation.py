@@ -1,9 +1,12 @@
 """Generation with an attached fusion: sampling, padding, static caches, assistants; what a fusion over positions refuses."""
 
+import warnings
+
 import pytest
 import torch
 from families import FAMILIES, attach, inputs
-from support import disturb
+from support import disturb, layer_of
+from transformers import LlamaModel, Qwen3Model
 
 DECODERS = ("gpt2", "opt", "gpt-neox", "llama", "mistral", "qwen3", "gemma2", "gemma3", "phi3", "mixtral", "mamba")
 STACKS = ("t5", "t5-both", "bart")
@@ -57,6 +60,85 @@ def test_an_assistant_changes_nothing(family, assistant):
     ]
     helper.generation_config.pad_token_id = 0
     assert torch.equal(model.generate(**one, **OPTIONS, assistant_model=helper), model.generate(**one, **OPTIONS))
+
+
+@pytest.fixture
+def exits(monkeypatch):
+    """The numbers of blocks that calls of the Llama and Qwen backbones run, in the order of the calls."""
+    seen = []
+    for kind in (LlamaModel, Qwen3Model):
+        run = kind.forward
+
+        def counted(self, *args, run=run, **kwargs):
+            seen.append(self.config.num_hidden_layers)
+            return run(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "forward", counted)
+    return seen
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"fusion_layers": [0, -1]}, {"fusion": "concat", "lora": True}], ids=["all", "some", "lora"]
+)
+def test_early_exit_drafts_change_nothing(family, fields, exits):
+    model = make(family, **fields)
+    layer, one = layer_of(model), prompt(family, slice(0, 1))
+    expected = model.generate(**one, **OPTIONS)
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    exits.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = model.generate(**one, **OPTIONS, assistant_early_exit=1)
+    assert torch.equal(found, expected)
+    assert exits.count(1) >= 2, "nothing was drafted"
+    assert len(calls) == len(exits) - exits.count(1), "drafts are unfused, all else is fused"
+    assert torch.equal(model.generate(**one, **OPTIONS), expected)
+    assert layer.taps.open_calls == layer.taps.held == 0
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_draft_that_fails_leaves_the_model_as_it_was(wrapped):
+    model = make("llama")
+    layer, one = layer_of(model), prompt("llama", slice(0, 1))
+    expected = model.generate(**one, **OPTIONS)
+    depth = model.config.num_hidden_layers
+
+    def fail(*_):
+        raise RuntimeError("out of something")
+
+    handle = layer.backbone.blocks[0].register_forward_pre_hook(fail)
+    inner = model if wrapped else model.get_base_model()
+    with pytest.raises(RuntimeError, match="out of something"):
+        inner.generate(**one, **OPTIONS, assistant_early_exit=1)
+    handle.remove()
+    assert layer.taps.open_calls == 0
+    if wrapped:
+        assert model.config.num_hidden_layers == depth
+    else:  # transformers' own way in: nothing of ours is around the generation
+        with pytest.warns(UserWarning, match=f"set model.config.num_hidden_layers = {depth}"):
+            model.generate(**one, **OPTIONS)
+        model.config.num_hidden_layers = depth
+    assert torch.equal(model.generate(**one, **OPTIONS), expected)
+
+
+def test_early_exit_works_on_the_model_of_transformers_and_says_what_it_leaves_out():
+    model = make("llama")
+    one = prompt("llama", slice(0, 1))
+    expected = model.generate(**one, **OPTIONS)
+    with pytest.warns(UserWarning, match="names 1 of its"):
+        found = model.get_base_model().generate(**one, **OPTIONS, assistant_early_exit=1)
+    assert torch.equal(found, expected)
+
+
+def test_a_configuration_with_fewer_blocks_is_told_and_does_not_train():
+    model = make("llama")
+    model.config.num_hidden_layers -= 1
+    with torch.no_grad(), pytest.warns(UserWarning, match="the fusion, which reads all of them, is left out"):
+        model(**prompt("llama"))
+    with pytest.raises(RuntimeError, match="if num_hidden_layers was changed in it, set that back"):
+        model.train()(**prompt("llama"))
 
 
 def test_generation_takes_ids_by_position_and_runs_in_16_bits():

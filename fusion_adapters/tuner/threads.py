@@ -205,7 +205,7 @@ class Follower(nn.Module):
         return None
 
     def switched(self) -> None:
-        """ ""This thread has switched the module: a call that is under way in it goes on with that."""
+        """This thread has switched the module: a call that is under way in it goes on with that."""
         states = None if self.calls is None else self.calls.here.states
         if states is not None:
             states[id(self)] = self.state()

@@ -1,6 +1,7 @@
 """Kills extractions at many moments and goes on with them, for states/test_kills.py. Usage: ... killed_run.py FOLDER TIMES"""
 
 import contextlib
+import itertools
 import os
 import random
 import shutil
@@ -33,10 +34,26 @@ def hidden(folder):
     return []
 
 
-def begin(folder):
+def kill_itself(number, before):
+    """Makes this process die where it gives a file its name, for the `number`-th time."""
+    replace, count = Path.replace, itertools.count(1)
+
+    def dying(self, target):
+        last = next(count) == number
+        if not (last and before):
+            replace(self, target)
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Path.replace = dying
+
+
+def begin(folder, kill_at=None, before=False):
     process = os.fork()
     if not process:
         try:
+            if kill_at is not None:
+                kill_itself(kill_at, before)
             cached(model, rows, folder, **options)
         finally:
             os._exit(0)
@@ -55,12 +72,10 @@ def at_any_moment(folder, part=0.9):
 
 
 def while_it_writes(folder):
-    """Between the first byte of a file and its own name: the index, the manifest, or one of the shards."""
-    process, seen, number, until = begin(folder), set(), draw.randrange(1, 9), time.time() + took
-    while len(seen) < number and time.time() < until:
-        seen |= {*hidden(folder)}
-    time.sleep(0.001 * draw.random())
-    end(process)
+    """Before or after a file gets its own name: the index, the manifest, or one of the shards."""
+    process = begin(folder, kill_at=draw.randrange(1, 9), before=draw.random() < 0.7)
+    _, status = os.waitpid(process, 0)
+    assert os.WIFSIGNALED(status), "the run ended before it wrote so many files"
 
 
 def twice(folder):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .blocks import LAYER_NAME, Backbone
 from .families import HEAD_NAMES
+from .quantization import is_readable
 
 WRAPPED = (
     "base_layer",
@@ -28,12 +29,14 @@ class BaseTensor:
         tensor: What the module holds; on the meta device if its values are elsewhere.
         maps: Where accelerate keeps the values of a backbone spread over devices, each with the name there.
         before: Whether it runs before or in the blocks.
+        readable: Whether its values are weights: quantised ones are not.
     """
 
     name: str
     tensor: Tensor
     maps: tuple[tuple[Mapping[str, Tensor], str], ...]
     before: bool
+    readable: bool
 
     def value(self) -> Tensor | None:
         """The values; None if they are nowhere."""
@@ -78,10 +81,10 @@ def _walk(
         return
     for name, parameter in module._parameters.items():
         if parameter is not None:
-            yield BaseTensor(prefix + name, parameter, _below(maps, name), before)
+            yield BaseTensor(prefix + name, parameter, _below(maps, name), before, is_readable(parameter, module))
     for name, buffer in module._buffers.items():
         if buffer is not None and name not in module._non_persistent_buffers_set:
-            yield BaseTensor(prefix + name, buffer, _below(maps, name), before)
+            yield BaseTensor(prefix + name, buffer, _below(maps, name), before, is_readable(buffer, module))
     for name, child in children.items():
         if child is not None and name not in (LAYER_NAME, *HEAD_NAMES):
             yield from _walk(child, f"{prefix}{name}.", _below(maps, f"{name}."), upstream, before)

@@ -21,7 +21,7 @@ from torch import nn
 from .base_tensors import base_tensors
 from .blocks import Backbone
 from .families import input_embeddings
-from .quantization import is_quantised
+from .quantization import is_quantised, is_readable
 from .sampled import sampled_fingerprint
 from .settings import settings, settings_differ
 from .sums import CAST, SMALLEST_STEP, Sum, Sums
@@ -145,10 +145,10 @@ def weights_signature(backbone: Backbone, idle: Container[int] = (), scalings: I
     elsewhere = {id(t.tensor): t for t in base_tensors(backbone)}
     for module in (m for part in backbone.upstream for m in part.modules()):
         tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-        if any(is_quantised(t) and isinstance(t, nn.Parameter) for t in tensors):
+        if any(is_quantised(t, module) and isinstance(t, nn.Parameter) for t in tensors):
             continue  # its bias too, which bitsandbytes casts in the first call
         for tensor in tensors:
-            if is_quantised(tensor) or id(tensor) in idle:
+            if not is_readable(tensor, module) or id(tensor) in idle:
                 continue
             value = elsewhere[id(tensor)].value() if tensor.is_meta and id(tensor) in elsewhere else tensor.detach()
             if value is None or value.is_meta:
@@ -166,7 +166,7 @@ def _whole_fingerprint(backbone: Backbone) -> str | None:
     for base in base_tensors(backbone):
         if not base.tensor.numel() or base.tensor.dtype in (torch.bool, torch.int64):  # positions, counts of batches
             continue
-        value = None if is_quantised(base.tensor) else base.value()
+        value = base.value() if base.readable else None
         if value is None:
             partial = True
             continue

@@ -1,8 +1,8 @@
-"""Quantised backbones: the bitsandbytes config that leaves task heads alone."""
+"""Quantised backbones: which tensors are packed, and the bitsandbytes config that leaves task heads alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,10 +44,37 @@ def quantization_config(bits: int = 8, extra_skip: tuple[str, ...] = (), **kwarg
     raise ValueError(f"bits={bits}: bitsandbytes quantises to 8 or 4 bits. Use one of these.")
 
 
-def is_quantised(tensor: Tensor) -> bool:
-    """Whether a tensor holds packed or scaled values: whole numbers, float8, or a class of a quantisation library's own."""
-    plain = type(tensor) in (Tensor, nn.Parameter)
-    return not plain or not tensor.is_floating_point() or tensor.element_size() == 1
+def is_quantised(tensor: Tensor, layer: nn.Module | None = None) -> bool:
+    """Whether a tensor holds packed or scaled values, which mean nothing without the scales beside them.
+
+    The dtype alone does not tell: 4-bit values can lie in bfloat16 or float32 (`bnb_4bit_quant_storage`, HQQ's
+    `view_as_float`).
+
+    Args:
+        tensor: A parameter or buffer.
+        layer: The module that holds it. It tells where the tensor has lost its class, as a shard has.
+    """
+    if not tensor.is_floating_point() or tensor.element_size() == 1:
+        return True
+    if type(tensor).__module__.partition(".")[0] != "torch" or getattr(tensor, "quant_state", None) is not None:
+        return True  # a class of a quantisation library's own
+    if layer is None:
+        return False
+    weight, state = layer._parameters.get("weight"), getattr(layer, "quant_state", None)
+    return (state is not None and tensor is weight) or tensor is layer._parameters.get("W_q")
+
+
+def is_readable(tensor: Tensor, layer: nn.Module | None = None) -> bool:
+    """Whether a tensor's values are weights that this process can read: neither packed nor spread over processes."""
+    return type(tensor) in (Tensor, nn.Parameter) and not is_quantised(tensor, layer)
+
+
+def quantised_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a module that are quantised, by name."""
+    for prefix, layer in module.named_modules():
+        for name, parameter in layer._parameters.items():
+            if parameter is not None and is_quantised(parameter, layer):
+                yield f"{prefix}.{name}" if prefix else name, parameter
 
 
 def keep_unpacked(modules: Iterable[nn.Module]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .base_tensors import base_tensors
 from .blocks import Backbone
 from .families import input_embeddings, is_norm
+from .quantization import is_quantised, quantised_parameters
 
 # Token ids whose embeddings are sampled: small, so that a vocabulary resized for new tokens keeps its fingerprint.
 FINGERPRINT_ROWS = (3, 11, 101, 307)
@@ -43,8 +44,9 @@ def sampled_signature(backbone: Backbone) -> str:
     """A hash of values sampled from every tensor that runs before or in the blocks; comparisons keep it in their folder."""
     digest = hashlib.sha256()
     for module in backbone.upstream[: len(backbone.upstream) - len(backbone.beside)]:
+        packed = {id(p) for _, p in quantised_parameters(module)}
         for tensor in (*module.parameters(), *module.buffers()):
-            if tensor.is_floating_point() and not tensor.is_meta:
+            if tensor.is_floating_point() and not tensor.is_meta and id(tensor) not in packed:
                 digest.update(f"{tuple(tensor.shape)}".encode())
                 digest.update(_sample(tensor, SIGNATURE_VALUES).numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -70,7 +72,7 @@ def _embedding_weight(backbone: Backbone) -> Tensor | None:
     embedding = input_embeddings(backbone.root)
     embedding = getattr(embedding, "original_module", embedding)
     weight = getattr(getattr(embedding, "base_layer", embedding), "weight", None)
-    fits = isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
+    fits = isinstance(weight, Tensor) and weight.dim() == 2 and not is_quantised(weight)
     return weight if fits else None
 
 

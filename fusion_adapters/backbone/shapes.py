@@ -49,8 +49,8 @@ def check_whole(model: nn.Module, base: nn.Module, name: str, lists: Mapping[str
     """
     holder, own = name.rpartition(".")[0], lists[name]
     beside = [n for n, m in lists.items() if n.rpartition(".")[0] == holder and len(m) == len(own)]
-    whole = any(is_norm(m) for m in own[0].modules()) and not is_norm(own[0])
-    if not whole and any(all(is_norm(m) for m in lists[n]) for n in beside):
+    whole = any(_is_leaf_norm(m) for m in own[0].modules()) and not _is_leaf_norm(own[0])
+    if not whole and any(all(_is_leaf_norm(m) for m in lists[n]) for n in beside):
         raise ValueError(
             _refusal(model, f"its blocks lie in parts in several lists ({', '.join(beside)}), and no module is a whole one")
         )
@@ -82,6 +82,10 @@ def _refusal(model: nn.Module, reason: str) -> str:
         f"No fusion attaches to {type(model).__name__}: {reason}, and a fusion needs one state of the same width after each block, "
         "(batch, positions, hidden size). Choose a backbone of another family (docs/backbones.md), or use LoRA."
     )
+
+
+def _is_leaf_norm(module: nn.Module) -> bool:
+    return is_norm(module) and not any(module.children())  # a block's class may have the word in its name
 
 
 def _widths(block: nn.Module) -> list[int]:

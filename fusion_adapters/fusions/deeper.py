@@ -84,7 +84,7 @@ class Deeper(Fusion):
         last_block: The backbone's last block, needed by `copy_last`.
 
     Raises:
-        ValueError: If an option does not fit, or the block to copy is quantised and so cannot be trained.
+        ValueError: If an option does not fit.
     """
 
     paper: ClassVar[dict[str, Any]] = {"num_blocks": 1, "init": "paper"}
@@ -190,11 +190,6 @@ def attention_bias(context: Context, states: Tensor) -> Tensor | None:
 def _trainable_copy(block: nn.Module | None, gated: bool) -> GatedCopy:
     if block is None:
         raise ValueError("fusion_copy_last=True needs the backbone's last block, and none was given.")
-    if any(not p.is_floating_point() for p in block.parameters()):
-        raise ValueError(
-            "fusion_copy_last=True: the backbone's last block is quantised, and a copy of it could not be trained. Use "
-            "fusion_copy_last=False (random blocks), or load the backbone without quantisation."
-        )
     return GatedCopy(copy.deepcopy(block).float().requires_grad_(True), gated)
 
 

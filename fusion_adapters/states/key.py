@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..backbone.base_tensors import base_tensors
 from ..backbone.blocks import Backbone
 from ..backbone.fingerprint import weights_signature
 from ..backbone.settings import settings
@@ -113,7 +114,7 @@ def row_signature(row: Mapping[str, Any], names: Sequence[str]) -> bytes:
 
 
 def _dtype_of(backbone: Backbone) -> torch.dtype:
-    return next((p.dtype for m in backbone.upstream for p in m.parameters() if p.is_floating_point()), torch.float32)
+    return next((t.tensor.dtype for t in base_tensors(backbone) if t.before and t.readable), torch.float32)
 
 
 def tokenizer_signature(tokenizer: PreTrainedTokenizerBase) -> str:

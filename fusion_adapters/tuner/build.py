@@ -11,8 +11,10 @@ from torch import nn
 
 from ..backbone.blocks import Backbone
 from ..backbone.families import POSITIONS_FIRST
+from ..backbone.quantization import quantised_parameters
 from ..fusions import Fusion, build_fusion
 from .config import FusionConfig
+from .offloaded import is_offloaded
 
 
 def build_for(backbone: Backbone, config: FusionConfig, **widths: int) -> Fusion:
@@ -26,7 +28,7 @@ def build_for(backbone: Backbone, config: FusionConfig, **widths: int) -> Fusion
         backbone.hidden_size,
         backbone.num_layers,
         config.fusion_layers,
-        last_block=_plain_copy(backbone.blocks[-1]) if config.fusion_copy_last else None,
+        last_block=_plain_copy(backbone) if config.fusion_copy_last else None,
         **{**config.options, **widths},
     )
     if fusion.mixes_positions and backbone.model_type in POSITIONS_FIRST:
@@ -38,8 +40,21 @@ def build_for(backbone: Backbone, config: FusionConfig, **widths: int) -> Fusion
     return fusion
 
 
-def _plain_copy(block: nn.Module) -> nn.Module:
-    """A copy of a block without hooks and without tuner layers."""
+def _plain_copy(backbone: Backbone) -> nn.Module:
+    """A copy of the last block without hooks and without tuner layers."""
+    block = backbone.blocks[-1]
+    packed = [name for name, _ in quantised_parameters(block)]
+    if packed:
+        raise ValueError(
+            f"fusion_copy_last=True: the backbone's last block is quantised ({len(packed)} weights, {packed[0]!r} for example, hold "
+            "packed values), and a copy of it could not be trained. Use fusion_copy_last=False (random blocks), or load the "
+            "backbone without quantisation."
+        )
+    if is_offloaded(block):
+        raise ValueError(
+            "fusion_copy_last=True: the backbone's last block is offloaded (device_map with 'cpu' or 'disk'), and a copy of it would "
+            "have no weights to train. Use fusion_copy_last=False (random blocks), or load the last block onto a device."
+        )
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     memo: dict[int, Any] = {id(getattr(m, name)): OrderedDict() for m in block.modules() for name in hooks}
     clone = copy.deepcopy(block, memo)

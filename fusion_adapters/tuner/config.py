@@ -119,6 +119,8 @@ class FusionConfig(_MethodOptions):
         if names_lora(self.__dict__.pop("named")) and self.fusion_lora is None:
             self.fusion_lora = True
         self.peft_type = FusionPeftType.FUSION  # type: ignore[assignment]
+        # null in a file, of which peft takes the keys
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         # A config that names a backbone was saved with an adapter and belongs to that backbone.
         self.bound = self.fusion_num_layers is not None
         # Where the config was loaded from; its weights are checked against the model before they are used.

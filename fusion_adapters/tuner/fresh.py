@@ -10,6 +10,7 @@ from torch import nn
 from ..backbone.base_tensors import WRAPPED
 from ..backbone.blocks import LAYER_NAME, Backbone
 from ..backbone.families import TRAINING_ONLY, has_new_head, input_embeddings, output_embeddings
+from ..backbone.quantization import is_quantised
 from ..backbone.walk import parameters_of
 
 _LOADED = "_is_hf_initialized"  # what transformers' from_pretrained writes on a parameter that the checkpoint held
@@ -53,13 +54,13 @@ def find_fresh(model: nn.Module, backbones: Sequence[Backbone], saved: Iterable[
     base = backbones[0].base
     below = set(map(id, parameters_of(*([base] if base is not model else [b.root for b in backbones]))))
     known = any(_is_loaded(p) for _, p in plain) and all(
-        _is_loaded(p) or p.is_meta or not p.is_floating_point()
+        _is_loaded(p) or p.is_meta or is_quantised(p)
         for block in backbones[0].blocks
         for _, p in _plain_parameters(block, "")
     )
     embeddings = getattr(input_embeddings(base), "weight", None)
     if known:
-        new = [(n, p) for n, p in plain if not (_is_loaded(p) or p.is_meta) and p.is_floating_point()]
+        new = [(n, p) for n, p in plain if not (_is_loaded(p) or p.is_meta or is_quantised(p))]
         certain = [
             (n, p) for n, p in new if n.rpartition(".")[2] not in TRAINING_ONLY and bool((p != p.flatten()[:1]).any())
         ]

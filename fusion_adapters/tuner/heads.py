@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..backbone.blocks import Backbone
 from ..backbone.families import output_embeddings
+from ..backbone.quantization import quantised_parameters
 from ..backbone.walk import modules_of
 from .config import FusionConfig
 from .fresh import Fresh, find_fresh
@@ -42,11 +43,11 @@ def check_head(model: nn.Module, backbones: list[Backbone], config: FusionConfig
     for name, module in model.named_modules():
         if not name.endswith(ends):
             continue
-        quantised = [n for n, p in module.named_parameters() if not p.is_floating_point()]
+        quantised = [n for n, _ in quantised_parameters(module)]
         if quantised:
             raise ValueError(
                 f"The task head {name!r} ({type(module).__name__}) was quantised with the backbone ({', '.join(quantised)} "
-                "is not floating point), so it cannot be trained. Load the model with "
+                "holds packed values), so it cannot be trained. Load the model with "
                 "quantization_config=fusion_adapters.quantization_config(bits=8), which leaves heads alone "
                 f"(it sets llm_int8_skip_modules; yours must contain {name!r})."
             )

@@ -34,6 +34,8 @@ from .labels import check_labels, labels_to_save, set_labels
 from .layer import FusionLayer, fusion_layers
 from .load import Load, current_load
 from .lora import choose_targets
+from .offloaded import check_values as check_offloaded
+from .offloaded import fill_heads, in_memory
 from .replay import checked_states
 from .threads import ATTACHING, Calls
 from .undo import Before
@@ -149,6 +151,7 @@ class FusionModel(LoraModel):
 
         with marked_lora_free(config):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            fill_heads(model, adapter_name)
             train_head_in_float32(model, backbones, adapter_name)
             for backbone, fusion, mark in zip(backbones, fusions, marks, strict=True):
                 layer = layers.get(id(backbone.root))
@@ -164,6 +167,8 @@ class FusionModel(LoraModel):
                 if adapter_name in self.active_adapters:
                     layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
                 _check_layer_drop(layer)
+            if not low_cpu_mem_usage:
+                check_offloaded(model, tensors_in_file(self, adapter_name))
             if load is not None and weights is not None:
                 check_weights(model, saved, load, weights, tensors_in_file(self, adapter_name))
         if adapter_name in self.active_adapters:
@@ -172,6 +177,12 @@ class FusionModel(LoraModel):
         config.source, config.attached = None, True  # checked: a copy stands for another adapter, and the folder may go
         for layer in fusion_layers(model):
             layer.train(layer.training)
+
+    def _create_and_replace(  # type: ignore[override]
+        self, lora_config: Any, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
+        with in_memory(target):
+            super()._create_and_replace(lora_config, adapter_name, target, *args, **kwargs)
 
     def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
         """Makes an adapter active; the model's outputs then have the names of its labels."""

@@ -7,6 +7,7 @@ Adapters of other methods pass through untouched.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
@@ -20,6 +21,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from .config import FusionConfig
 from .configfile import check_values, is_ours, unreadable
 from .load import Load, current_load, download_options, under_way
+from .offloaded import is_offloaded, placed
 from .refill import check_refill
 from .weights import missing_after
 
@@ -70,8 +72,12 @@ def _from_json_file(original: Callable[..., Any], cls: type, path: Any, **kwargs
 
 def _from_pretrained(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     given = _arguments(original, *args, **kwargs)
-    with under_way(_load_of(given.get("model_id"), given, given.get("key_mapping"), given.get("model"))):
-        return original(*args, **kwargs)
+    model = given.get("model")
+    with under_way(_load_of(given.get("model_id"), given, given.get("key_mapping"), model)):
+        if model is None or not is_offloaded(model) or not isinstance(_config_of(given), FusionConfig):
+            return original(*args, **kwargs)
+        with placed(model):
+            return original(*args, **{**kwargs, "low_cpu_mem_usage": False})
 
 
 def _load_adapter(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -80,27 +86,41 @@ def _load_adapter(original: Callable[..., Any], *args: Any, **kwargs: Any) -> An
         return original(*args, **kwargs)
     load = _load_of(given.get("model_id"), given, given.get("key_mapping"))
     with under_way(load):
-        model, name = given.get("self"), str(given.get("adapter_name"))
-        if isinstance(model, PeftModel) and isinstance(model.peft_config.get(name), FusionConfig):
+        model: Any = given.get("self")
+        name = str(given.get("adapter_name"))
+        ours = isinstance(model, PeftModel) and any(isinstance(c, FusionConfig) for c in model.peft_config.values())
+        if ours and name in model.peft_config:
             check_refill(model, name, load)
-        return original(*args, **kwargs)
+        if not ours or not is_offloaded(model):
+            return original(*args, **kwargs)
+        with placed(model):
+            return original(*args, **{**kwargs, "low_cpu_mem_usage": False})
 
 
 def _load_into_plain(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     given = _arguments(original, *args, **kwargs)
     settings = given.get("load_config")
-    folder = given.get("peft_model_id") or given.get("pretrained_model_name_or_path")
+    folder: Any = given.get("peft_model_id") or given.get("pretrained_model_name_or_path")
     folder = folder or getattr(settings, "pretrained_model_name_or_path", None)
     where = {**given, **(getattr(settings, "download_kwargs", None) or {}), **(given.get("adapter_kwargs") or {})}
     load = _load_of(folder, where)
     load.plain, load.tensors = True, given.get("adapter_state_dict")
     if load.tensors is not None:
         load.folder = None
-    with under_way(load):
+    far = given and is_offloaded(given["self"])
+    config = (given["peft_config"] or PeftConfig.from_pretrained(folder, **download_options(where))) if far else None
+    with (
+        under_way(load),
+        placed(given["self"], plain=True) if isinstance(config, FusionConfig) else contextlib.nullcontext(),
+    ):
         told = original(*args, **kwargs)
         if load.before is not None:
             missing_after(given["self"], given.get("adapter_name") or "default", told)
         return told
+
+
+def _config_of(given: dict[str, Any]) -> Any:
+    return given.get("config") or PeftConfig.from_pretrained(given["model_id"], **download_options(given))
 
 
 def _load_of(folder: Any, given: dict[str, Any], key_mapping: Any = None, model: Any = None) -> Load:

@@ -51,11 +51,12 @@ def saved_config(config: FusionConfig, load: Load | None) -> tuple[FusionConfig 
         load = Load(*config.source)
     if load is None:
         return None, None
-    saved: FusionConfig | None = config if config.bound and not config.attached else None
+    read = config.source is not None  # from a file, whose digest says what it held even if it no longer names a backbone
+    saved: FusionConfig | None = config if (config.bound or read) and not config.attached else None
     if saved is None and load.folder is not None:  # a config of one's own, or of another adapter in a model
         saved = FusionConfig.from_pretrained(load.folder, **load.where)
     if saved is not None:
-        check_options(saved, load.source)
+        check_options(saved, load.source or config.source)
     return saved, load
 
 

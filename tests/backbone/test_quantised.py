@@ -5,9 +5,17 @@ import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from support import DEPTH, HEADS, LORA, attached, batch, disturb, layer_of, logits, tiny, without_dropout
+from support_cache import pad, rows_of
 from transformers import BitsAndBytesConfig
 
 from fusion_adapters import FusionConfig, quantization_config
+from fusion_adapters.backbone.base_tensors import base_tensors
+from fusion_adapters.backbone.blocks import find_backbones
+from fusion_adapters.backbone.fingerprint import fingerprints
+from fusion_adapters.backbone.quantization import is_quantised, is_readable, quantised_parameters
+from fusion_adapters.states import cache_layer_states
+from fusion_adapters.states.key import cache_key
+from fusion_adapters.tuner.fresh import find_fresh
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra: quantised)")
 
@@ -140,6 +148,86 @@ def test_a_quantised_head_is_refused_and_the_helper_is_named(family, checkpoint)
 def test_a_quantised_last_block_cannot_be_copied(family, checkpoint):
     with pytest.raises(ValueError, match="copy of it could not be trained"):
         attached(family, model=load(family, checkpoint, quantization_config(8)), fusion="deeper", fusion_copy_last=True)
+
+
+WEIGHTS = {"bert": 6, "llama": 7}  # of a block
+STORAGES = pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=["uint8", "bf16", "f32"])
+
+
+def stored_as(storage):
+    """4 bits in a container of another type, as for QLoRA with FSDP."""
+    return quantization_config(4, bnb_4bit_quant_storage=storage)
+
+
+@STORAGES
+def test_4_bits_in_any_container_are_quantised(family, checkpoint, tmp_path, storage):
+    model = attached(family, model=load(family, checkpoint, stored_as(storage)))
+    backbone = layer_of(model).backbone
+    packed = {n for n, _ in quantised_parameters(backbone.root)}
+    assert len(packed) == WEIGHTS[family] * DEPTH and {p.dtype for _, p in quantised_parameters(backbone.root)} == {storage}
+    assert not packed & {t.name for t in base_tensors(backbone) if t.readable}
+    learns(model)
+    model.save_pretrained(tmp_path / "adapter")
+    full = PeftModel.from_pretrained(HEADS[family, "token"].from_pretrained(checkpoint, num_labels=5), tmp_path / "adapter")
+    assert torch.isfinite(logits(full)).all()
+    found = find_fresh(model, [backbone], ["classifier", "score"])
+    assert not found.modules and not found.bare
+
+
+@STORAGES
+def test_the_fingerprint_and_the_key_of_a_cache_leave_packed_bytes_out(family, checkpoint, tmp_path, storage):
+    def key(model):
+        signs = fingerprints(find_backbones(model)[0], "v1:")
+        return signs, cache_key(model)["weights"], cache_key(model)["dtype"]
+
+    model = load(family, checkpoint, stored_as(storage))
+    before = key(model)
+    with torch.no_grad():
+        for _, parameter in quantised_parameters(model):
+            parameter.data.view(torch.uint8)[:4] ^= 1
+    assert key(model) == before and before[2] == "float32"
+    model = attached(family, model=load(family, checkpoint, stored_as(storage)))
+    rows = rows_of(batch())
+    cache = cache_layer_states(model, rows, tmp_path / "states", pad, dtype="float32", progress=False)
+    logits(model)  # an evaluation, in which bitsandbytes packs the weights of a CPU anew
+    states = cache.collator(pad)([cache.dataset(rows)[i] for i in range(2)])
+    torch.testing.assert_close(model(**states).loss, model(**batch()).loss, rtol=0, atol=0.02)
+
+
+@STORAGES
+def test_packed_heads_and_blocks_are_refused_whatever_their_container(family, checkpoint, storage):
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=storage)
+    with pytest.raises(
+        ValueError, match=r"'(classifier|score)' \(Linear4bit\) was quantised with the backbone \(weight holds packed"
+    ):
+        get_peft_model(load(family, checkpoint, config), FusionConfig(task_type="TOKEN_CLS"))
+    with pytest.raises(
+        ValueError, match=rf"last block is quantised \({WEIGHTS[family]} weights, .* copy of it could not be trained"
+    ):
+        attached(family, model=load(family, checkpoint, stored_as(storage)), fusion="deeper", fusion_copy_last=True)
+
+
+def test_what_counts_as_quantised():
+    class Packed(torch.Tensor):
+        __module__ = "library"
+
+    class Layer(torch.nn.Module):
+        quant_state = object()
+
+    layer = Layer()
+    layer.weight, layer.bias = torch.nn.Parameter(torch.ones(8, 1)), torch.nn.Parameter(torch.ones(2))
+    assert is_quantised(layer.weight, layer) and not is_quantised(layer.bias, layer) and not is_quantised(layer.weight)
+    layer = torch.nn.Module()
+    layer.W_q = torch.nn.Parameter(torch.ones(8, 1, dtype=torch.bfloat16))  # HQQ, view_as_float
+    assert is_quantised(layer.W_q, layer)
+    for tensor in (
+        torch.ones(2, dtype=torch.int32),
+        torch.ones(2).to(torch.float8_e4m3fn),
+        torch.ones(2).as_subclass(Packed),
+    ):
+        assert is_quantised(tensor) and not is_readable(tensor)
+    for tensor in (torch.ones(2), torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16)), torch.nn.Buffer(torch.ones(2))):
+        assert is_readable(tensor)
 
 
 def test_the_helper_keeps_what_is_given_and_knows_its_bits():

@@ -40,6 +40,11 @@ def test_it_is_refused_with_its_reason(family):
     assert sum(len(m._forward_hooks) for m in model.modules()) == hooks
 
 
+def test_blocks_with_norm_in_the_name_of_their_class_are_blocks():
+    config = transformers.RobertaPreLayerNormConfig(**SMALL, vocab_size=50)
+    get_peft_model(transformers.RobertaPreLayerNormModel(config), FusionConfig())
+
+
 def test_a_state_of_another_shape_is_told_in_the_call():
     model = attached("bert")
     model.base_model.model.bert.encoder.layer[1].register_forward_hook(lambda m, a, out: out[..., None], prepend=True)

@@ -10,7 +10,7 @@ import torch
 from peft import AutoPeftModelForTokenClassification, PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from support import LORA, attached, disturb, logits, tiny
-from support_damage import CONFIG, CONFIG_DAMAGE, DAMAGE, HARMLESS, SEEN_WITHOUT, WEIGHTS, without_digest
+from support_damage import CONFIG, CONFIG_DAMAGE, DAMAGE, HARMLESS, SEEN_WITHOUT, WEIGHTS, edit_config, without_digest
 from transformers import AutoModel, AutoModelForTokenClassification
 
 from fusion_adapters import FusionConfig
@@ -152,6 +152,15 @@ def test_files_without_a_digest(adapters, way, number):
         found.update(outcome(adapters, way, bare, f"{kind} {i}", 1e-3) for i in range(number))
     print(f"| {way}, no digest | {number * len(SEEN_WITHOUT)} | {found['refused']} | {found['same']} |")
     assert set(found) == {"refused"}, found
+
+
+@pytest.mark.parametrize("way", ["PeftModel.load_adapter", "model.load_adapter, tensors given"])
+def test_every_field_of_a_config_left_out_or_null(adapters, way):
+    root, _ = adapters
+    for name in json.loads((root / "a" / CONFIG).read_text()):
+        for change in (lambda values, name=name: values.pop(name), lambda values, name=name: values.update({name: None})):
+            told = outcome(adapters, way, lambda folder, draw, change=change: edit_config(folder, change), 0, 1e-3)
+            assert told in ("refused", "same"), (name, told)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -20,8 +20,9 @@ def warn_if_cast(layer: Any) -> None:
     Args:
         layer: The `FusionLayer`.
     """
-    # compiled models are looked at when they are put into training mode
-    if layer.cast_told or torch.compiler.is_compiling():
+    if (
+        layer.cast_told or torch.compiler.is_compiling()
+    ):  # compiled models are looked at when they are put into training mode
         return
     for name, fusion in layer.fusions.items():
         if name in layer.as_given:

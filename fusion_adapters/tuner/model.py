@@ -36,6 +36,7 @@ from .load import Load, current_load
 from .lora import choose_targets
 from .offloaded import check_values as check_offloaded
 from .offloaded import fill_heads, in_memory
+from .refill import check_same_options
 from .replay import checked_states
 from .threads import ATTACHING, Calls
 from .undo import Before
@@ -134,6 +135,8 @@ class FusionModel(LoraModel):
         known = {root: layer.fingerprints for root, layer in layers.items()}
         marks = [fingerprints(b, config.fusion_fingerprint, known.get(id(b.root))) for b in backbones]
         bind(config, backbones, join_fingerprints(marks))
+        if load is not None and saved is not None and saved is not config:
+            check_same_options(saved, config, backbones[0].num_layers, "the config that was given", load.folder)
         check_labels(config, model)
         name_task_heads(config)
         check_head(model, backbones, config)

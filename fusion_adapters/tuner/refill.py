@@ -53,7 +53,20 @@ def check_refill(model: PeftModel, adapter_name: str, load: Load) -> None:
     marks = [fingerprints(layer.backbone, saved.fusion_fingerprint, layer.fingerprints) for layer in layers]
     bind(saved, [layer.backbone for layer in layers], join_fingerprints(marks))
     check_labels(saved, base)
-    depth = layers[0].backbone.num_layers
+    where = f"{adapter_name!r} has in the model"
+    check_same_options(saved, config, layers[0].backbone.num_layers, where, load.folder)
+
+
+def check_same_options(saved: FusionConfig, config: FusionConfig, depth: int, holder: str, folder: str | None) -> None:
+    """Raises ValueError if options of an adapter that was saved are others than those it gets, and its tensors would not show it.
+
+    Args:
+        saved: The config that was saved.
+        config: The one that is used, with all its options settled.
+        depth: The backbone's number of blocks.
+        holder: Who has the options of `config`, for the message.
+        folder: Where the adapter was saved.
+    """
     fields = (*_OPTIONS, *(_LORA if config.has_lora else ()))
     others = [
         f"{name} is {getattr(saved, name)!r} there and {getattr(config, name)!r} here"
@@ -64,8 +77,8 @@ def check_refill(model: PeftModel, adapter_name: str, load: Load) -> None:
         others.append(f"fusion_layers is {saved.fusion_layers} there and {config.fusion_layers} here")
     if others:
         raise ValueError(
-            f"The adapter in {load.folder!r} was saved with other options than {adapter_name!r} has in the model: {'; '.join(others)}. "
-            "Its answers would be others. Load it under another name, or attach the adapter with its options."
+            f"The adapter in {folder!r} was saved with other options than {holder}: {'; '.join(others)}. Its answers would be others. "
+            "Load it with the config that was saved with it (leave config out), under a name of its own."
         )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME
 from transformers.integrations.peft import PeftAdapterMixin
 
 from .config import FusionConfig
@@ -73,11 +74,25 @@ def _from_json_file(original: Callable[..., Any], cls: type, path: Any, **kwargs
 def _from_pretrained(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     given = _arguments(original, *args, **kwargs)
     model = given.get("model")
+    _refuse_another_method(given)
     with under_way(_load_of(given.get("model_id"), given, given.get("key_mapping"), model)):
         if model is None or not is_offloaded(model) or not isinstance(_config_of(given), FusionConfig):
             return original(*args, **kwargs)
         with placed(model):
             return original(*args, **{**kwargs, "low_cpu_mem_usage": False})
+
+
+def _refuse_another_method(given: dict[str, Any]) -> None:
+    """Raises ValueError if a config of another method is given for the folder of a fusion adapter: peft would leave the fusion out."""
+    config, folder = given.get("config"), given.get("model_id")
+    if not isinstance(config, PeftConfig) or isinstance(config, FusionConfig) or folder is None:
+        return
+    path = os.path.join(os.fspath(folder), given.get("subfolder") or "", CONFIG_NAME)
+    if os.path.isfile(path) and is_ours(path):
+        raise ValueError(
+            f"The adapter in {os.fspath(folder)!r} is a fusion adapter, and the config that was given is a {type(config).__name__}, with "
+            "which its fusion would be left out. Leave config out: the one in the folder is read."
+        )
 
 
 def _load_adapter(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -90,6 +90,21 @@ def two_lists(folder):
     attach("bert", "token", model=model)
 
 
+def cast(folder):
+    model = attach("bert", "token", model=plain()).to(torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.train()
+
+
+def fewer_blocks(folder):
+    model = attach("llama", "token")
+    model.config.num_hidden_layers = 2
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", UserWarning)
+        model(**inputs("llama", "token"))
+
+
 def compiled(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -192,6 +207,8 @@ CASES = {
     "... gives no weights over depth": lambda f: depth_weights(
         attach("bert", "token", fusion="concat"), **inputs("bert", "token")
     ),
+    "... tensors of the fusion of the adapter 'default' that train are bfloat16": cast,
+    "The backbone's configuration names": fewer_blocks,
 }
 
 

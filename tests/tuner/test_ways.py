@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from peft import AutoPeftModelForTokenClassification, PeftModel, set_peft_model_state_dict
+from peft import AutoPeftModelForTokenClassification, LoraConfig, PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from support import LORA, attached, disturb, logits, tiny
 from support_damage import CONFIG, CONFIG_DAMAGE, DAMAGE, HARMLESS, SEEN_WITHOUT, WEIGHTS, edit_config, without_digest
@@ -173,6 +173,38 @@ def test_a_model_without_the_head_is_refused(adapters):
     root, _ = adapters
     with pytest.raises(ValueError, match=r"have no place in the model \(.*classifier"):
         AutoModel.from_pretrained(root / "a")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (FusionConfig(task_type="TOKEN_CLS", fusion_heads=2, **LORA["bert"]), "fusion_heads is 4 there and 2 here"),
+        (
+            FusionConfig(task_type="TOKEN_CLS", fusion_heads=4, **{**LORA["bert"], "lora_alpha": 99}),
+            "lora_alpha is .* and 99 here",
+        ),
+        (
+            LoraConfig(task_type="TOKEN_CLS", target_modules=["query"]),
+            "is a fusion adapter, and the config that was given is a LoraConfig",
+        ),
+    ],
+    ids=["other heads", "other alpha", "another method"],
+)
+def test_a_config_that_does_not_belong_to_the_folder_is_refused(adapters, config, said):
+    root, _ = adapters
+    model = load_base(root)
+    before = state(model)
+    with pytest.raises(ValueError, match=said):
+        PeftModel.from_pretrained(model, root / "a", config=config)
+    assert as_before(model, before)
+
+
+def test_a_config_with_the_options_of_the_folder_loads(adapters):
+    root, right = adapters
+    config = FusionConfig(task_type="TOKEN_CLS", fusion_heads=4, **LORA["bert"])
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(load_base(root), root / "a", config=config)), right, rtol=0, atol=1e-6
+    )
 
 
 def test_whole_numbers_by_hand_are_refused(adapters):

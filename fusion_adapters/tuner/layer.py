@@ -96,14 +96,6 @@ class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
             raise deleted(active[0])
         return fusion  # type: ignore[return-value]
 
-    @property
-    def disable_adapters(self) -> bool:
-        return self.state_in_call()[1]
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return list(self.state_in_call()[0])
-
     def begin(self) -> Fusing | None:
         """What fuses in a call of this thread that begins now; None if no fusion is active."""
         fusion = self.active_fusion

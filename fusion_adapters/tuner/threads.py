@@ -200,6 +200,14 @@ class Follower(nn.Module):
                 return states[id(self)]
         return self.state()
 
+    @property
+    def disable_adapters(self) -> bool:
+        return self.state_in_call()[1]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.state_in_call()[0])
+
     def config(self) -> Any:
         """The configuration whose number of blocks is kept over calls that fail; None if there is none."""
         return None
@@ -222,14 +230,6 @@ class HeadWrapper(Follower, ModulesToSaveWrapper):
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.modules_to_save)
-
-    @property
-    def disable_adapters(self) -> bool:
-        return self.state_in_call()[1]
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return list(self.state_in_call()[0])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         active, disabled = now = self.state_in_call()

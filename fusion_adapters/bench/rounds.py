@@ -72,8 +72,6 @@ class Setting:
     def bare(self) -> nn.Module:
         """The backbone with a fresh head."""
         set_seed(0)
-        if not torch.cuda.is_available():
-            torch.set_flush_denormal(True)
         return load_model(self.recipe.backbone, TASK, self.labels).to(self.device)
 
     def attached(self, case: Case) -> Any:

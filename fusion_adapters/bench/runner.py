@@ -15,7 +15,7 @@ import transformers
 from peft import PeftModel
 from tqdm.auto import tqdm
 
-from ..runs.environment import cores
+from ..runs.environment import cores, denormals_flushed
 from ..runs.files import check_output, written_aside
 from ..tuner.config import FusionConfig
 from ..tuner.counts import count_trainable
@@ -30,6 +30,7 @@ from .workers import DEEP_CASES, MEMORY_CASES, alternate, deep_inference_memory,
 LOAD_PARAMETERS = 10_000_000
 
 
+@denormals_flushed()
 def run_bench(recipe: BenchRecipe, output: str | Path, overwrite: bool = False) -> dict[str, Any]:
     """Measures speed, memory and sizes on the machine at hand.
 

@@ -15,6 +15,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import BertConfig, BertModel
 
+from ..runs.environment import denormals_flushed
 from ..runs.memory import PeakMemory
 from ..tuner import fusion_layers
 from ..tuner.config import FusionConfig
@@ -124,6 +125,7 @@ def _answer(connection: Any, case: str) -> float:
     return answer
 
 
+@denormals_flushed()
 def _work(connection: Any, recipe: BenchRecipe, case: str, folder: Path) -> None:
     try:
         transformers.utils.logging.disable_progress_bar()
@@ -137,6 +139,7 @@ def _work(connection: Any, recipe: BenchRecipe, case: str, folder: Path) -> None
         connection.send(f"{type(error).__name__}: {error}")
 
 
+@denormals_flushed()
 def _measure_memory(connection: Any, recipe: BenchRecipe, case: str, kind: str, folder: Path) -> None:
     try:
         transformers.utils.logging.disable_progress_bar()

@@ -66,7 +66,8 @@ def source_of(model: nn.Module | Source) -> Source:
             f"The layer states of an encoder-decoder ({backbone.model_type!r}) cannot be cached: the decoder's depend on the "
             "encoder's and on the labels. Train it live, without a cache."
         )
-    trained = [n for m in backbone.upstream for n, p in m.named_parameters() if p.requires_grad] if fusions else []
+    inside = {id(p) for m in backbone.upstream for p in m.parameters() if p.requires_grad} if fusions else set()
+    trained = [n for n, p in backbone.base.named_parameters() if id(p) in inside]
     if trained:
         lora = any(".lora_" in f".{name}" for name in trained)
         raise ValueError(

@@ -183,6 +183,13 @@ def test_a_large_model_that_does_not_fit_costs_no_other_result(summary, recipe, 
     assert "| DWAtt, bf16 | does not fit into memory | - | - | - |" in (tmp_path / "summary.md").read_text()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="denormal numbers are a CPU's matter")
+def test_denormal_numbers_are_as_before_after_a_round(recipe, tmp_path):
+    tiny = torch.full((1,), 1e-40)
+    begin(Setting(recipe, tmp_path), CASES[next(case for case in CASES if case not in EPOCHS)])()
+    assert bool(tiny * 1 == tiny)
+
+
 def test_a_backbone_whose_head_the_bare_loop_cannot_call_is_refused_first(recipe, tmp_path):
     tiny("llama").save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"LlamaForTokenClassification of .* has no such head"):

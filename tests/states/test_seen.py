@@ -13,6 +13,8 @@ from transformers import (
     DataCollatorWithPadding,
     DebertaV2Config,
     DebertaV2ForTokenClassification,
+    MPNetConfig,
+    MPNetForTokenClassification,
     Trainer,
     TrainingArguments,
 )
@@ -143,15 +145,28 @@ def test_layers_that_the_fusion_lacks_are_said_before_the_extraction(tmp_path):
     assert not (tmp_path / "states").exists()
 
 
-def test_relative_positions_of_deberta_that_train_are_seen(tmp_path):
-    config = DebertaV2Config(
-        vocab_size=120, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=32, relative_attention=True,
-        pos_att_type=["p2c"], position_buckets=8,
-    )  # fmt: skip
+SIZES = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("build", "positions"),
+    [
+        (
+            lambda: DebertaV2ForTokenClassification(
+                DebertaV2Config(**SIZES, relative_attention=True, pos_att_type=["p2c"], position_buckets=8)
+            ),
+            "rel_embeddings",
+        ),
+        (lambda: MPNetForTokenClassification(MPNetConfig(**SIZES)), "relative_attention_bias"),
+    ],
+    ids=["deberta", "mpnet"],
+)
+def test_relative_positions_that_train_are_seen(build, positions, tmp_path):
     torch.manual_seed(0)
-    model = DebertaV2ForTokenClassification(config)
-    with pytest.raises(ValueError, match="1 parameters train inside the backbone"):
-        cached(attached(model=model, modules_to_save=["classifier", "rel_embeddings"]), some_rows(), tmp_path / "states")
+    model = attached(model=build(), modules_to_save=["classifier", positions])
+    said = rf"1 parameters train inside the backbone \(for example 'encoder\.{positions}\..*weight'\), so its layer states change"
+    with pytest.raises(ValueError, match=said):
+        cached(model, some_rows(), tmp_path / "states")
 
 
 def test_a_batch_whose_lengths_are_exchanged_is_refused(tmp_path):

@@ -35,7 +35,7 @@ from .layer import FusionLayer, fusion_layers
 from .load import Load, current_load
 from .lora import choose_targets
 from .offloaded import check_values as check_offloaded
-from .offloaded import fill_heads, in_memory
+from .offloaded import fill_heads, in_memory, is_offloaded
 from .refill import check_same_options
 from .replay import checked_states
 from .threads import ATTACHING, Calls
@@ -170,7 +170,7 @@ class FusionModel(LoraModel):
                 if adapter_name in self.active_adapters:
                     layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
                 _check_layer_drop(layer)
-            if not low_cpu_mem_usage:
+            if not low_cpu_mem_usage and is_offloaded(model):
                 check_offloaded(model, tensors_in_file(self, adapter_name))
             if load is not None and weights is not None:
                 check_weights(model, saved, load, weights, tensors_in_file(self, adapter_name))

@@ -72,7 +72,7 @@ def fill_heads(model: nn.Module, adapter_name: str) -> None:
 
 
 def check_values(model: nn.Module, adapter: dict[str, Tensor]) -> None:
-    """Looks for tensors that train or are saved and have no values, on a model that is offloaded.
+    """Looks for tensors that train or are saved and have no values; for a model that is offloaded.
 
     Args:
         model: The model, with the adapter.
@@ -81,8 +81,6 @@ def check_values(model: nn.Module, adapter: dict[str, Tensor]) -> None:
     Raises:
         ValueError: If there are some.
     """
-    if not is_offloaded(model):
-        return
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     empty = [n for n, t in {**adapter, **trained}.items() if t.is_meta]
     if empty:

@@ -118,6 +118,7 @@ class FusionModel(LoraModel):
                 "one adapter; or fold the LoRA in first, by merge_and_unload(), and save the merged model under a name of its own "
                 "(save_pretrained): the adapter then belongs to that, not to the checkpoint before."
             )
+        filled = load is not None  # a config that was read and is attached by itself fills nothing
         saved, load = saved_config(config, load)
         if config.has_lora:
             choose_targets(config, model)
@@ -141,7 +142,7 @@ class FusionModel(LoraModel):
         name_task_heads(config)
         check_head(model, backbones, config)
         weights = None if load is None else weights_of(load)
-        with init_empty_weights() if low_cpu_mem_usage else contextlib.nullcontext() if weights is None else undrawn():
+        with init_empty_weights() if low_cpu_mem_usage else undrawn() if filled else contextlib.nullcontext():
             fusions = [build_for(backbone, config) for backbone in backbones]
         if not own_width:
             warn_if_large(config, fusions)

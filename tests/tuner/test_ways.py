@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from peft import AutoPeftModelForTokenClassification, LoraConfig, PeftModel, set_peft_model_state_dict
+from peft import AutoPeftModelForTokenClassification, LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from support import LORA, attached, disturb, logits, tiny
 from support_damage import CONFIG, CONFIG_DAMAGE, DAMAGE, HARMLESS, SEEN_WITHOUT, WEIGHTS, edit_config, without_digest
@@ -230,3 +230,26 @@ def test_a_file_in_float64_holds_the_same_values(adapters):
         save_file({k: v.double() for k, v in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS, {"format": "pt"})
 
     assert outcome(adapters, "PeftModel.from_pretrained", widen, "wide", 1e-6) == "same"
+
+
+def by_peft(model, config):
+    return get_peft_model(model, config)
+
+
+def by_another_adapter(model, config):
+    model = attached(model=model, fusion_heads=4, **LORA["bert"])
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    return model
+
+
+def by_transformers(model, config):
+    model.add_adapter(config)
+    return model
+
+
+@pytest.mark.parametrize("attach", [by_peft, by_another_adapter, by_transformers])
+def test_a_saved_config_that_is_attached_by_itself_starts_as_a_fresh_one(adapters, attach):
+    root, _ = adapters
+    model = attach(load_base(root), FusionConfig.from_pretrained(root / "a"))
+    torch.testing.assert_close(logits(model), logits(load_base(root)), rtol=0, atol=1e-6)

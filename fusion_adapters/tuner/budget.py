@@ -14,6 +14,7 @@ from torch import nn
 
 from ..backbone.blocks import Backbone, find_backbones
 from ..fusions import Budget, BudgetTooSmallError, fusion_class
+from ..fusions.numerics import undrawn
 from .build import build_for
 from .config import FusionConfig
 from .counts import count_lora, empty_copy
@@ -121,7 +122,7 @@ def warn_if_large(config: FusionConfig, fusions: Sequence[nn.Module]) -> None:
 
 
 def _parameters(config: FusionConfig, backbones: list[Backbone], **widths: int) -> int:
-    with torch.device("meta"):
+    with torch.device("meta"), undrawn():
         fusions = [build_for(backbone, config, **widths) for backbone in backbones]
     return sum(p.numel() for fusion in fusions for p in fusion.parameters())
 

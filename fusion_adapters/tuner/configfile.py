@@ -10,8 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from peft import PeftType
+
 from .config import FusionConfig, FusionPeftType
 
+FIELDS = "fusion"  # what the names of our own fields begin with
 _OURS = b"fusion"  # in our config's names, our card and the names of our tensors
 _PARTS = ("adapter_config.json", "README.md", "adapter_model.safetensors")
 _READ = 1 << 20  # the header of the weights lies at the start
@@ -54,9 +57,10 @@ def check_values(values: Any, file: str | Path) -> None:
         if is_ours(file):
             raise unreadable(file, TypeError())
         return
-    if "fusion" not in values and values.get("peft_type") != FusionPeftType.FUSION.value:
-        return
     if values.get("peft_type") != FusionPeftType.FUSION.value:
+        of_another = values.get("peft_type") in [kind.value for kind in PeftType]
+        if not any(name.startswith(FIELDS) for name in values) and (of_another or not is_ours(file)):
+            return
         raise ValueError(
             f"peft_type={values.get('peft_type')!r} in {str(file)!r} stands in the config of a fusion adapter, whose type is "
             f"{FusionPeftType.FUSION.value!r}. The file is damaged or was edited: restore it, or save the adapter anew."

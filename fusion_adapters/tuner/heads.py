@@ -19,6 +19,11 @@ from .fresh import Fresh, find_fresh
 
 # peft's own names; for some tasks it adds them to modules_to_save only after the injection
 TASK_HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
+TASK_CLASSES = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
 
 
 def task_heads(config: FusionConfig) -> list[str]:
@@ -26,8 +31,21 @@ def task_heads(config: FusionConfig) -> list[str]:
     return TASK_HEADS.get(getattr(config.task_type, "value", config.task_type) or "", [])
 
 
-def name_task_heads(config: FusionConfig) -> None:
-    """Adds the task's heads to `modules_to_save`."""
+def name_task_heads(config: FusionConfig, model: nn.Module) -> None:
+    """Adds the task's heads to `modules_to_save`.
+
+    Raises:
+        ValueError: If the model's head is for another task: one of tokens and one of texts have the same shape.
+    """
+    task = getattr(config.task_type, "value", config.task_type) or ""
+    kind = type(model).__name__
+    other = next((t for t, name in TASK_CLASSES.items() if name in kind and t != task), None)
+    if other is not None and task in TASK_CLASSES:
+        load = f"oad the model with AutoModel{TASK_CLASSES[task]}"
+        raise ValueError(
+            f"The config is for task_type={task!r}, and {kind} has a head for {other!r}: its outputs mean something else, even where "
+            f"their number agrees. {f'L{load}, as the adapter was trained' if config.bound else f'Set task_type={other!r}, or l{load}'}."
+        )
     if heads := task_heads(config):
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
 

@@ -138,8 +138,8 @@ class FusionModel(LoraModel):
         bind(config, backbones, join_fingerprints(marks))
         if load is not None and saved is not None and saved is not config:
             check_same_options(saved, config, backbones[0].num_layers, "the config that was given", load.folder)
+        name_task_heads(config, model)
         check_labels(config, model)
-        name_task_heads(config)
         check_head(model, backbones, config)
         weights = None if load is None else weights_of(load)
         with init_empty_weights() if low_cpu_mem_usage else undrawn() if filled else contextlib.nullcontext():
@@ -299,7 +299,7 @@ class FusionModel(LoraModel):
             with no_digest():
                 whole = get_peft_model_state_dict(model, state_dict, adapter_name, save_embedding_layers=False)
             config.fusion_digest = weights_digests(whole)
-        config.fusion_labels = labels_to_save(config, model)
+            config.fusion_labels = labels_to_save(config, model)
         # Trainer.push_to_hub writes the card anew after saving, by peft's method; this instance's then adds our section again.
         if isinstance(model, PeftModel) and not isinstance(model.create_or_update_model_card, CardWriter):
             model.create_or_update_model_card = CardWriter(model)  # type: ignore[method-assign]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from support import LORA, attached, disturb, logits, tiny
+from support import LORA, TASKS, attached, disturb, logits, tiny
 from torch import nn
 from transformers import BertConfig, BertForTokenClassification
 
@@ -252,3 +252,47 @@ def test_a_folder_of_another_method_is_no_fusion(tmp_path):
     get_peft_model(tiny("bert"), LoraConfig(task_type="TOKEN_CLS", target_modules=["query"])).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"is no fusion, its peft_type is 'LORA'. Load it as what it is, LoraConfig"):
         FusionConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("peft_type", [None, "FUSE", "LORA", 7])
+def test_a_config_that_names_another_method_or_none(peft_type, adapter):
+    values = json.loads((adapter / "adapter_config.json").read_text())
+    del values["fusion"]
+    (adapter / "adapter_config.json").write_text(json.dumps({**values, "peft_type": peft_type}))
+    refuses(tiny("bert"), adapter, rf"peft_type={peft_type!r} in .*whose type is 'FUSION'.*restore it")
+
+
+@pytest.mark.parametrize("values", [{}, {"peft_type": "FUSE", "r": 8}])
+def test_a_config_of_no_known_method_beside_a_fusion(values, adapter):
+    (adapter / "adapter_config.json").write_text(json.dumps(values))
+    refuses(tiny("bert"), adapter, r"peft_type=.* in .*whose type is 'FUSION'.*restore it")
+
+
+@pytest.mark.parametrize("head", ["sequence", "token"])
+def test_a_head_for_another_task(head, tmp_path):
+    other = {"sequence": "token", "token": "sequence"}[head]
+    first, model = tiny("bert", head), tiny("bert", other)
+    model.bert.load_state_dict(first.bert.state_dict(), strict=False)  # one has a pooler
+    attached("bert", head, first).save_pretrained(tmp_path)
+    before, answer = state(model), logits(model, other)
+    with pytest.raises(
+        ValueError, match=rf"task_type='{TASKS[head]}', and Bert.* has a head for '{TASKS[other]}'.*AutoModel"
+    ):
+        PeftModel.from_pretrained(model, tmp_path)
+    with pytest.raises(ValueError, match=rf"task_type='{TASKS[head]}'.*Set task_type='{TASKS[other]}', or load"):
+        attached("bert", head, model)
+    assert state(model) == before and torch.equal(logits(model, other), answer)
+
+
+def test_two_loads_with_one_config(adapter, tmp_path):
+    other = disturb(attached("bert", **LORA["bert"]), 0.3)
+    other.save_pretrained(tmp_path / "other")
+    config = FusionConfig.from_pretrained(adapter)
+    first = PeftModel.from_pretrained(tiny("bert"), adapter, config=config)
+    second = PeftModel.from_pretrained(tiny("bert"), adapter, config=config)
+    assert torch.equal(logits(first), logits(second))
+    third = PeftModel.from_pretrained(tiny("bert"), tmp_path / "other")
+    # the config is the first folder's, and its digest with it
+    with pytest.raises(ValueError, match=r"not those that it was saved with"):
+        PeftModel.from_pretrained(tiny("bert"), tmp_path / "other", config=FusionConfig.from_pretrained(adapter))
+    assert torch.equal(logits(third), logits(other)) and not torch.equal(logits(third), logits(first))

@@ -1,12 +1,14 @@
 """transformers' Trainer with an attached model: loss falls, the best model comes back, a run can be resumed."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import LORA, attached, tiny
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 WITH_AND_WITHOUT_LORA = pytest.mark.parametrize("lora", [False, True], ids=["alone", "lora"])
 
@@ -60,6 +62,28 @@ def test_training_lowers_the_loss_and_brings_the_best_model_back(family, lora, t
     assert not (tmp_path / "final" / "model.safetensors").exists()
     again = trainer(PeftModel.from_pretrained(tiny(family), tmp_path / "final"), tmp_path / "x")
     assert abs(again.evaluate()["eval_loss"] - best) < 1e-6
+
+
+class Damages(TrainerCallback):
+    """Changes one value in each checkpoint once it is saved, and keeps the model as it is then."""
+
+    def on_save(self, args, state, control, model, **kwargs):
+        path = Path(args.output_dir, f"checkpoint-{state.global_step}", "adapter_model.safetensors")
+        tensors = load_file(path)
+        tensors[min(tensors)].view(-1)[0] += 1
+        save_file(tensors, path, metadata={"format": "pt"})
+        self.state = {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_a_damaged_best_checkpoint_is_told_and_the_trained_model_stays(family, tmp_path):
+    model, damages = attached(family, **LORA[family]), Damages()
+    run = trainer(model, tmp_path, 2, load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True)
+    run.add_callback(damages)
+    with pytest.raises(ValueError, match=r"checkpoint-\d+' are not those that it was saved with"):
+        run.train()
+    after = model.state_dict()
+    assert after.keys() == damages.state.keys()
+    assert all(torch.equal(after[name], value) for name, value in damages.state.items())
 
 
 @WITH_AND_WITHOUT_LORA

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,27 +22,26 @@ SMALLEST_STEP = 2.0**-24  # between numbers of float16 near zero
 NARROW = (("b", torch.bfloat16), ("h", torch.float16))
 
 
-@dataclass(frozen=True)
-class Sum:
+class Sum(NamedTuple):  # hundreds of them at each attaching, for which a dataclass takes several times as long
     """What is kept of a tensor.
 
     Attributes:
         before: Whether the tensor runs before or in the blocks.
         precision: That of the values, whatever they are stored in: `b` if bfloat16 holds them, else `h` if float16 does, else `f`.
-        count: How many values the tensor has.
+        size: How many values the tensor has.
         weighted: The sum over the sample, each value times a number of its own.
         norm: The sample's norm.
     """
 
     before: bool
     precision: str
-    count: int
+    size: int
     weighted: float
     norm: float
 
     def differs(self, other: Sum) -> bool:
         """Whether two sums are of different values, by more than the rounding to 16 bits explains."""
-        if self.count != other.count:
+        if self.size != other.size:
             return True
         allowed = EXACT * max(self.norm, other.norm)
         if self.precision != other.precision:
@@ -53,7 +51,7 @@ class Sum:
 
     def text(self) -> str:
         """The sum in a few characters."""
-        return f"{'ud'[not self.before]}{self.precision}{self.count:x}:{struct.pack('<2f', self.weighted, self.norm).hex()}"
+        return f"{'ud'[not self.before]}{self.precision}{self.size:x}:{struct.pack('<2f', self.weighted, self.norm).hex()}"
 
     @classmethod
     def parsed(cls, text: str) -> Sum:
@@ -89,15 +87,17 @@ class Sums:
                 values = values.nan_to_num(0, 0, 0)
             lengths = [len(sample) for _, sample in samples]
             starts = np.cumsum([0, *lengths[:-1]])
-            exact = [np.logical_and.reduceat((values.to(dtype).float() == values).numpy(), starts) for _, dtype in NARROW]
+            precisions = np.full(len(samples), "f")
+            for letter, dtype in reversed(NARROW):
+                precisions[np.logical_and.reduceat((values.to(dtype).float() == values).numpy(), starts)] = letter
             wide = values.double().numpy()
             weights = np.concatenate([_weights()[:length] for length in lengths])
             weighted = np.add.reduceat(wide * weights, starts)
             norms = np.sqrt(np.add.reduceat(wide * wide, starts))
-            for i, (part, _) in enumerate(samples):
+            columns = (precisions.tolist(), weighted.tolist(), norms.tolist())
+            for (part, _), precision, total, norm in zip(samples, *columns, strict=True):
                 _, count, before = self._parts[part]
-                precision = next((letter for (letter, _), is_exact in zip(NARROW, exact, strict=True) if is_exact[i]), "f")
-                found[part] = Sum(before, precision, count, float(weighted[i]), float(norms[i]))
+                found[part] = Sum(before, precision, count, total, norm)
         return {name: found[i] for i, (name, _, _) in enumerate(self._parts)}
 
 

@@ -45,7 +45,7 @@ class Sum(NamedTuple):  # hundreds of them at each attaching, for which a datacl
             return True
         allowed = EXACT * max(self.norm, other.norm)
         if self.precision != other.precision:
-            allowed = CAST * max(self.norm, other.norm) + SMALLEST_STEP * min(self.count, SMALL) ** 0.5
+            allowed = CAST * max(self.norm, other.norm) + SMALLEST_STEP * min(self.size, SMALL) ** 0.5
         far = max(abs(self.weighted - other.weighted), abs(self.norm - other.norm))
         return not far <= allowed
 

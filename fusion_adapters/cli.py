@@ -164,14 +164,16 @@ def budget(
     as_json: Json = False,
 ) -> None:
     """Fit methods to one budget of trainable parameters and print what each then costs."""
-    from .runs.pretrained import resolve_model
+    from .runs.pretrained import locate
+    from .runs.recipe import BackboneRecipe
     from .runs.tables import budget_table
     from .tuner.costs import compare_budgets
     from .tuner.counts import skeleton
     from .tuner.sizes import read_count
 
     names, modules = ([n.strip() for n in given.split(",") if n.strip()] for given in (methods, lora or ""))
-    rows = compare_budgets(skeleton(resolve_model(model)), names, read_count(parameters), modules)
+    name, options = locate(BackboneRecipe.model_validate({"model": model}))
+    rows = compare_budgets(skeleton(name, **options), names, read_count(parameters), modules)
     if as_json:
         print(json.dumps(rows))
     else:

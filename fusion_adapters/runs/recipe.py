@@ -32,6 +32,8 @@ class BackboneRecipe(_Section):
     """Which model, and how it is loaded."""
 
     model: str = Field(description="A hub id or a local folder.")
+    gguf_file: str | None = Field(None, description="A GGUF file there; its weights are unpacked to dtype.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
     bits: Literal[4, 8] | None = Field(None, description="Quantise the backbone with bitsandbytes.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Dtype of the backbone's weights.")
 
@@ -90,6 +92,8 @@ def parse_recipe(values: dict[str, Any], source: str, finished: bool = False) ->
         ValueError: If a key or a value does not fit.
     """
     recipe = validated(Recipe, values, source)
+    if finished and "label_at" not in values.get("data", {}):
+        recipe.data.label_at = "first"  # of 0.1.0, which had no other
     fields = [f for f in dataclasses.fields(FusionConfig) if f.init]
     _check_keys(source, "adapter", recipe.adapter, {f.name for f in fields} - RESERVED_ADAPTER, RESERVED_ADAPTER)
     only = {f.name: f.default for f in fields if f.type in (int, float, bool, "int", "float", "bool")}

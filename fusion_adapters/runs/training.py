@@ -24,7 +24,7 @@ from .card import model_card
 from .environment import denormals_flushed, versions
 from .evaluation import evaluations, reload_difference
 from .files import check_output, json_text, written_aside
-from .loading import check_lengths, load_model
+from .loading import check_lengths, load_model, settle_label_at
 from .memory import forget_peak, peak_of_process
 from .recipe import Recipe
 from .tokenizers import load_tokenizer, match_padding
@@ -102,7 +102,7 @@ def cache_recipe(recipe: Recipe, folder: str | Path, dtype: str = "float16") -> 
     splits = load_splits(recipe.data, recipe.task, recipe.seed)
     model, tokenizer = load_attached(recipe, config, splits.labels)
     length = recipe.data.max_length
-    rows = [row for part in splits.encoded(recipe.task, tokenizer, length).values() for row in part.rows]
+    rows = [row for part in splits.encoded(recipe.task, tokenizer, recipe.data).values() for row in part.rows]
     check_lengths(model, rows)
     if recipe.backbone.bits is None:  # a quantised model is where it was loaded
         model.to(PartialState().device)
@@ -123,11 +123,15 @@ def adapter_config(recipe: Recipe) -> FusionConfig:
 
 
 def load_attached(recipe: Recipe, config: FusionConfig, labels: list[str]) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Seeds, loads backbone and tokenizer, and attaches the adapter with a fresh head."""
+    """Seeds, loads backbone and tokenizer, and attaches the adapter with a fresh head.
+
+    What the recipe leaves to the backbone (`data.label_at`) is settled in it.
+    """
     set_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe.backbone, recipe.task)
     backbone: Any = load_model(recipe.backbone, recipe.task, labels, config.modules_to_save or ())
     match_padding(backbone, tokenizer)
+    settle_label_at(recipe.data, recipe.task, backbone, config)
     return get_peft_model(backbone, config), tokenizer  # type: ignore[arg-type]
 
 
@@ -153,7 +157,7 @@ def train(
         Scores, counts, times, memory and versions, as in `metrics.json`.
     """
     task = recipe.task
-    encoded = splits.encoded(task, tokenizer, recipe.data.max_length)
+    encoded = splits.encoded(task, tokenizer, recipe.data)
     sets = evaluations(model, task, splits, encoded, cache)
     check_lengths(model, [row for part in encoded.values() for row in part.rows])
     trainer = make_trainer(model, tokenizer, recipe, sets["train"], sets["dev"], folder / "checkpoints")

@@ -38,6 +38,13 @@ class BackboneRecipe(_Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Dtype of the backbone's weights.")
 
 
+class BesideRecipe(_Section):
+    """What is trained beside a run, to compare: another adapter on the same backbone and data."""
+
+    adapter: dict[str, Any] = Field(default_factory=dict, description="Fields of FusionConfig, instead of the run's own.")
+    training: TrainingFields = Field(default_factory=dict, description="Training arguments that differ from the run's.")
+
+
 class Recipe(_Section):
     """One run: backbone, adapter, data and training."""
 
@@ -46,6 +53,9 @@ class Recipe(_Section):
     adapter: dict[str, Any] = Field(default_factory=dict, description="Fields of FusionConfig.")
     data: DataRecipe
     training: TrainingFields = Field(default_factory=dict, description="Fields of transformers' TrainingArguments.")
+    beside: dict[str, BesideRecipe] = Field(
+        default_factory=dict, description="By name, what is trained and scored beside the run, and not kept."
+    )
     seed: int = 1
 
 
@@ -100,7 +110,17 @@ def parse_recipe(values: dict[str, Any], source: str, finished: bool = False) ->
     _check_types(source, "adapter", recipe.adapter, only)
     if not finished:
         _check_training(recipe, source)
+        for name in recipe.beside:
+            recipe_beside(recipe, name, source)
     return recipe
+
+
+def recipe_beside(recipe: Recipe, name: str, source: str = "") -> Recipe:
+    """The recipe of what is trained beside a run under that name. Raises ValueError if it does not fit."""
+    other = recipe.beside[name]
+    values = recipe.model_dump(exclude={"beside", "adapter"})
+    values |= {"adapter": other.adapter, "training": {**recipe.training, **other.training}}
+    return parse_recipe(values, f"{source}, beside.{name}")
 
 
 def _check_training(recipe: Recipe, source: str) -> None:

@@ -36,7 +36,13 @@ def build_for(backbone: Backbone, config: FusionConfig, **widths: int) -> Fusion
             f"fusion={config.fusion!r} attends over positions, and the layer states of a {backbone.model_type!r} are (positions, batch, "
             "hidden size), of which it would take texts for positions. Use a fusion over depth (dwatt, concat, scalar_mix)."
         )
+    if config.fusion_norm == "rms" and config.fusion_copy_last:
+        raise ValueError(
+            "fusion_norm='rms' with fusion_copy_last=True: the copy of the backbone's last block computes on the states as they are. Leave "
+            "one of them out."
+        )
     fusion.stop_gradient = config.fusion_stop_gradient
+    fusion.norm, fusion.alpha = config.fusion_norm or "none", 1.0 if config.fusion_alpha is None else config.fusion_alpha
     return fusion
 
 

@@ -26,6 +26,8 @@ _OPTIONS = (
     "fusion_temperature",
     "fusion_copy_last",
     "fusion_stack",
+    "fusion_norm",
+    "fusion_alpha",
 )
 _LORA = ("r", "lora_alpha", "alpha_pattern", "use_rslora")
 

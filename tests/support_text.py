@@ -63,7 +63,7 @@ def conll(sentences):
 def write_changed(folder, recipe, changes):
     """Writes a recipe with some keys changed, those of a section one by one; returns its path."""
     for key, value in changes.items():
-        recipe[key] = {**recipe[key], **value} if isinstance(value, dict) else value
+        recipe[key] = {**recipe.get(key, {}), **value} if isinstance(value, dict) else value
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path

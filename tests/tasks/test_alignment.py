@@ -1,14 +1,17 @@
-"""Labels on first pieces, sentences in parts, and back; scores against values worked out by hand."""
+"""Labels on first or last pieces, sentences in parts, and back; scores against values worked out by hand."""
 
 import random
 
 import pytest
 import torch
+from support import tiny
 from support_text import SENTENCES, WORDS, tokenizer
 from transformers import AutoModel, BertConfig, GPT2Config, LlamaConfig, OPTConfig, RobertaConfig
 
-from fusion_adapters.runs.loading import check_lengths
+from fusion_adapters import FusionConfig
+from fusion_adapters.runs.loading import check_lengths, settle_label_at
 from fusion_adapters.tasks.base import IGNORED, Example
+from fusion_adapters.tasks.data import DataRecipe
 from fusion_adapters.tasks.registry import TASKS
 from fusion_adapters.tasks.tokens import decode_tags
 
@@ -27,8 +30,39 @@ def test_a_label_sits_on_the_first_piece_of_its_word():
     assert row["labels"] == [IGNORED, 5, 0, IGNORED, IGNORED, IGNORED]
 
 
+def test_a_label_sits_on_the_last_piece_of_its_word_where_that_is_asked_for():
+    example = Example(["zoo", "Anna", "zoo", "zoo"], ["B-PER", "O", "B-LOC", "I-LOC"])
+    (row,) = TOKENS.encode([example], tokenizer(), LABELS, 32, "last").rows
+    pieces = tokenizer().convert_ids_to_tokens(row["input_ids"])
+    assert pieces == ["[CLS]", "z", "##o", "##o", "anna", *["z", "##o", "##o"] * 2, "[SEP]"]
+    no = IGNORED
+    assert row["labels"] == [no, no, no, 5, 0, no, no, 1, no, no, 2, no]
+
+
+def test_a_run_must_have_settled_where_labels_sit():
+    with pytest.raises(
+        ValueError, match="label_at='auto': the piece of a word that has its label is its 'first' or its 'last'"
+    ):
+        TOKENS.encode(examples(), tokenizer(), LABELS, 32, "auto")
+
+
+@pytest.mark.parametrize(("family", "settled"), [("bert", "first"), ("llama", "last")])
+def test_causal_backbones_have_labels_at_last_pieces(family, settled):
+    data = DataRecipe(path="somewhere")
+    settle_label_at(data, TOKENS, tiny(family), FusionConfig())
+    assert data.label_at == settled
+    for given in ("first", "last"):
+        data = DataRecipe(path="somewhere", label_at=given)
+        settle_label_at(data, TOKENS, tiny(family), FusionConfig())
+        assert data.label_at == given
+    data = DataRecipe(path="somewhere")
+    settle_label_at(data, TEXTS, tiny(family, "sequence"), FusionConfig())
+    assert data.label_at == "auto", "whole texts have no pieces with labels"
+
+
+@pytest.mark.parametrize("label_at", ["first", "last"])
 @pytest.mark.parametrize("max_length", [4, 5, 7, 12, 64])
-def test_every_word_keeps_its_label_wherever_the_sentence_is_cut(max_length):
+def test_every_word_keeps_its_label_wherever_the_sentence_is_cut(max_length, label_at):
     order = random.Random(max_length)
     long = [
         Example(
@@ -36,7 +70,7 @@ def test_every_word_keeps_its_label_wherever_the_sentence_is_cut(max_length):
         )
         for n in (1, 2, 9, 40)
     ]
-    encoded = TOKENS.encode(long, tokenizer(), LABELS, max_length)
+    encoded = TOKENS.encode(long, tokenizer(), LABELS, max_length, label_at)
     assert all(len(row["input_ids"]) <= max_length for row in encoded.rows)
     given = [[max(label, 0) for label in row["labels"]] for row in encoded.rows]
     assert decode_tags(encoded, given, long, LABELS) == [e.labels for e in long]

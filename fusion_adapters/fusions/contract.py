@@ -47,6 +47,7 @@ class Fusion(nn.Module):
     Attributes:
         layers: Indices of the states that `forward` wants, ascending.
         stop_gradient: Whether the caller keeps this fusion's gradients from the backbone, all but that of `z_L` itself.
+        pools: Whether the caller puts means over positions in the place of the states, see `Means`.
         paper: Options that give the published form.
         widths: The options, whole numbers, that say how many parameters the fusion has; a budget may choose them.
         has_weights: Whether `forward(..., return_weights=True)` can return weights over depth.
@@ -65,6 +66,7 @@ class Fusion(nn.Module):
         self.hidden_size = hidden_size
         self.layers = tuple(layers)
         self.stop_gradient = False
+        self.pools = False
 
     def forward(
         self, states: Sequence[Tensor], last: Tensor, context: Context | None = None, return_weights: bool = False

@@ -26,6 +26,7 @@ _OPTIONS = (
     "fusion_temperature",
     "fusion_copy_last",
     "fusion_stack",
+    "fusion_pool",
 )
 _LORA = ("r", "lora_alpha", "alpha_pattern", "use_rslora")
 

@@ -19,6 +19,7 @@ class Context:
         attention_mask: `(B, T)`, non-zero at real tokens; or a 4-D mask as the backbone was given it; or None.
         causal: Whether a position may only see itself and earlier ones (decoders).
         cached_positions: Positions that the backbone keeps in its KV cache and does not show in this call.
+        means: Whether the states are means over positions already, see `Fusion.pools`.
         recompute: Whether to trade time for memory in training: keep the layer states, and compute what comes of each of
             them again in the backward pass.
         block_args: Positional arguments of the last block, without its hidden states.
@@ -28,6 +29,7 @@ class Context:
     attention_mask: Tensor | None = None
     causal: bool = False
     cached_positions: int = 0
+    means: bool = False
     recompute: bool = False
     block_args: tuple[Any, ...] = ()
     block_kwargs: dict[str, Any] | None = None

@@ -49,6 +49,8 @@ class Means:
                 f"fusion_pool='mean' needs an attention_mask that says for each position whether it is real, {list(size)}, and that of "
                 f"this call is {shape}. Give the mask that the tokenizer makes, or leave fusion_pool unset."
             )
+        # (B,), where a mean of the whole text stands
+        self.ends = (real * torch.arange(size[1], device=like.device)).argmax(1)
         self.causal = context.causal
         if self.causal:
             real = real & (real.cumsum(1) > 1)
@@ -63,3 +65,7 @@ class Means:
         values = torch.where(self.counted, state.float(), 0.0)
         sums = values.cumsum(1) if self.causal else values.sum(1, keepdim=True)
         return torch.where(self.some, sums * self.share, state.float()).to(state.dtype)
+
+    def of_texts(self, state: Tensor) -> Tensor:
+        """The mean of each whole text, `(B, d)`: what stands at its last real position."""
+        return self(state)[torch.arange(len(state), device=state.device), self.ends]

@@ -118,7 +118,7 @@ class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
     ) -> Tensor:
         """The fused state by one adapter's fusion, see `Fuse`; its weights over depth go into `recording`."""
         chosen: list[Any] = [states[i] for i in fusion.layers]
-        means = Means(context, last) if fusion.pools else None
+        means = Means(context, last) if fusion.pools and not context.means else None
         if means is not None and not fusion.mixes_positions:
             last, *chosen = [means(state) for state in (last, *chosen)]
         if fusion.stop_gradient and last.requires_grad:

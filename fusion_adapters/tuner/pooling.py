@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..backbone.blocks import Backbone
-from ..backbone.families import is_causal_lm, output_embeddings
+from ..backbone.families import is_causal_lm, output_embeddings, reads_last_token
 from .config import FusionConfig
+from .layer import FusionLayer
 
 # Of peft's tasks and of classes of transformers, those whose heads answer at every position.
 _TASKS = ("TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM")
@@ -33,3 +34,15 @@ def check_pool(model: nn.Module, backbones: Sequence[Backbone], config: FusionCo
             f"fusion_pool='mean' would put one mean in the place of all states of an encoder, and what comes after it in {kind} reads "
             "each of them. Use fusion_stack='decoder' where there is one, or leave fusion_pool unset."
         )
+
+
+def reads_means(model: nn.Module, layer: FusionLayer) -> bool:
+    """Whether of a text's layer states the model reads one mean over all of its positions, and nothing else.
+
+    The mean is the same at every position of a bidirectional backbone. In a decoder it stands at the last real token, which the head
+    must be known to read.
+    """
+    fusion = layer.active_fusion
+    if fusion is None or not fusion.pools or fusion.mixes_positions:
+        return False
+    return not layer.backbone.causal or reads_last_token(model)

@@ -152,7 +152,7 @@ def test_it_is_saved_loaded_and_compared(tmp_path):
         other.load_adapter(tmp_path, "default")
     file = tmp_path / "adapter_config.json"
     file.write_text(file.read_text().replace('"fusion_pool": "mean"', '"fusion_pool": null'))
-    with pytest.raises(ValueError, match="options in adapter_config.json"):
+    with pytest.raises(ValueError, match="options in adapter_config"):
         PeftModel.from_pretrained(tiny("llama", "sequence"), tmp_path)
 
 
@@ -174,7 +174,7 @@ def test_last_is_the_same_as_nothing():
 
 
 def test_other_values_are_refused():
-    with pytest.raises(ValueError, match="fusion_pool='max' is unknown. Use 'mean'"):
+    with pytest.raises(ValueError, match="fusion_pool='max' is unknown"):
         FusionConfig(fusion_pool="max")
 
 

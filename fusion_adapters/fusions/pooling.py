@@ -16,9 +16,10 @@ class Means:
         `m_t = 1 / |C_t| sum_{s in C_t} z_s`,  `C_t = {s in R : s <= t, s != min R}`,  and  `m_t = z_t` where `C_t` is empty,
 
     a running mean, in which no later token takes part: at the last real position it is that of the whole text. The first real
-    position is left out as soon as there is a second. It is where decoders put their massive activations (arXiv 2402.17762), some
-    thousand times the other values, whether a BOS or a word stands there; and it has seen nothing but itself, which the states
-    after it have read. This needs no list of special tokens, so it is the same live and from cached states.
+    position is left out as soon as there is a second. It is where decoders put their massive activations (arXiv 2402.17762),
+    whether a BOS or a word stands there: in SmolLM2-135M, whose texts begin with no BOS, its state is about a hundred times as
+    long as the others in blocks 12 to 20. And it has seen nothing but itself, which the states after it have read. The rule needs
+    no list of special tokens, so it is the same live and from cached states.
 
     In a bidirectional backbone `m_t` is the mean over all of `R`, CLS and SEP included, the same at every position.
 

@@ -50,13 +50,15 @@ def train(
 ) -> None:
     """Train an adapter and write adapter/, metrics.json and run.json."""
     from .runs.recipe import load_recipe
-    from .runs.tables import metrics_table, zero_notes
+    from .runs.tables import beside_table, metrics_table, zero_notes
     from .runs.training import run_recipe
 
     chosen = load_recipe(recipe, settings)
     metrics = run_recipe(chosen, output, overwrite, cache_folder)
     console = Console()
     console.print(metrics_table(metrics, chosen.task, f"{recipe.name}, seed {metrics['seed']}"))
+    if metrics.get("beside"):
+        console.print(beside_table(metrics, chosen.task, f"this run ({chosen.adapter.get('fusion', 'dwatt')})"))
     for note in zero_notes(metrics, chosen.task):
         console.print(escape(visible(note)), style="yellow", highlight=False, soft_wrap=True)
     console.print(f"adapter: {output / 'adapter'}\nfigures: {output / 'metrics.json'}", highlight=False, soft_wrap=True)
@@ -164,14 +166,16 @@ def budget(
     as_json: Json = False,
 ) -> None:
     """Fit methods to one budget of trainable parameters and print what each then costs."""
-    from .runs.pretrained import resolve_model
+    from .runs.pretrained import locate
+    from .runs.recipe import BackboneRecipe
     from .runs.tables import budget_table
     from .tuner.costs import compare_budgets
     from .tuner.counts import skeleton
     from .tuner.sizes import read_count
 
     names, modules = ([n.strip() for n in given.split(",") if n.strip()] for given in (methods, lora or ""))
-    rows = compare_budgets(skeleton(resolve_model(model)), names, read_count(parameters), modules)
+    name, options = locate(BackboneRecipe.model_validate({"model": model}))
+    rows = compare_budgets(skeleton(name, **options), names, read_count(parameters), modules)
     if as_json:
         print(json.dumps(rows))
     else:

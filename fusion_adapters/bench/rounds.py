@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from ..fusions import Fusion
-from ..runs.loading import load_model
+from ..runs.loading import load_model, settle_label_at
 from ..runs.tokenizers import load_tokenizer
 from ..states import LayerStateCache, cache_layer_states, source_of
 from ..tasks.registry import TASKS
@@ -59,15 +59,17 @@ class Setting:
     def __init__(self, recipe: BenchRecipe, folder: Path) -> None:
         self.recipe = recipe
         self.folder = folder
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         splits = load_splits(recipe.data, TASK, seed=0)
         self.labels = splits.labels
         self.tokenizer = load_tokenizer(recipe.backbone, TASK)
         examples = splits.train[: recipe.examples]
         self.examples = len(examples)
-        self.rows = TASK.encode(examples, self.tokenizer, self.labels, recipe.data.max_length).rows
+        data = recipe.data.model_copy()
+        settle_label_at(data, TASK, self.bare(), FusionConfig())
+        self.rows = TASK.encode(examples, self.tokenizer, self.labels, data.max_length, data.label_at).rows
         self.tokens = sum(len(row["input_ids"]) for row in self.rows)
         self.collator = DataCollatorForTokenClassification(self.tokenizer)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def bare(self) -> nn.Module:
         """The backbone with a fresh head."""

@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import GgufConfig
 
+from ..backbone.blocks import find_backbones
+from ..backbone.decoders import mark_gguf, settle_gguf
 from ..backbone.families import positions_of
 from ..backbone.quantization import quantization_config
 from ..tasks.base import Task
-from ..tuner import TASK_HEADS
-from .pretrained import load_pretrained
+from ..tasks.data import DataRecipe
+from ..tuner import TASK_HEADS, FusionConfig
+from .pretrained import load_pretrained, locate, path_of_gguf
 from .recipe import BackboneRecipe
 
 
@@ -44,10 +48,17 @@ def load_model(recipe: BackboneRecipe, task: Task, labels: Sequence[str], traine
             )
         options["quantization_config"] = quantization_config(recipe.bits)
         options["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
+    if (gguf := locate(recipe)[1].get("gguf_file")) is not None:
+        if recipe.bits is not None:
+            raise ValueError(
+                f"backbone.bits={recipe.bits} and a GGUF file ({gguf!r}): bitsandbytes cannot quantise what was quantised already. Leave "
+                "bits out (the file's weights are unpacked), or give a checkpoint that is not a GGUF file."
+            )
+        options["quantization_config"] = GgufConfig(dequantize=True)
     try:
         model, info = load_pretrained(
             task.auto_model,
-            recipe.model,
+            recipe,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # a head for other labels gives way to a fresh one; anything else is refused below
             **options,
@@ -60,6 +71,9 @@ def load_model(recipe: BackboneRecipe, task: Task, labels: Sequence[str], traine
             f"The model {recipe.model!r} has no head for {task.title} in transformers ({task.auto_model.__name__}). Choose a model that "
             f"has one (BERT, RoBERTa and MiniLM do), or another task than {task.name}."
         ) from error
+    if gguf is not None:
+        settle_gguf(model)
+        mark_gguf(model, path_of_gguf(recipe))
     if task.vocabulary_head:
         _check_tied_head(model, trained)
     fresh = (*TASK_HEADS.get(task.peft_type or "", ()), *trained)
@@ -100,6 +114,20 @@ def _check_tied_head(model: nn.Module, trained: Sequence[str]) -> None:
                 f"{type(model).__name__} shares between input and head: trained, they would come apart, and be saved with the "
                 "adapter. Name the fresh parts of the head alone, for BERT modules_to_save: [transform]."
             )
+
+
+def settle_label_at(data: DataRecipe, task: Task, model: nn.Module, config: FusionConfig) -> None:
+    """Puts the piece that has a word's label in the place of `data.label_at: auto`: the last for causal backbones, else the first.
+
+    Args:
+        data: A recipe's section `data`, which is changed.
+        task: Its task; for those that are not of words there is nothing to settle.
+        model: The backbone with its head, with or without weights.
+        config: Where the blocks are.
+    """
+    if task.of_words and data.label_at == "auto":
+        backbone = find_backbones(model, config.fusion_blocks, config.fusion_stack)[0]
+        data.label_at = "last" if backbone.causal else "first"
 
 
 def check_lengths(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> None:

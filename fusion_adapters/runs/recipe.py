@@ -32,8 +32,17 @@ class BackboneRecipe(_Section):
     """Which model, and how it is loaded."""
 
     model: str = Field(description="A hub id or a local folder.")
+    gguf_file: str | None = Field(None, description="A GGUF file there; its weights are unpacked to dtype.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
     bits: Literal[4, 8] | None = Field(None, description="Quantise the backbone with bitsandbytes.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Dtype of the backbone's weights.")
+
+
+class BesideRecipe(_Section):
+    """What is trained beside a run, to compare: another adapter on the same backbone and data."""
+
+    adapter: dict[str, Any] = Field(default_factory=dict, description="Fields of FusionConfig, instead of the run's own.")
+    training: TrainingFields = Field(default_factory=dict, description="Training arguments that differ from the run's.")
 
 
 class Recipe(_Section):
@@ -44,6 +53,9 @@ class Recipe(_Section):
     adapter: dict[str, Any] = Field(default_factory=dict, description="Fields of FusionConfig.")
     data: DataRecipe
     training: TrainingFields = Field(default_factory=dict, description="Fields of transformers' TrainingArguments.")
+    beside: dict[str, BesideRecipe] = Field(
+        default_factory=dict, description="By name, what is trained and scored beside the run, and not kept."
+    )
     seed: int = 1
 
 
@@ -90,13 +102,25 @@ def parse_recipe(values: dict[str, Any], source: str, finished: bool = False) ->
         ValueError: If a key or a value does not fit.
     """
     recipe = validated(Recipe, values, source)
+    if finished and "label_at" not in values.get("data", {}):
+        recipe.data.label_at = "first"  # of 0.1.0, which had no other
     fields = [f for f in dataclasses.fields(FusionConfig) if f.init]
     _check_keys(source, "adapter", recipe.adapter, {f.name for f in fields} - RESERVED_ADAPTER, RESERVED_ADAPTER)
     only = {f.name: f.default for f in fields if f.type in (int, float, bool, "int", "float", "bool")}
     _check_types(source, "adapter", recipe.adapter, only)
     if not finished:
         _check_training(recipe, source)
+        for name in recipe.beside:
+            recipe_beside(recipe, name, source)
     return recipe
+
+
+def recipe_beside(recipe: Recipe, name: str, source: str = "") -> Recipe:
+    """The recipe of what is trained beside a run under that name. Raises ValueError if it does not fit."""
+    other = recipe.beside[name]
+    values = recipe.model_dump(exclude={"beside", "adapter"})
+    values |= {"adapter": other.adapter, "training": {**recipe.training, **other.training}}
+    return parse_recipe(values, f"{source}, beside.{name}")
 
 
 def _check_training(recipe: Recipe, source: str) -> None:

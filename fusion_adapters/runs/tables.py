@@ -33,6 +33,20 @@ def metrics_table(metrics: dict[str, Any], task: Task, title: str) -> Table:
     return table
 
 
+def beside_table(metrics: dict[str, Any], task: Task, name: str) -> Table:
+    """A run and what was trained beside it, by the main score."""
+    splits = list(metrics["scores"])
+    main = task.main.name
+    table = Table(title=f"{main.replace('_', ' ')}, {task.main.unit}", title_justify="left")
+    table.add_column("")
+    for title in (*splits, "trainable parameters", "training"):
+        table.add_column(title, justify="right")
+    for row, found in {**metrics.get("beside", {}), name: metrics}.items():
+        scores = [task.main.shown(found["scores"][split][main]) for split in splits]
+        table.add_row(row, *scores, f"{found['parameters']['total']:,}", f"{found['seconds']['train']:.1f} s")
+    return table
+
+
 def zero_notes(metrics: dict[str, Any], task: Task) -> list[str]:
     """A line for each split whose main score is 0, with the likeliest reasons."""
     count, epochs = metrics["examples"]["train"], len(metrics["dev_by_epoch"])

@@ -26,14 +26,14 @@ def load_tokenizer(recipe: BackboneRecipe, task: Task) -> PreTrainedTokenizerBas
         OSError: If the model is neither a folder nor to be had from a hub.
         ValueError: If there is only a slow tokenizer, which does not tell which piece belongs to which word.
     """
-    tokenizer = load_pretrained(AutoTokenizer, recipe.model)
+    tokenizer = load_pretrained(AutoTokenizer, recipe)
     if not tokenizer.is_fast:
         raise ValueError(
             f"The tokenizer of {recipe.model!r} is a slow one and cannot map word pieces to words. Use a model with a fast tokenizer."
         )
     if task.of_words and not _spaces_words(tokenizer):
         if getattr(tokenizer, "add_prefix_space", None) is False:
-            tokenizer = load_pretrained(AutoTokenizer, recipe.model, add_prefix_space=True)
+            tokenizer = load_pretrained(AutoTokenizer, recipe, add_prefix_space=True)
         if not _spaces_words(tokenizer):  # Llama 3, Qwen2, Gemma and their like know no such switch, or do not heed it
             backend = tokenizer.backend_tokenizer
             own = [] if backend.normalizer is None else [backend.normalizer]

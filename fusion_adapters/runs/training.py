@@ -6,7 +6,9 @@ import copy
 import json
 import os
 import shutil
+import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,9 @@ from .card import model_card
 from .environment import denormals_flushed, versions
 from .evaluation import evaluations, reload_difference
 from .files import check_output, json_text, written_aside
-from .loading import check_lengths, load_model
+from .loading import check_lengths, load_model, settle_label_at
 from .memory import forget_peak, peak_of_process
-from .recipe import Recipe
+from .recipe import Recipe, recipe_beside
 from .tokenizers import load_tokenizer, match_padding
 from .trainers import make_trainer
 
@@ -38,7 +40,8 @@ def run_recipe(
     """Trains what a recipe describes and writes the run to a folder.
 
     The folder holds `adapter/` (what peft saves), `metrics.json`, `run.json` (what `predict` needs: recipe, labels) and
-    `recipe.yaml`. It appears when the run is complete.
+    `recipe.yaml`. It appears when the run is complete. What stands in `recipe.beside` is trained and scored too, from the same layer
+    states where nothing trains inside the backbone; its metrics are in `metrics.json`.
 
     Args:
         recipe: The recipe.
@@ -61,8 +64,13 @@ def run_recipe(
         )
     output = check_output(output, overwrite)
     forget_peak()
-    config = adapter_config(recipe)
     started = time.perf_counter()
+    if recipe.beside and cache is None and not any(adapter_config(r).has_lora for r in _all_of(recipe)):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.states.", dir=output.parent) as states_of_all:
+            cache_recipe(recipe, states_of_all)  # one pass through the backbone for all of them
+            return run_recipe(recipe, output, overwrite, states_of_all)
+    config = adapter_config(recipe)
     splits = load_splits(recipe.data, recipe.task, recipe.seed)
     model, tokenizer = load_attached(recipe, config, splits.labels)
     states = None
@@ -80,6 +88,8 @@ def run_recipe(
         metrics["reload_difference"] = reload_difference(
             model, folder / "adapter", tokenizer, splits.dev, recipe.task, length
         )
+        if recipe.beside:
+            metrics["beside"] = {name: _beside(recipe, name, splits, folder, cache) for name in recipe.beside}
         metrics["bytes"] = {p.name: p.stat().st_size for p in sorted((folder / "adapter").iterdir())}
         metrics["seconds"]["total"] = round(time.perf_counter() - started, 2)
         run = {"recipe": recipe.model_dump(), "labels": splits.labels}
@@ -87,6 +97,20 @@ def run_recipe(
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False), encoding="utf-8")
         (folder / "metrics.json").write_text(json_text(metrics), encoding="utf-8")
     return metrics
+
+
+def _all_of(recipe: Recipe) -> list[Recipe]:
+    return [recipe, *(recipe_beside(recipe, name) for name in recipe.beside)]
+
+
+def _beside(recipe: Recipe, name: str, splits: Splits, folder: Path, cache: str | Path | None) -> dict[str, Any]:
+    """Trains and scores what stands beside a run; of it the metrics stay."""
+    other = recipe_beside(recipe, name)
+    model, tokenizer = load_attached(other, adapter_config(other), splits.labels)
+    states = None
+    if cache is not None:
+        states = LayerStateCache(cache, model, tokenizer=tokenizer, max_length=other.data.max_length)
+    return train(model, tokenizer, other, splits, folder, states)
 
 
 @denormals_flushed()
@@ -102,7 +126,7 @@ def cache_recipe(recipe: Recipe, folder: str | Path, dtype: str = "float16") -> 
     splits = load_splits(recipe.data, recipe.task, recipe.seed)
     model, tokenizer = load_attached(recipe, config, splits.labels)
     length = recipe.data.max_length
-    rows = [row for part in splits.encoded(recipe.task, tokenizer, length).values() for row in part.rows]
+    rows = [row for part in splits.encoded(recipe.task, tokenizer, recipe.data).values() for row in part.rows]
     check_lengths(model, rows)
     if recipe.backbone.bits is None:  # a quantised model is where it was loaded
         model.to(PartialState().device)
@@ -123,11 +147,15 @@ def adapter_config(recipe: Recipe) -> FusionConfig:
 
 
 def load_attached(recipe: Recipe, config: FusionConfig, labels: list[str]) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Seeds, loads backbone and tokenizer, and attaches the adapter with a fresh head."""
+    """Seeds, loads backbone and tokenizer, and attaches the adapter with a fresh head.
+
+    What the recipe leaves to the backbone (`data.label_at`) is settled in it.
+    """
     set_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe.backbone, recipe.task)
     backbone: Any = load_model(recipe.backbone, recipe.task, labels, config.modules_to_save or ())
     match_padding(backbone, tokenizer)
+    settle_label_at(recipe.data, recipe.task, backbone, config)
     return get_peft_model(backbone, config), tokenizer  # type: ignore[arg-type]
 
 
@@ -153,12 +181,15 @@ def train(
         Scores, counts, times, memory and versions, as in `metrics.json`.
     """
     task = recipe.task
-    encoded = splits.encoded(task, tokenizer, recipe.data.max_length)
+    encoded = splits.encoded(task, tokenizer, recipe.data)
     sets = evaluations(model, task, splits, encoded, cache)
     check_lengths(model, [row for part in encoded.values() for row in part.rows])
     trainer = make_trainer(model, tokenizer, recipe, sets["train"], sets["dev"], folder / "checkpoints")
     begun = time.perf_counter()
-    trainer.train()
+    with warnings.catch_warnings():
+        # peft looks beside a backbone whether its vocabulary has grown; beside a GGUF file there is no configuration to tell
+        warnings.filterwarnings("ignore", message="Could not find a config file in")
+        trainer.train()
     trained = time.perf_counter()
     _check_finite(model, trainer.args.learning_rate)
     scores = {name: sets[name].predicted_scores(trainer) for name in ("dev", "test") if name in sets}

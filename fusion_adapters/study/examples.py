@@ -20,8 +20,8 @@ def encoded_part(data_json: str, task: Task, tokenizer_json: str, name: str) -> 
     """Development or test data in word pieces; they are the same in every run of a process."""
     splits = _splits(data_json, task)
     tokenizer = load_tokenizer(BackboneRecipe.model_validate_json(tokenizer_json), task)
-    length = DataRecipe.model_validate_json(data_json).max_length
-    return task.encode(getattr(splits, name), tokenizer, splits.labels, length)
+    data = DataRecipe.model_validate_json(data_json)
+    return task.encode(getattr(splits, name), tokenizer, splits.labels, data.max_length, data.label_at)
 
 
 @functools.lru_cache(maxsize=8)

@@ -108,6 +108,9 @@ def _check_same(
     path = output / STUDY_FILE
     # with today's defaults for keys that came later
     began = validated(StudyRecipe, yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    for data in began.data.values():
+        if began.task.of_words and "label_at" not in data.model_fields_set:
+            data.label_at = "first"  # of 0.1.0, which had no other
     there = json.loads(began.model_dump_json(exclude={"quick"}))
     before, known = _read(output / DATA_FILE), _read(output / BACKBONE_FILE)
     # where the files are does not matter, what is in them does

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from ..backbone.atomic import write_text_whole
 from ..fusions import fusion_class, fusion_options
 from ..runs.environment import cores
-from ..runs.pretrained import resolve_model
+from ..runs.loading import settle_label_at
+from ..runs.pretrained import locate
 from ..runs.training import adapter_config
 from ..tuner.budget import settle_budget
 from ..tuner.config import FusionConfig
@@ -30,7 +32,7 @@ from .examples import count_examples, forget, training_sizes
 from .recipe import StudyRecipe
 from .report import write_report
 from .resume import begin_or_resume
-from .states import prepare_states
+from .states import prepare_states, with_local_backbone
 from .statistics import summarise
 from .trial import Trial, run_trial
 
@@ -69,7 +71,9 @@ def run_study(study: StudyRecipe, output: str | Path, workers: int | None = None
     sizes = training_sizes(study)
     check_budgets(study)
     check_starts(study)
+    settle_labels(study)
     begin_or_resume(study, output)
+    named, study = study, with_local_backbone(study, output / "states")
     cells = [
         Cell(data, method, size)
         for size in dict.fromkeys(s for data in study.data for s in sizes[data])
@@ -119,8 +123,8 @@ def run_study(study: StudyRecipe, output: str | Path, workers: int | None = None
                     pool.shutdown(wait=True, cancel_futures=True)
                     raise
     runs = [run for cell in cells for run in run_cell(study, cell, output)]
-    summary = summarise(study, runs)
-    write_report(study, runs, summary, output)
+    summary = summarise(named, runs)
+    write_report(named, runs, summary, output)
     return summary
 
 
@@ -237,13 +241,26 @@ def check_budgets(study: StudyRecipe) -> None:
     configs = [adapter_config(study.recipe_of(data, method)) for method in study.methods]
     budgeted = [replace(c, task_type=None, modules_to_save=None) for c in configs if c.fusion_budget is not None]
     if budgeted:
-        name = resolve_model(study.backbone.model)
-        try:  # with its task head: names in a config may begin with the name that the head's model gives the backbone
-            model = skeleton(name, study.task.auto_model)
-        except ValueError:  # there is none for the task, as loading it says better
-            model = skeleton(name)
+        model = _without_weights(study)
         for config in budgeted:
             settle_budget(config, model)
+
+
+def settle_labels(study: StudyRecipe) -> None:
+    """Settles for each data set which piece of a word has its label, see `settle_label_at`."""
+    if study.task.of_words and any(data.label_at == "auto" for data in study.data.values()):
+        model = _without_weights(study)
+        for name, data in study.data.items():
+            settle_label_at(data, study.task, model, adapter_config(study.recipe_of(name, next(iter(study.methods)))))
+
+
+def _without_weights(study: StudyRecipe) -> nn.Module:
+    """The backbone from its configuration alone."""
+    name, options = locate(study.backbone)
+    try:  # with its task head: names in a config may begin with the name that the head's model gives the backbone
+        return skeleton(name, study.task.auto_model, **options)
+    except ValueError:  # there is none for the task, as loading it says better
+        return skeleton(name, **options)
 
 
 def check_starts(study: StudyRecipe) -> None:

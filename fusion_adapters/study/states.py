@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from torch import nn
-from transformers import DataCollatorWithPadding
+from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from ..backbone.blocks import find_backbones
 from ..fusions import resolve_layers
-from ..runs.loading import check_lengths, load_model
+from ..runs.files import written_aside
+from ..runs.loading import check_lengths, load_model, settle_label_at
+from ..runs.pretrained import load_pretrained, locate
 from ..runs.recipe import Recipe
 from ..runs.tokenizers import load_tokenizer
 from ..runs.training import adapter_config
@@ -26,6 +29,31 @@ def states_folder(study: StudyRecipe, data: str, method: str, root: Path) -> Pat
     """Where the layer states of a data set are, for the quantisation of a method."""
     bits = study.methods[method].bits or study.backbone.bits
     return root / (data if bits is None else f"{data}-{bits}bit")
+
+
+def with_local_backbone(study: StudyRecipe, root: Path) -> StudyRecipe:
+    """A comparison whose backbone is quick to load: one from a GGUF file is unpacked once, into a folder beside the layer states.
+
+    Args:
+        study: The comparison.
+        root: The folder of the layer states.
+
+    Returns:
+        The comparison with that folder as its backbone; of others, itself.
+    """
+    if "gguf_file" not in locate(study.backbone)[1]:
+        return study
+    folder = root / "backbone"
+    if not folder.is_dir():
+        recipe = study.recipe_of(next(iter(study.data)), next(iter(study.methods)))
+        labels = splits_of(study, next(iter(study.data))).labels
+        base: Any = find_backbones(load_model(recipe.backbone, recipe.task, labels), None, None)[0].base
+        with written_aside(folder, overwrite=False) as unfinished:
+            base.save_pretrained(unfinished)
+            load_pretrained(AutoTokenizer, recipe.backbone).save_pretrained(unfinished)
+    return study.model_copy(
+        update={"backbone": study.backbone.model_copy(update={"model": str(folder), "gguf_file": None, "revision": None})}
+    )
 
 
 def prepare_states(study: StudyRecipe, root: Path) -> None:
@@ -55,7 +83,8 @@ def prepare_states(study: StudyRecipe, root: Path) -> None:
                 else:  # methods were added that read more; the states of the others come out as before
                     layers |= there
                     shutil.rmtree(folder)
-            encoded = splits.encoded(recipe.task, tokenizer, recipe.data.max_length)
+            settle_label_at(recipe.data, recipe.task, model, adapter_config(recipe))
+            encoded = splits.encoded(recipe.task, tokenizer, recipe.data)
             rows = [row for part in encoded.values() for row in part.rows]
             check_lengths(model, rows)
             cache_layer_states(

@@ -128,7 +128,7 @@ def run_trial(
         cache = LayerStateCache(cached, model, verify=False, tokenizer=tokenizer, max_length=length)
     classes = [example.labels[0] for example in splits.train] if study.per_class else None
     chosen = [splits.train[i] for i in subset(classes, len(splits.train), run.size, run.seed)]
-    encoded = {"train": task.encode(chosen, tokenizer, splits.labels, length)}
+    encoded = {"train": task.encode(chosen, tokenizer, splits.labels, length, recipe.data.label_at)}
     for name in ("dev", "test") if run.stage == "report" and splits.test else ("dev",):
         encoded[name] = encoded_part(recipe.data.model_dump_json(), task, study.backbone.model_dump_json(), name)
     for part in encoded.values():

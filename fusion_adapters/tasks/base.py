@@ -201,7 +201,12 @@ class Task(ABC):
 
     @abstractmethod
     def encode(
-        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], max_length: int
+        self,
+        examples: Sequence[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        labels: Sequence[str],
+        max_length: int,
+        label_at: str = "first",
     ) -> Encoded:
         """Encodes examples.
 
@@ -210,6 +215,7 @@ class Task(ABC):
             tokenizer: A fast tokenizer.
             labels: The label set.
             max_length: Word pieces per row.
+            label_at: For tasks of words, the piece of a word that has its label, `"first"` or `"last"`.
         """
 
     def tokenize(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
@@ -39,6 +39,12 @@ class DataRecipe(BaseModel):
     limit: int | None = Field(None, ge=1, description="Use this many training examples, drawn by the seed.")
     max_length: int = Field(
         256, ge=8, description="Word pieces per row; longer sentences of tokens, and texts of masked_lm, are split."
+    )
+
+    label_at: Literal["first", "last", "auto"] = Field(
+        "auto",
+        description="The piece of a word that has its tag: the last is where a causal model has read the word; auto: last for causal "
+        "backbones, first for others.",
     )
 
     @field_validator("text", "label", mode="before")

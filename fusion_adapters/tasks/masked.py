@@ -61,7 +61,12 @@ class MaskedLM(Task):
         return {}
 
     def encode(
-        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], max_length: int
+        self,
+        examples: Sequence[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        labels: Sequence[str],
+        max_length: int,
+        label_at: str = "first",
     ) -> Encoded:
         """Labels are the ids of hidden pieces, see `Masker`. Raises ValueError if the tokenizer has no mask token."""
         masker = Masker(tokenizer)

@@ -88,7 +88,12 @@ class Regression(Task):
         return {"num_labels": 1, "problem_type": "regression"}
 
     def encode(
-        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], max_length: int
+        self,
+        examples: Sequence[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        labels: Sequence[str],
+        max_length: int,
+        label_at: str = "first",
     ) -> Encoded:
         return encode_texts(examples, tokenizer, [example.labels[0] for example in examples], max_length)
 

@@ -63,7 +63,12 @@ class SequenceClassification(Task):
         return list(classes) or in_order({label for example in examples for label in example.labels})
 
     def encode(
-        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], max_length: int
+        self,
+        examples: Sequence[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        labels: Sequence[str],
+        max_length: int,
+        label_at: str = "first",
     ) -> Encoded:
         number = {label: i for i, label in enumerate(labels)}
         return encode_texts(examples, tokenizer, [number[example.labels[0]] for example in examples], max_length)

@@ -30,10 +30,11 @@ class Splits:
     test: list[Example]
     labels: list[str]
 
-    def encoded(self, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Encoded]:
-        """The rows of `train`, `dev` and `test`, without a split that is empty."""
+    def encoded(self, task: Task, tokenizer: PreTrainedTokenizerBase, data: DataRecipe) -> dict[str, Encoded]:
+        """The rows of `train`, `dev` and `test`, cut as a recipe says; without a split that is empty."""
         parts = {"train": self.train, "dev": self.dev, "test": self.test}
-        return {name: task.encode(part, tokenizer, self.labels, max_length) for name, part in parts.items() if part}
+        cut = (data.max_length, data.label_at)
+        return {name: task.encode(part, tokenizer, self.labels, *cut) for name, part in parts.items() if part}
 
 
 def load_splits(recipe: DataRecipe, task: Task, seed: int) -> Splits:

@@ -23,7 +23,7 @@ JOINERS = "\u200c\u200d"  # between letters of Indic and Arabic scripts, and bet
 
 
 class TokenClassification(Task):
-    """Tags at the first piece of each word; entities scored by seqeval."""
+    """Tags at the first or the last piece of each word (`data.label_at`); entities scored by seqeval."""
 
     name: ClassVar[str] = "token_classification"
     title: ClassVar[str] = "token classification"
@@ -92,9 +92,16 @@ class TokenClassification(Task):
         return ["O", *(f"{mark}-{kind}" for kind in types for mark in "BI")]
 
     def encode(
-        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], max_length: int
+        self,
+        examples: Sequence[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        labels: Sequence[str],
+        max_length: int,
+        label_at: str = "first",
     ) -> Encoded:
-        """Every labelled word gets its label at its first piece; a sentence that is too long becomes several rows."""
+        """Every word gets its label at its first or last piece; a sentence that is too long becomes several rows."""
+        if label_at not in ("first", "last"):
+            raise ValueError(f"label_at={label_at!r}: the piece of a word that has its label is its 'first' or its 'last'.")
         number = {label: i for i, label in enumerate(labels)}
         encoded = Encoded(notes={"split_sentences": 0, "words_without_pieces": 0})
         for index, example in enumerate(examples):
@@ -104,13 +111,13 @@ class TokenClassification(Task):
             for start, end in parts:
                 batch = tokenizer(example.words[start:end], is_split_into_words=True, truncation=True, max_length=max_length)
                 row_labels, words = [], []
-                previous = None
-                for word in batch.word_ids():
-                    first = word is not None and word != previous
-                    row_labels.append(number[example.labels[start + word]] if first else IGNORED)
-                    if first:
+                of_piece = batch.word_ids()
+                neighbours = [*of_piece[1:], None] if label_at == "last" else [None, *of_piece[:-1]]
+                for word, neighbour in zip(of_piece, neighbours, strict=True):
+                    labelled_piece = word is not None and word != neighbour
+                    row_labels.append(number[example.labels[start + word]] if labelled_piece else IGNORED)
+                    if labelled_piece:
                         words.append(start + word)
-                    previous = word
                 labelled += len(words)
                 row = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": row_labels}
                 encoded.rows.append(row)
@@ -155,7 +162,7 @@ class TokenClassification(Task):
             Example([text[a:b] for a, b in where], [run.labels[0]] * len(where))
             for text, where in zip(texts, spans, strict=True)
         ]
-        encoded = self.encode(examples, run.tokenizer, run.labels, run.data.max_length)
+        encoded = self.encode(examples, run.tokenizer, run.labels, run.data.max_length, run.data.label_at)
         for (i, _), row in zip(encoded.words, encoded.rows, strict=True):
             if not row["input_ids"]:
                 raise ValueError(f"The text {texts[i]!r} has no word pieces for this tokenizer. Give texts with words.")

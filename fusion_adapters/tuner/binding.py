@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from ..backbone.blocks import LAYER_NAME, Backbone
+from ..backbone.decoders import gguf_file_of, settle_gguf
 from ..backbone.fingerprint import WHOLE, fingerprints_differ
 from ..fusions import Fusion
 from .config import FusionConfig
@@ -25,6 +27,8 @@ def bind(config: FusionConfig, backbones: list[Backbone], signatures: Mapping[st
         config.fusion_stack = "both" if len(backbones) > 1 else backbones[0].stack
         config.fusion_fingerprint = signatures.get(WHOLE)
         config.fusion_lora = config.has_lora
+        file = gguf_file_of(backbones[0].base)
+        config.fusion_gguf = None if file is None else str(file)
         config.settle_options()
         return
     made_for = (config.fusion_model_type, _as_list(config.fusion_hidden_size), _as_list(config.fusion_num_layers))
@@ -44,11 +48,23 @@ def bind(config: FusionConfig, backbones: list[Backbone], signatures: Mapping[st
         config.fusion_fingerprint, signatures, replaced=config.modules_to_save or (), rows=_own_tokens(config)
     )
     if difference:
+        gguf = f", from the GGUF file {config.fusion_gguf}, whose weights are rounded" if config.fusion_gguf else ""
         raise ValueError(
             f"The adapter was made for a backbone of the same shape but with {difference}. Load the checkpoint that the adapter was "
-            f"trained on{f' ({config.base_model_name_or_path})' if config.base_model_name_or_path else ''}; if that was changed "
+            f"trained on{f' ({config.base_model_name_or_path})' if config.base_model_name_or_path else ''}{gguf}; if that was changed "
             "before (a LoRA merged into it), the one that was saved after the change, under a name of its own. If the backbone is "
             'right and was changed on purpose, remove "fusion_fingerprint" from adapter_config.json.'
+        )
+
+
+def settle_file(model: nn.Module) -> None:
+    """Drops the note on a dequantised model that it is packed (`settle_gguf`), and says so."""
+    if settle_gguf(model):
+        warnings.warn(
+            f"The backbone was loaded from the GGUF file {gguf_file_of(model)} and its weights were unpacked: it is a dense model. The "
+            "note that it is quantised, for which Trainer and save_pretrained refuse it, was dropped (hf_quantizer and "
+            "config.quantization_config).",
+            stacklevel=2,
         )
 
 

@@ -85,6 +85,7 @@ class FusionConfig(_MethodOptions):
         fusion_hidden_size: Filled in when attached: the backbone's width; a list for both stacks of an encoder-decoder.
         fusion_num_layers: Filled in when attached: the backbone's depth; a list for both stacks.
         fusion_fingerprint: Filled in when attached: a signature of the backbone's weights.
+        fusion_gguf: Filled in when attached: name and digest of the GGUF file that the backbone was loaded from.
         fusion_digest: Filled in when saved: digests of the options and of the weights, see `tuner/digest.py`.
         fusion_labels: Filled in when saved: the names of a classifier's outputs, in their order (the model's `id2label`).
 
@@ -106,6 +107,7 @@ class FusionConfig(_MethodOptions):
     fusion_hidden_size: int | list[int] | None = _optional("Filled in when attached.")
     fusion_num_layers: int | list[int] | None = _optional("Filled in when attached.")
     fusion_fingerprint: str | None = _optional("Filled in when attached.")
+    fusion_gguf: str | None = _optional("Filled in when attached.")
     fusion_digest: dict[str, str] | None = _optional("Filled in when saved.")
     fusion_labels: list[str] | None = _optional("Filled in when saved.")
 

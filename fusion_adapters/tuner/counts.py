@@ -52,17 +52,18 @@ def count_lora(config: LoraConfig, model: nn.Module) -> dict[str, int]:
         return count_trainable(get_peft_model(empty_copy(model), config, low_cpu_mem_usage=True))  # type: ignore[arg-type]
 
 
-def skeleton(model: str | PreTrainedConfig, model_class: Any = AutoModel) -> nn.Module:
+def skeleton(model: str | PreTrainedConfig, model_class: Any = AutoModel, **options: Any) -> nn.Module:
     """A model without weights (meta device), from its configuration alone; of any size in seconds.
 
     Args:
         model: A hub id, a folder with a `config.json`, or a configuration.
         model_class: One of transformers' `AutoModel...` classes, for a model with a task head.
+        **options: Of `from_pretrained`, for a name: `gguf_file`, `revision`.
 
     Raises:
         OSError: If there is no configuration to be had under that name.
     """
-    config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model
+    config = AutoConfig.from_pretrained(model, **options) if isinstance(model, str) else model
     with init_empty_weights():
         return model_class.from_config(config)
 

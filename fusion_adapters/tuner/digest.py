@@ -20,7 +20,15 @@ CASTS = (torch.float32, torch.bfloat16, torch.float16)  # in which a file may be
 # Fields that change no answer, or are compared elsewhere.
 ASIDE = frozenset(
     {
-        *("fusion_digest", "fusion_fingerprint", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
+        *(
+            "fusion_digest",
+            "fusion_fingerprint",
+            "fusion_gguf",
+            "base_model_name_or_path",
+            "revision",
+            "inference_mode",
+            "peft_version",
+        ),
         *("auto_mapping", "task_type", "lora_dropout", "init_lora_weights", "loftq_config", "eva_config", "corda_config"),
         *("runtime_config", "ephemeral_gpu_offload"),
     }

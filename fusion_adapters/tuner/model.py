@@ -23,7 +23,7 @@ from ..backbone.fingerprint import fingerprints, join_fingerprints
 from ..backbone.walk import modules_of
 from ..fusions.numerics import undrawn
 from .as_lora import as_lora, marked_lora_free
-from .binding import bind, check_adapter_name, check_saved_names
+from .binding import bind, check_adapter_name, check_saved_names, settle_file
 from .budget import has_own_width, settle_budget, warn_if_large
 from .build import build_for
 from .card import CardWriter, class_of
@@ -178,6 +178,7 @@ class FusionModel(LoraModel):
         if adapter_name in self.active_adapters:
             warn_if_nothing_trains(model, config)
             set_labels(config, model)
+        settle_file(model)
         config.source, config.attached = None, True  # checked: a copy stands for another adapter, and the folder may go
         for layer in fusion_layers(model):
             layer.train(layer.training)

@@ -14,7 +14,7 @@ from transformers import AutoModelForTokenClassification, DataCollatorForTokenCl
 from fusion_adapters import FUSIONS, FusionConfig
 from fusion_adapters.bench import load_bench
 from fusion_adapters.fusions import build_fusion, fusion_options
-from fusion_adapters.runs.pretrained import resolve_model
+from fusion_adapters.runs.pretrained import locate
 from fusion_adapters.runs.recipe import BackboneRecipe, load_recipe
 from fusion_adapters.runs.tokenizers import load_tokenizer
 from fusion_adapters.study import load_study
@@ -35,7 +35,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     code = blocks(page)
     if not code:
         return
-    folder = resolve_model(MINILM)
+    folder, _ = locate(BackboneRecipe(model=MINILM))
     if folder == MINILM:
         pytest.skip("the package with the MiniLM weights is not installed (extra: demo)")
     monkeypatch.chdir(tmp_path)

@@ -46,7 +46,7 @@ def test_entities_follow_their_tags():
     words, labels = tokenizer(), ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
     said = {"anna": "B-PER", "bob": "I-PER", "man": "I-PER", "oslo": "B-LOC", "rome": "B-LOC", "corp": "I-LOC"}
     model = Says({words.convert_tokens_to_ids(word): tag for word, tag in said.items()}, labels)
-    recipe = SimpleNamespace(task=TASKS["token_classification"], data=SimpleNamespace(max_length=32))
+    recipe = SimpleNamespace(task=TASKS["token_classification"], data=SimpleNamespace(max_length=32, label_at="first"))
     text = "Anna Bob, Man lives at Oslo Rome Corp Man."
     (found,) = predict(TrainedRun(model, words, recipe, labels), [text])
     told = [(e["type"], e["text"], text[e["start"] : e["end"]]) for e in found["entities"]]

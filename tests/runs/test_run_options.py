@@ -13,7 +13,7 @@ from support_text import SENTENCES, conll, save_model, write_recipe
 
 from fusion_adapters.cli import main
 from fusion_adapters.runs.predicting import load_run
-from fusion_adapters.runs.pretrained import resolve_model
+from fusion_adapters.runs.pretrained import PACKAGED_MODELS, package_folder
 from fusion_adapters.tasks.data import DataRecipe
 from fusion_adapters.tasks.registry import TASKS
 from fusion_adapters.tasks.splits import load_splits
@@ -94,7 +94,7 @@ def test_a_test_set_that_is_cut_off(tmp_path):
 
 def test_the_demonstration(tmp_path, monkeypatch, capsys):
     model = "sentence-transformers/all-MiniLM-L6-v2"
-    if resolve_model(model) == model:
+    if package_folder(PACKAGED_MODELS[model]) is None:
         pytest.skip("the package with the MiniLM weights is not installed (extra: demo)")
     monkeypatch.setattr(sys, "argv", [str(QUICKSTART), "--output", str(tmp_path)])
     runpy.run_path(str(QUICKSTART), run_name="__main__")

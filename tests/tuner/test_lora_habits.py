@@ -15,7 +15,8 @@ from transformers import BertConfig, BertPreTrainedModel, MixtralConfig, Mixtral
 from transformers.models.bert.modeling_bert import BertModel
 
 from fusion_adapters import FusionConfig
-from fusion_adapters.runs.pretrained import resolve_model
+from fusion_adapters.runs.pretrained import locate
+from fusion_adapters.runs.recipe import BackboneRecipe
 from fusion_adapters.tuner.counts import count_trainable
 
 NEW = 7  # tokens
@@ -250,7 +251,7 @@ def test_forward_called_past_the_hooks(family):
 
 def test_sentence_transformers_encodes_with_an_adapter(tmp_path):
     library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
-    folder = resolve_model("sentence-transformers/all-MiniLM-L6-v2")
+    folder, _ = locate(BackboneRecipe(model="sentence-transformers/all-MiniLM-L6-v2"))
     if folder.startswith("sentence-transformers/"):
         pytest.skip("the package with the MiniLM weights is not installed (extra: demo)")
     model = library.SentenceTransformer(folder)

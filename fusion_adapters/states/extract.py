@@ -53,6 +53,7 @@ def cache_layer_states(
     *,
     dtype: str = "float16",
     layers: Sequence[int] | None = None,
+    means: bool = True,
     batch_size: int = BATCH_SIZE,
     shard_bytes: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -73,6 +74,8 @@ def cache_layer_states(
         dtype: `float16`, `bfloat16`, `float32`, or `int8` (half the bytes of 16 bits, one scale per token and layer).
         layers: Layer states to keep; None means those that the attached fusion reads, without one `1 .. L`. `z_L` is always
             among them.
+        means: Keep one mean for each text where the model reads nothing else (`fusion_pool="mean"`); False keeps every position, for
+            other adapters too.
         batch_size: Rows per batch.
         shard_bytes: Size of a shard at most, unless one batch is larger; None means that of the cache begun in the folder,
             without one a 64th of the cache, between 8 MiB and 1 GiB.
@@ -101,6 +104,7 @@ def cache_layer_states(
         rows,
         dtype=dtype,
         layers=layers,
+        means=means,
         batch_size=batch_size,
         shard_bytes=shard_bytes,
         tokenizer=tokenizer,

@@ -73,7 +73,7 @@ def check_means(folder: Path, manifest: Mapping[str, Any], source: Source) -> No
     if not source.means:
         raise StaleCacheError(
             f"The cache {str(folder)!r} holds a mean over the positions of each text (it was extracted for fusion_pool='mean'), and "
-            "this model reads the positions themselves. Extract again into another folder with this model."
+            "this model reads the positions themselves. Extract again into another folder with this model, or with means=False for both."
         )
     before, now = manifest["pad_token_id"], padding_token(source)
     if source.backbone.causal and before != now:

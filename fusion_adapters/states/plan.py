@@ -59,6 +59,7 @@ def plan_cache(
     *,
     dtype: str = "float16",
     layers: Sequence[int] | None = None,
+    means: bool = True,
     batch_size: int = BATCH_SIZE,
     shard_bytes: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -95,7 +96,7 @@ def plan_cache(
     with source.quiet():
         lengths = _lengths(backbone, rows, shapes, names)
     order = sorted(first.values(), key=lambda i: (-lengths[i], shapes[i], signatures[i]))
-    means = holds_means(source, names, [rows[i] for i in order])
+    means = means and holds_means(source, names, [rows[i] for i in order])
     if means:  # from here on a text has one state a layer
         lengths = dict.fromkeys(lengths, 1)
     token_bytes = len(chosen) * (backbone.hidden_size * DTYPES[dtype].itemsize + (4 if dtype == "int8" else 0))

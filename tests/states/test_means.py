@@ -123,6 +123,9 @@ def test_models_that_read_positions_do_not_get_means(tmp_path):
     with pytest.raises(StaleCacheError, match="means: True in the cache, False now"):
         cached(attached("llama", "sequence"), rows, tmp_path / "means")
     assert "means" in repr(cache)
+    cached(model_of(), rows, tmp_path / "all", means=False)  # for both
+    for model in (model_of(), attached("llama", "sequence")):
+        same_answers(model, rows, from_cache(LayerStateCache(tmp_path / "all", model), rows))
 
 
 def test_a_decoder_whose_head_is_not_known_keeps_all_positions(tmp_path):

@@ -36,6 +36,21 @@ def test_a_run_with_means_from_a_cache_is_the_run_without(fusion, tmp_path, caps
     assert [a["probability"] for a in live] == pytest.approx([a["probability"] for a in cached], abs=2e-3)
 
 
+@pytest.mark.parametrize("pooled", [True, False])
+def test_what_stands_beside_a_run_with_means_reads_what_it_needs(pooled, tmp_path):
+    control = {"fusion": "last", **({"fusion_pool": "mean"} if pooled else {})}
+    changes = {
+        "backbone": {"model": str(save_decoder(tmp_path / "llama"))},
+        "adapter": {"fusion": "concat", "fusion_pool": "mean"},
+    }
+    recipe = write_recipe(tmp_path, head="sequence", **changes)
+    recipe.write_text(recipe.read_text() + f"beside: {{control: {{adapter: {json.dumps(control)}}}}}\n")
+    main(["cache", str(recipe), "--output", str(tmp_path / "states")])
+    assert LayerStateCache(tmp_path / "states").manifest["means"] is pooled
+    main(["train", str(recipe), "--output", str(tmp_path / "run")])
+    assert "control" in json.loads((tmp_path / "run" / "metrics.json").read_text())["beside"]
+
+
 def test_words_with_tags_are_refused(tmp_path, capsys):
     recipe = write_recipe(tmp_path, adapter={"fusion": "dwatt", "fusion_pool": "mean"})
     with pytest.raises(SystemExit):

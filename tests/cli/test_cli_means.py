@@ -6,6 +6,7 @@ import pytest
 from support_text import save_decoder, write_recipe
 
 from fusion_adapters.cli import main
+from fusion_adapters.runs.predicting import depth_map, load_run
 from fusion_adapters.states import LayerStateCache
 
 
@@ -41,7 +42,7 @@ def test_what_stands_beside_a_run_with_means_reads_what_it_needs(pooled, tmp_pat
     control = {"fusion": "last", **({"fusion_pool": "mean"} if pooled else {})}
     changes = {
         "backbone": {"model": str(save_decoder(tmp_path / "llama"))},
-        "adapter": {"fusion": "concat", "fusion_pool": "mean"},
+        "adapter": {"fusion": "dwatt", "fusion_pool": "mean"},
     }
     recipe = write_recipe(tmp_path, head="sequence", **changes)
     recipe.write_text(recipe.read_text() + f"beside: {{control: {{adapter: {json.dumps(control)}}}}}\n")
@@ -49,6 +50,9 @@ def test_what_stands_beside_a_run_with_means_reads_what_it_needs(pooled, tmp_pat
     assert LayerStateCache(tmp_path / "states").manifest["means"] is pooled
     main(["train", str(recipe), "--output", str(tmp_path / "run")])
     assert "control" in json.loads((tmp_path / "run" / "metrics.json").read_text())["beside"]
+    pieces, layers, weights = depth_map(load_run(tmp_path / "run"), "anna lives")
+    assert pieces == ["anna", " lives"]  # no letters that stand for bytes
+    assert layers == [1, 2, 3, 4] and weights.shape[0] == 2
 
 
 def test_words_with_tags_are_refused(tmp_path, capsys):

@@ -71,7 +71,7 @@ def settle_gguf(model: nn.Module) -> bool:
     if file is not None:
         _mark(model, file)
     for holder in _holders(model):
-        for name in ("hf_quantizer", "quantization_method"):
+        for name in ("hf_quantizer", "is_quantized", "quantization_method"):
             holder.__dict__.pop(name, None)
         config: Any = getattr(holder, "config", None)
         if _is_gguf(getattr(config, "quantization_config", None)):

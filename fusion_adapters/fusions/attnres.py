@@ -44,6 +44,6 @@ class AttnRes(Fusion):
         weights = F.softmax(scores, dim=-1)  # (B, T, N)
         mixed = torch.zeros_like(last, dtype=torch.float32)
         for share, state in zip(weights.unbind(-1), states, strict=True):
-            mixed = mixed + share.unsqueeze(-1) * state
-        fused = (mixed if self.gamma is None else last + self.gamma * mixed).to(last.dtype)
+            mixed = mixed + share.unsqueeze(-1) * self.seen(state)
+        fused = mixed.to(last.dtype) if self.gamma is None else self.added(last, self.gamma * mixed)
         return (fused, weights) if return_weights else fused

@@ -60,11 +60,11 @@ class Concat(Fusion):
         kept = None
         # split, not sliced: the gradient of all layers is then built in one piece
         for state, weight in zip(states, self.weight.split(self.hidden_size, dim=1), strict=True):
-            kept = self._added(kept, state, weight)
+            kept = self._added(kept, self.seen(state), weight)
         return self.finish(kept, last)
 
     def absorb(self, kept: Any, index: int, state: Tensor) -> Any:
-        return self._added(kept, state, self.weight[:, index * self.hidden_size :][:, : self.hidden_size])
+        return self._added(kept, self.seen(state), self.weight[:, index * self.hidden_size :][:, : self.hidden_size])
 
     def _added(self, kept: Tensor | None, state: Tensor, weight: Tensor) -> Tensor:
         """Adds a layer's product to the sum `(B T, r or d)`, float32: in 16 bits rounding would grow with depth."""
@@ -84,4 +84,4 @@ class Concat(Fusion):
             mixed = linear(F.gelu(mixed), self.up_weight, self.up_bias)  # (B, T, d)
         elif not self.residual:
             mixed = F.gelu(mixed)
-        return last + mixed if self.residual else mixed
+        return self.added(last, mixed) if self.residual else mixed

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .widths import Budget, BudgetTooSmallError, largest_width
+
+EPSILON = 1e-8  # under the root of a mean square; the smallest states are some 1e-2
 
 
 @dataclass
@@ -48,6 +51,10 @@ class Fusion(nn.Module):
 
     Attributes:
         layers: Indices of the states that `forward` wants, ascending.
+        norm: `"rms"`: the fusion computes in units of each state's root mean square, in which layers of very different scale
+            are alike; `"none"`: on the states as they are.
+        alpha: What the fusion adds to `z_L` counts so many times: Adam then moves it as a learning rate `alpha` times as high
+            would, as LoRA's `alpha / r` does.
         stop_gradient: Whether the caller keeps this fusion's gradients from the backbone, all but that of `z_L` itself.
         pools: Whether the caller puts means over positions in the place of the states, see `Means`.
         paper: Options that give the published form.
@@ -69,6 +76,8 @@ class Fusion(nn.Module):
         self.layers = tuple(layers)
         self.stop_gradient = False
         self.pools = False
+        self.norm = "none"
+        self.alpha = 1.0
 
     def forward(
         self, states: Sequence[Tensor], last: Tensor, context: Context | None = None, return_weights: bool = False
@@ -102,6 +111,19 @@ class Fusion(nn.Module):
     def finish(self, kept: Any, last: Tensor) -> Tensor:
         """The fused state `(B, T, d)` from what `absorb` kept of all states, equal to that of `forward`."""
         raise NotImplementedError
+
+    def seen(self, state: Tensor) -> Tensor:
+        """A state `(B, T, d)` as the fusion computes with it: with `norm="rms"` divided by its root mean square at each position."""
+        return F.rms_norm(state, state.shape[-1:], eps=EPSILON) if self.norm == "rms" else state
+
+    def added(self, last: Tensor, update: Tensor) -> Tensor:
+        """`z_L + alpha u`, with `norm="rms"` `z_L + alpha rms(z_L) u`, in the dtype of `z_L`; both `(B, T, d)`."""
+        if self.norm == "rms":
+            size = (last.float().square().mean(-1, keepdim=True) + EPSILON).sqrt()  # (B, T, 1)
+            return last + (self.alpha * size * update).to(last.dtype)
+        if self.alpha != 1:
+            update = self.alpha * update
+        return (last + update).to(last.dtype)
 
     @classmethod
     def fit_widths(cls, budget: Budget) -> dict[str, int]:

@@ -55,5 +55,5 @@ class MLP(Fusion):
     def forward(
         self, states: Sequence[Tensor], last: Tensor, context: Context | None = None, return_weights: bool = False
     ) -> Any:
-        (update,) = self.mlp([last])
-        return last + update
+        (update,) = self.mlp([self.seen(last)])
+        return self.added(last, update)

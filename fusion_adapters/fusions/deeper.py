@@ -148,12 +148,12 @@ class Deeper(Fusion):
             x = last.to(dtype)
             for block in self.blocks:
                 x = block(x, args, kwargs)
-            return x.to(last.dtype)
+            return x.to(last.dtype) if self.alpha == 1 else self.added(last, x.float() - last.float())
         mask = attention_bias(context, last)
-        x = last
+        x = start = self.seen(last)
         for block in self.blocks:
             x = block(x, mask, context.causal)
-        return x
+        return x if self.norm == "none" and self.alpha == 1 else self.added(last, x.float() - start.float())
 
 
 def attention_bias(context: Context, states: Tensor) -> Tensor | None:

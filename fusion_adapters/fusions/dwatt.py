@@ -81,6 +81,7 @@ class DWAtt(Fusion):
         if not self.attends:
             depth = len(self.layers)
             return torch.full((*last.shape[:-1], self.heads, depth), 1 / depth, device=last.device)
+        last = self.seen(last)
         (offset,) = self.query([last])
         query = 1 + F.elu(last + offset).float()  # (B, T, d)
         keys = (self.position @ self.key_weight.T).float()  # (N, d)
@@ -93,25 +94,32 @@ class DWAtt(Fusion):
     ) -> Any:
         weights = each_layer(self.depth_weights, context, last)  # (B, T, H, N)
         layers = self._layers(self._dropped(weights, last))
-        fused = last.float()  # summed in float32: rounding would grow with depth
+        total = self._start(last)  # summed in float32: rounding would grow with depth
         for state, (share, gain, bias, *mlp) in zip(states, layers, strict=True):
-            fused = fused + each_layer(self._weighed_value, context, state, share, gain, bias, *mlp)
-        fused = fused.to(last.dtype)
+            total = total + each_layer(self._weighed_value, context, self.seen(state), share, gain, bias, *mlp)
+        fused = self._end(total, last)
         if return_weights:
             return fused, weights.squeeze(2) if self.heads == 1 else weights
         return fused
 
     def absorb(self, kept: Any, index: int, state: Tensor) -> Any:
         *inner, _, _ = (parameter[index] for parameter in self.value.parameters())
-        return [*(kept or ()), BottleneckMLP.narrow(state, *inner)]  # (B, T, r) each
+        return [*(kept or ()), BottleneckMLP.narrow(self.seen(state), *inner)]  # (B, T, r) each
 
     def finish(self, kept: Any, last: Tensor) -> Tensor:
-        fused = last.float()
+        total = self._start(last)
         layers = self._layers(self._dropped(self.depth_weights(last), last))
         for i, (share, gain, bias, *_, up, up_bias) in enumerate(layers):
-            fused = fused + self._weighed(linear(kept[i], up, up_bias), share, gain, bias)
+            total = total + self._weighed(linear(kept[i], up, up_bias), share, gain, bias)
             kept[i] = None
-        return fused.to(last.dtype)
+        return self._end(total, last)
+
+    def _start(self, last: Tensor) -> Tensor:
+        """What the values are added to, float32: `z_L`, or zeros where they are scaled before they meet it."""
+        return last.float() if self.norm == "none" and self.alpha == 1 else torch.zeros_like(last, dtype=torch.float32)
+
+    def _end(self, total: Tensor, last: Tensor) -> Tensor:
+        return total.to(last.dtype) if self.norm == "none" and self.alpha == 1 else self.added(last, total)
 
     def _dropped(self, weights: Tensor, last: Tensor) -> Tensor:
         return F.dropout(weights, self.dropout, self.training).to(last.dtype)

@@ -114,7 +114,7 @@ class DWConcat(Fusion):
         """`z_L + U gelu(LN(m + b)) + c`, `(B, T, d)`, from the weighed sum `m`."""
         mixed = (mixed.flatten(-2) if self.attends else mixed) + self.down_bias
         hidden = F.gelu(layer_norm(mixed, self.norm_weight, self.norm_bias)).to(last.dtype)
-        return last + linear(hidden, self.up_weight, self.up_bias)
+        return self.added(last, linear(hidden, self.up_weight, self.up_bias))
 
 
 def _normalised(state: Tensor) -> Tensor:

@@ -46,8 +46,8 @@ class ScalarMix(Fusion):
         return fused
 
     def absorb(self, kept: Any, index: int, state: Tensor) -> Any:
-        part = (self.gamma * F.softmax(self.logits, dim=0))[index] * state.float()
+        part = (self.gamma * F.softmax(self.logits, dim=0))[index] * self.seen(state).float()
         return part if kept is None else kept + part
 
     def finish(self, kept: Any, last: Tensor) -> Tensor:
-        return (kept + last if self.residual else kept).to(last.dtype)
+        return self.added(last, kept) if self.residual else kept.to(last.dtype)

@@ -39,6 +39,12 @@ def build_for(backbone: Backbone, config: FusionConfig, **widths: int) -> Fusion
             f"{what} over positions, and the layer states of a {backbone.model_type!r} are (positions, batch, hidden size), of which "
             "it would take texts for positions. Use a fusion over depth (dwatt, concat, scalar_mix), without fusion_pool."
         )
+    if config.fusion_norm == "rms" and config.fusion_copy_last:
+        raise ValueError(
+            "fusion_norm='rms' with fusion_copy_last=True: the copy of the backbone's last block computes on the states as they are. Leave "
+            "one of them out."
+        )
+    fusion.norm, fusion.alpha = config.fusion_norm or "none", 1.0 if config.fusion_alpha is None else config.fusion_alpha
     return fusion
 
 

@@ -29,7 +29,8 @@ from .build import build_for
 from .card import CardWriter, class_of
 from .config import FusionConfig
 from .digest import MODEL_PREFIX, is_wanted, no_digest, weights_digests
-from .heads import check_head, name_task_heads, remove_float32_hook, train_head_in_float32, warn_if_nothing_trains
+from .heads import check_head, name_task_heads, warn_if_nothing_trains
+from .headscale import plain_head, prepare_head
 from .labels import check_labels, labels_to_save, set_labels
 from .layer import FusionLayer, fusion_layers
 from .load import Load, current_load
@@ -156,7 +157,7 @@ class FusionModel(LoraModel):
         with marked_lora_free(config):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             fill_heads(model, adapter_name)
-            train_head_in_float32(model, backbones, adapter_name)
+            prepare_head(model, backbones, config, adapter_name)
             for backbone, fusion, mark in zip(backbones, fusions, marks, strict=True):
                 layer = layers.get(id(backbone.root))
                 if layer is None:
@@ -269,7 +270,7 @@ class FusionModel(LoraModel):
         for wrapper in (m for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)):
             dtype = next((p.dtype for p in wrapper.original_module.parameters()), None)
             for head in wrapper.modules_to_save.values():
-                remove_float32_hook(head)
+                plain_head(head)
                 head.to(dtype)
         return super()._unload_and_optionally_merge(*args, **kwargs)
 

@@ -27,6 +27,8 @@ _OPTIONS = (
     "fusion_copy_last",
     "fusion_stack",
     "fusion_pool",
+    "fusion_norm",
+    "fusion_alpha",
 )
 _LORA = ("r", "lora_alpha", "alpha_pattern", "use_rslora")
 

@@ -49,6 +49,13 @@ def test_training_and_answers_from_a_cache_are_those_of_the_backbone(family, met
     assert_equal_training(model, pad(rows), batch)
 
 
+def test_normalised_states_are_means_before_they_are_normalised(family, tmp_path):
+    model, rows = model_of(family, "concat", fusion_norm="rms", fusion_alpha=4.0), texts()
+    batch = from_cache(cached(model, rows, tmp_path / "means"), rows)
+    same_answers(model, rows, batch)
+    assert_equal_training(model, pad(rows), batch)
+
+
 @pytest.mark.parametrize("name", FUSIONS)
 def test_states_of_all_tokens_are_pooled_when_they_are_read(family, name, tmp_path):
     model, rows = model_of(family, name), texts()

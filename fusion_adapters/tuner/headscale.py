@@ -1,0 +1,73 @@
+"""The task head's share of `fusion_alpha`: a head that Adam moves as a higher learning rate would, and that answers as before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from ..backbone.blocks import Backbone
+from ..backbone.walk import modules_of
+from .config import FusionConfig
+from .heads import remove_float32_hook, task_heads, train_head_in_float32
+
+
+def prepare_head(model: nn.Module, backbones: list[Backbone], config: FusionConfig, adapter_name: str) -> None:
+    """Makes the task head of an adapter ready to train: in float32, and scaled by `fusion_alpha`."""
+    train_head_in_float32(model, backbones, adapter_name)
+    scale_head(model, config, adapter_name)
+
+
+def plain_head(head: nn.Module) -> None:
+    """Makes a trained head an ordinary module that answers the same."""
+    remove_float32_hook(head)
+    unscale_head(head)
+
+
+def scale_head(model: nn.Module, config: FusionConfig, adapter_name: str) -> None:
+    """Divides the weights of an adapter's task head by `fusion_alpha`, and multiplies what comes into it.
+
+    The head answers as before (to the last bit for powers of two), and a step of Adam changes its answers `alpha` times as much.
+    In files its weights are the divided ones. Biases stay as they are.
+
+    Args:
+        model: The model, in which peft has wrapped the head.
+        config: The adapter's config.
+        adapter_name: The adapter.
+    """
+    alpha = config.fusion_alpha
+    if alpha is None or alpha == 1 or not task_heads(config):
+        return
+    for name, wrapper in model.named_modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper) or not name.endswith(tuple(task_heads(config))):
+            continue
+        if adapter_name not in wrapper.modules_to_save:
+            continue
+        for layer in modules_of(wrapper.modules_to_save[adapter_name]):
+            if isinstance(layer, nn.Linear) and not any(isinstance(h, _Times) for h in layer._forward_pre_hooks.values()):
+                if not layer.weight.is_meta:
+                    with torch.no_grad():
+                        layer.weight /= alpha
+                layer.register_forward_pre_hook(_Times(alpha))
+
+
+def unscale_head(head: nn.Module) -> None:
+    """Takes back what `scale_head` did: the weights are those of a plain head, and answer the same."""
+    for layer in modules_of(head):
+        for key, hook in list(layer._forward_pre_hooks.items()):
+            if isinstance(hook, _Times):
+                del layer._forward_pre_hooks[key]
+                with torch.no_grad():
+                    layer.weight *= hook.alpha  # type: ignore[operator, assignment]
+
+
+class _Times:
+    """A forward pre-hook that multiplies what comes into a layer."""
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(self.alpha * a if isinstance(a, Tensor) else a for a in args)

@@ -1,0 +1,135 @@
+"""`fusion_norm` and `fusion_alpha`: fresh adapters change nothing, heads learn faster and answer the same wherever they are loaded."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from support import BACKBONES, METHODS, attached, batch, disturb, layer_of, logits, tiny
+
+from fusion_adapters import FusionConfig
+
+SCALED = {"fusion_norm": "rms", "fusion_alpha": 8.0}
+
+
+@pytest.mark.parametrize("head", ["token", "sequence"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "deeper-copy"])
+@pytest.mark.parametrize("family", BACKBONES)
+def test_a_fresh_adapter_answers_as_the_backbone(family, method, head):
+    expected = logits(tiny(family, head), head)
+    model = attached(family, head, **METHODS[method], **SCALED)
+    torch.testing.assert_close(logits(model, head), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+def test_saved_loaded_and_folded_it_answers_the_same(family, tmp_path):
+    model = disturb(attached(family, fusion="concat", **SCALED, r=2))
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["fusion_norm"], saved["fusion_alpha"]) == ("rms", 8.0)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny(family), tmp_path)), expected)
+    plain = tiny(family)
+    plain.load_adapter(str(tmp_path))
+    assert torch.equal(logits(plain), expected)
+    model.load_adapter(str(tmp_path), "default")  # into the adapter that is there
+    assert torch.equal(logits(model), expected)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), logits(tiny(family)))
+
+
+def test_the_head_alone_becomes_a_plain_one():
+    model = disturb(attached("bert", fusion="last", fusion_alpha=8.0))
+    expected = logits(model)
+    base = model.merge_and_unload(drop_fusion=True)
+    torch.testing.assert_close(logits(base), expected, rtol=1e-6, atol=1e-6)
+    assert not base.classifier._forward_pre_hooks
+    assert type(base.classifier) is torch.nn.Linear
+
+
+def change_after_a_step(alpha, fusion="last"):
+    model = without_bias(attached("bert", fusion=fusion, fusion_alpha=alpha)).eval()
+    before = logits(model)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    model(**batch()).loss.backward()
+    optimizer.step()
+    return logits(model) - before
+
+
+def without_bias(model):
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("fusion", ["last", "concat"])
+def test_a_step_of_adam_goes_as_far_as_at_a_rate_so_many_times_as_high(fusion):
+    once, scaled = change_after_a_step(1.0, fusion), change_after_a_step(8.0, fusion)
+    assert once.abs().max() > 0
+    torch.testing.assert_close(scaled, 8 * once, rtol=2e-2, atol=0.02 * 8 * float(once.abs().max()))
+
+
+def test_adapters_of_one_model_have_each_its_own(tmp_path):
+    model = attached("bert", fusion="last", fusion_alpha=8.0)
+    model.add_adapter("plain", FusionConfig(fusion="last", task_type="TOKEN_CLS"))
+    wrapper = next(m for n, m in model.named_modules() if n.endswith("classifier") and hasattr(m, "modules_to_save"))
+    scaled, plain = wrapper.modules_to_save["default"], wrapper.modules_to_save["plain"]
+    torch.testing.assert_close(8 * scaled.weight, plain.weight)
+    answer = logits(model)
+    model.set_adapter("plain")
+    torch.testing.assert_close(logits(model), answer, rtol=0, atol=1e-6)
+    model.save_pretrained(tmp_path)
+    saved = [load_file(path)["base_model.model.classifier.weight"] for path in sorted(tmp_path.rglob("*.safetensors"))]
+    assert sorted(float(w.abs().max()) for w in saved) == sorted(float(h.weight.abs().max()) for h in (scaled, plain))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_backbones(dtype, tmp_path):
+    model = disturb(attached("llama", model=tiny("llama", dtype=dtype), fusion="concat", **SCALED))
+    expected = logits(model)
+    assert expected.isfinite().all()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama", dtype=dtype), tmp_path)), expected)
+
+
+def test_a_head_over_the_vocabulary_stays_as_it_is():
+    model = attached("llama", "lm", fusion="concat", fusion_alpha=8.0)
+    assert torch.equal(model.get_base_model().lm_head.weight, tiny("llama", "lm").lm_head.weight)
+    assert layer_of(model).active_fusion.alpha == 8
+
+
+def test_by_default_and_in_the_papers_forms_nothing_is_scaled():
+    for config in (FusionConfig(task_type="TOKEN_CLS"), FusionConfig.paper("dwatt", task_type="TOKEN_CLS")):
+        get_peft_model(tiny(), config)
+        model = get_peft_model(tiny(), config)
+        assert (layer_of(model).active_fusion.norm, layer_of(model).active_fusion.alpha) == ("none", 1.0)
+
+
+@pytest.mark.parametrize("change", [{"fusion_alpha": 4.0}, {"fusion_norm": "none"}])
+def test_a_checkpoint_with_another_scale_is_not_filled_in(change, tmp_path):
+    attached("bert", fusion="concat", **{**SCALED, **change}).save_pretrained(tmp_path)
+    model = attached("bert", fusion="concat", **SCALED)
+    (name,) = change
+    with pytest.raises(ValueError, match=rf"other options.*{name} is "):
+        model.load_adapter(str(tmp_path), "default")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"fusion_alpha": 0}, "fusion_alpha=0 must be a number above 0"),
+        ({"fusion_alpha": "8"}, "fusion_alpha='8' must be a number above 0"),
+        ({"fusion_alpha": float("nan")}, "fusion_alpha=nan must be"),
+        ({"fusion_norm": "layer"}, "fusion_norm='layer' is unknown. Use 'rms' or 'none'"),
+    ],
+)
+def test_unfit_values_are_refused(fields, said):
+    with pytest.raises(ValueError, match=said):
+        FusionConfig(**fields)
+
+
+def test_a_copied_block_computes_on_the_states_as_they_are():
+    with pytest.raises(ValueError, match="fusion_norm='rms' with fusion_copy_last=True"):
+        attached("bert", fusion="deeper", fusion_copy_last=True, fusion_norm="rms")

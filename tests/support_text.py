@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import yaml
 from support import tiny
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORDS = ("anna", "bob", "lives", "works", "in", "at", "oslo", "rome", "acme", "corp", "the", "old", "man", ".")
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -52,6 +53,29 @@ def save_model(folder, head="token", mask=False, **options):
     """Saves a tiny BERT backbone with its tokenizer."""
     tiny("bert", head, **options).save_pretrained(folder)
     tokenizer(mask).save_pretrained(folder)
+    return folder
+
+
+def byte_tokenizer():
+    """Byte-level BPE as GPT-2's: all 256 bytes, and the words with and without a space before them; no BOS."""
+    inner = Tokenizer(models.BPE(unk_token=None))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<pad>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), vocab_size=330, show_progress=False
+    )
+    inner.train_from_iterator([" ".join((*WORDS, *WORDS, "a \u2019 b"))] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", model_max_length=64)
+
+
+def save_decoder(folder):
+    """Saves a tiny Llama, without a head over texts, with a byte-level tokenizer."""
+    words = byte_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**sizes, intermediate_size=64, vocab_size=len(words), pad_token_id=words.pad_token_id)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words.save_pretrained(folder)
     return folder
 
 

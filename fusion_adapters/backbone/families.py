@@ -135,6 +135,16 @@ def has_new_head(model: nn.Module) -> bool:
     return not any(c.__name__ in PRETRAINED_CLASSES for c in type(model).__mro__)
 
 
+def reads_last_token(model: nn.Module) -> bool:
+    """Whether a causal model is one of transformers' whose head reads the last token that is no padding, and no other.
+
+    Not those of families that also come bidirectional (BERT as a decoder): their heads read the first.
+    """
+    kind, family = type(model), getattr(text_config(model), "model_type", None)
+    own = kind.__module__.startswith("transformers.") and kind.__name__.endswith("ForSequenceClassification")
+    return own and family not in MODEL_FOR_MASKED_LM_MAPPING_NAMES and family not in BOTH_WAYS
+
+
 def share_of_experts(model: nn.Module) -> float:
     """The part of the experts' weights that a token meets; 1 for a model without experts."""
     config = text_config(model)

@@ -24,7 +24,8 @@ class LayerStates(TypedDict, total=False):
         states: `(N, tokens, d)`, without padding: the layers that the fusion reads, ascending, and `z_L` last.
         positions: int64 `(tokens,)`, the place of each token in the padded batch `(B, T)`, counted along rows.
         layers: The numbers of these layers.
-        kept: `"all"` positions, or which alone are there, see `CachedDataset`.
+        kept: `"all"` positions, or which alone are there, see `CachedDataset`; or `"means"`, a mean over the positions of each text, in
+            the place of its last token.
         adapters: Those that were active inside the backbone when the states were computed, see `adapters_in_use`.
     """
 
@@ -43,11 +44,13 @@ class GivenStates:
         states: `(N, tokens, d)`, see `LayerStates`.
         positions: `(tokens,)`, likewise.
         layers: The numbers of these layers; None if unknown.
+        means: Whether there is one state for each text, a mean over its positions.
     """
 
     states: Tensor
     positions: Tensor
     layers: tuple[int, ...] | None = None
+    means: bool = False
 
 
 class StandIns:
@@ -132,19 +135,27 @@ def fuse_given(fuse: Fuse, depth: int, given: GivenStates, shown: Tensor, contex
             f"layer_states has the shape {tuple(given.states.shape)}, but the fusion wants ({count}, tokens, {size}): the "
             f"states of the layers {layers}. Take dataset and collator from a cache made for this model."
         )
+    if given.means and given.states.shape[1] != shown.shape[0]:
+        raise ValueError(
+            f"layer_states holds the means of {given.states.shape[1]} texts, and the batch has {shown.shape[0]}. Take both from the "
+            "cache's own collator."
+        )
     packed = given.states.to(device=shown.device, dtype=shown.dtype)
     place = given.positions.to(shown.device)
-    if fuse.mixes_positions:
+    mixes = fuse.mixes_positions and not given.means
+    if mixes:
         padded = packed.new_zeros(count, shown.shape[0] * shown.shape[1], size).index_copy(1, place, packed)
         packed = padded.unflatten(1, shown.shape[:2])  # (N, B, T, d)
     else:  # no arithmetic for padding
         packed = packed.unsqueeze(1)  # (N, 1, tokens, d)
-        context = Context(causal=context.causal)
+        context = Context(causal=context.causal, means=given.means)
     states: list[Tensor | None] = [None] * (depth + 1)
     for layer, state in zip(layers, packed.unbind(0), strict=True):
         states[layer] = state
     fused = fuse(states, packed[-1], context)
-    if fuse.mixes_positions:
+    if mixes:
         return fused
+    if given.means:  # at every position: whichever one of a text the head picks, it picks the mean
+        return fused[0].unsqueeze(1).expand(shown.shape)
     # (1, tokens, d) -> (B, T, d)
     return fused.new_zeros(shown.shape[0] * shown.shape[1], size).index_copy(0, place, fused[0]).view(shown.shape)

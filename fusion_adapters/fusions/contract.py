@@ -22,6 +22,7 @@ class Context:
         attention_mask: `(B, T)`, non-zero at real tokens; or a 4-D mask as the backbone was given it; or None.
         causal: Whether a position may only see itself and earlier ones (decoders).
         cached_positions: Positions that the backbone keeps in its KV cache and does not show in this call.
+        means: Whether the states are means over positions already, see `Fusion.pools`.
         recompute: Whether to trade time for memory in training: keep the layer states, and compute what comes of each of
             them again in the backward pass.
         block_args: Positional arguments of the last block, without its hidden states.
@@ -31,6 +32,7 @@ class Context:
     attention_mask: Tensor | None = None
     causal: bool = False
     cached_positions: int = 0
+    means: bool = False
     recompute: bool = False
     block_args: tuple[Any, ...] = ()
     block_kwargs: dict[str, Any] | None = None
@@ -54,6 +56,7 @@ class Fusion(nn.Module):
         alpha: What the fusion adds to `z_L` counts so many times: Adam then moves it as a learning rate `alpha` times as high
             would, as LoRA's `alpha / r` does.
         stop_gradient: Whether the caller keeps this fusion's gradients from the backbone, all but that of `z_L` itself.
+        pools: Whether the caller puts means over positions in the place of the states, see `Means`.
         paper: Options that give the published form.
         widths: The options, whole numbers, that say how many parameters the fusion has; a budget may choose them.
         has_weights: Whether `forward(..., return_weights=True)` can return weights over depth.
@@ -72,6 +75,7 @@ class Fusion(nn.Module):
         self.hidden_size = hidden_size
         self.layers = tuple(layers)
         self.stop_gradient = False
+        self.pools = False
         self.norm = "none"
         self.alpha = 1.0
 

@@ -9,8 +9,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..backbone.atomic import written_whole
+from .plots import spaced
+from .terminal import visible
 
 MAX_TOKENS = 60
+TALLEST = 6.0  # inches of a map of many layers, whose rows are then narrower than a label
+LINE, MOST = 0.2, 32  # inches from one label to the next; labels that can be found
+_BLANKS = str.maketrans({"\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\t": "\N{RIGHTWARDS ARROW TO BAR}"})
 
 
 def draw_depth_map(
@@ -19,8 +24,8 @@ def draw_depth_map(
     """Draws tokens against layers and writes a PNG.
 
     Args:
-        tokens: The word pieces, `T` of them; at most 60 are drawn.
-        layers: The numbers of the `N` layers.
+        tokens: The word pieces as text, `T` of them; at most 60 are drawn.
+        layers: The numbers of the `N` layers, ascending; where they are many, some have their number on the axis.
         weights: `(T, N)`, or `(T, H, N)`, of which the mean over the heads is drawn.
         path: The PNG to write.
         title: Printed above.
@@ -34,16 +39,19 @@ def draw_depth_map(
         raise ValueError(f"The picture {str(path)!r} must be a .png file.")
     heads = weights.shape[1] if weights.dim() == 3 else 1
     grid = (weights.mean(dim=1) if weights.dim() == 3 else weights)[:MAX_TOKENS].T  # (N, T)
-    shown = list(tokens[:MAX_TOKENS])
-    figure = Figure(figsize=(max(5.0, 0.42 * len(shown) + 2.2), max(2.6, 0.42 * len(layers) + 1.9)), layout="constrained")
+    shown = [_shown(token) for token in tokens[:MAX_TOKENS]]
+    height = min(0.42 * len(layers), max(TALLEST, LINE * len(layers) / 2))  # inches of the map itself
+    figure = Figure(figsize=(max(5.0, 0.42 * len(shown) + 2.2), max(2.6, height + 1.9)), layout="constrained")
     axes = figure.add_subplot()
     # one hue from light to dark: reads the same in print and for the colour-blind; uniform weights lie mid-scale or below
     image = axes.imshow(
         grid.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=max(float(grid.max()), 2 / len(layers)), origin="lower"
     )
-    axes.set_xticks(range(len(shown)), shown, rotation=55, ha="right", rotation_mode="anchor", fontsize=9)
+    # a token may hold dollar signs, which are no formula
+    axes.set_xticks(range(len(shown)), shown, rotation=55, ha="right", rotation_mode="anchor", fontsize=9, parse_math=False)
     names = {0: "0 (embeddings)", last_layer: f"{last_layer} (last block)"}
-    axes.set_yticks(range(len(layers)), [names.get(layer, str(layer)) for layer in layers], fontsize=9)
+    ticks = spaced(layers, min(MOST, int(height / LINE)))
+    axes.set_yticks(ticks, [names.get(layers[i], str(layers[i])) for i in ticks], fontsize=9)
     axes.set_ylabel("layer")
     cut = f", first {MAX_TOKENS} of {len(tokens)} tokens" if len(tokens) > MAX_TOKENS else ""
     axes.set_title(title + (f" (mean of {heads} heads{cut})" if heads > 1 or cut else ""), fontsize=10)
@@ -52,3 +60,9 @@ def draw_depth_map(
     axes.set_xlabel(f"token (dotted line on the scale: uniform weight, 1/{len(layers)})", fontsize=9)
     with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
+
+
+def _shown(token: str) -> str:
+    """A piece as a label: without the blanks around it, unless it has nothing else."""
+    text = token.strip(" ") or "\N{OPEN BOX}" * len(token)
+    return visible(text.translate(_BLANKS))

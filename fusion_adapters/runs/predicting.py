@@ -17,7 +17,7 @@ from ..tasks.data import DataRecipe
 from ..tuner import depth_weights, fusion_layers
 from .loading import check_lengths, load_model
 from .recipe import Recipe, parse_recipe
-from .tokenizers import load_tokenizer, match_padding
+from .tokenizers import load_tokenizer, match_padding, pieces_as_text
 
 
 @dataclass
@@ -112,7 +112,7 @@ def depth_map(run: TrainedRun, text: str) -> tuple[list[str], list[int], Tensor]
     """The weights over depth for the word pieces of a text.
 
     Returns:
-        The pieces, the layers, and the weights, `(pieces, layers)` or `(pieces, heads, layers)`.
+        The pieces as text, the layers, and the weights, `(pieces, layers)` or `(pieces, heads, layers)`.
 
     Raises:
         ValueError: If the run's fusion has no weights over depth, or the text is empty.
@@ -126,4 +126,4 @@ def depth_map(run: TrainedRun, text: str) -> tuple[list[str], list[int], Tensor]
     weights = depth_weights(run.model, **batch)[0]
     layers = [layer.active_fusion.layers for layer in fusion_layers(run.model) if layer.active_fusion is not None][-1]
     pieces = [str(piece) for piece in run.tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())]
-    return pieces, list(layers), weights.cpu()
+    return pieces_as_text(run.tokenizer, pieces), list(layers), weights.cpu()

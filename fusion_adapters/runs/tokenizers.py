@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import normalizers
@@ -11,6 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..tasks.base import Task
 from .pretrained import load_pretrained
 from .recipe import BackboneRecipe
+
+BROKEN, REST = "\N{REPLACEMENT CHARACTER}", "\N{MIDLINE HORIZONTAL ELLIPSIS}"
+LONGEST_CHARACTER = 4  # bytes of UTF-8
 
 
 def load_tokenizer(recipe: BackboneRecipe, task: Task) -> PreTrainedTokenizerBase:
@@ -54,3 +58,25 @@ def match_padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         return
     config: Any = model.config
     config.pad_token_id = config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def pieces_as_text(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str]) -> list[str]:
+    """The text of each word piece, as the tokenizer itself puts it: of byte-level pieces too, whose bytes it writes as other letters.
+
+    Special tokens keep their names, and pieces within a word the mark that their tokenizer gives them (BERT's `##`). Of a character
+    that is cut into several pieces, the first has the character and the others `REST`.
+    """
+    special, texts = set(tokenizer.all_special_tokens), []  # type: ignore[var-annotated]
+    while len(texts) < len(pieces):
+        here = len(texts)
+        if pieces[here] in special:
+            texts.append(pieces[here])
+            continue
+        for end in range(here + 1, min(here + LONGEST_CHARACTER, len(pieces)) + 1):
+            text = tokenizer.convert_tokens_to_string(list(pieces[here:end]))
+            if BROKEN not in text:
+                break
+        else:  # half a character, as where a text was cut off
+            text, end = BROKEN, here + 1
+        texts += [text or " ", *[REST] * (end - here - 1)]  # a mark for a blank alone is no text
+    return texts

@@ -18,6 +18,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, set_seed
 
+from ..fusions import fusion_class
 from ..states import LayerStateCache, cache_layer_states
 from ..tasks.splits import Splits, load_splits
 from ..tuner import FusionConfig
@@ -131,7 +132,11 @@ def cache_recipe(recipe: Recipe, folder: str | Path, dtype: str = "float16") -> 
     if recipe.backbone.bits is None:  # a quantised model is where it was loaded
         model.to(PartialState().device)
     collator = DataCollatorWithPadding(tokenizer)
-    return cache_layer_states(model, rows, folder, collator, dtype=dtype, tokenizer=tokenizer, max_length=length)
+    beside = [adapter_config(other) for other in _all_of(recipe)[1:]]
+    means = all(c.fusion_pool is not None and not fusion_class(c.fusion).mixes_positions for c in beside)
+    return cache_layer_states(
+        model, rows, folder, collator, dtype=dtype, means=means, tokenizer=tokenizer, max_length=length
+    )
 
 
 def adapter_config(recipe: Recipe) -> FusionConfig:

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .dataset import CachedCollator, CachedDataset
 from .key import LABELS, cache_key, key_differences, row_signature, uncached_inputs
-from .source import Source, source_of
+from .means import check_means
+from .source import Source, base_of, source_of
 from .storage import DTYPES, StaleCacheError, open_shard, read_index, read_manifest, shard_is_whole
 
 
@@ -21,9 +22,7 @@ def columns_of(model: nn.Module | Source | None) -> frozenset[str] | None:
     """The columns that `Trainer` would hand on to a collator for a model: its arguments, and labels; None if it is not known."""
     if not isinstance(model, nn.Module):
         return None
-    get_base_model: Any = getattr(model, "get_base_model", None)
-    whole = model if get_base_model is None else get_base_model()
-    return frozenset({*inspect.signature(whole.forward).parameters, *LABELS})
+    return frozenset({*inspect.signature(base_of(model).forward).parameters, *LABELS})
 
 
 class LayerStateCache:
@@ -91,8 +90,9 @@ class LayerStateCache:
 
     def __repr__(self) -> str:
         tokens = sum(s["tokens"] for s in self.manifest["shards"])
+        what = "means" if self.manifest.get("means") else "tokens"
         return (
-            f"LayerStateCache({str(self.folder)!r}, {len(self)} rows, {tokens} tokens, layers {self.layers}, {self.dtype})"
+            f"LayerStateCache({str(self.folder)!r}, {len(self)} rows, {tokens} {what}, layers {self.layers}, {self.dtype})"
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class LayerStateCache:
 
         Raises:
             StaleCacheError: If a part of the key differs (the message names it), or the fusion reads a layer that was
-                not cached.
+                not cached, or the cache holds means over positions and the model reads the positions.
         """
         source = source_of(model)
         wrong = key_differences(self.manifest["key"], cache_key(source, tokenizer, max_length))
@@ -122,6 +122,7 @@ class LayerStateCache:
                 f"The cache {str(self.folder)!r} was made for something else; {'; '.join(wrong)}. Its states would be wrong "
                 "here. Extract into another folder, or go back to what the cache was made for."
             )
+        check_means(self.folder, self.manifest, source)
         lacking = sorted(set(source.layers or ()) - set(self.layers))
         if lacking:
             raise StaleCacheError(

@@ -13,6 +13,7 @@ from transformers import BatchEncoding
 
 from ..backbone.replay import LayerStates
 from .key import check_rows
+from .means import text_length
 from .seen import check_seen
 
 PACKED_LENGTH = 32  # positions of a packed row, within what any model allows
@@ -80,7 +81,7 @@ class CachedDataset(Dataset[CachedRow]):
 
     Raises:
         StaleCacheError: If a row is not in the cache.
-        ValueError: If `positions` is none of the three.
+        ValueError: If `positions` is none of the three, or the cache holds means over positions.
     """
 
     def __init__(
@@ -94,6 +95,11 @@ class CachedDataset(Dataset[CachedRow]):
         check_rows(rows)
         if positions not in ("all", "labelled", "packed"):
             raise ValueError(f"positions={positions!r} is unknown. Use 'all', 'labelled' or 'packed'.")
+        if positions != "all" and cache.manifest.get("means"):
+            raise ValueError(
+                f"positions={positions!r}: the cache {str(cache.folder)!r} holds a mean over the positions of each text, and none of these "
+                "positions. Leave positions out."
+            )
         self.cache = cache
         self.rows = rows
         self.layers = list(layers)
@@ -152,8 +158,11 @@ class CachedCollator:
         batch = self.collator([dict(row) for row in given])
         manifest = source.cache.manifest
         check_seen(batch, given, manifest["inputs"], manifest["known_inputs"])
-        lengths = [source.cache.length(n) for n in numbers]
+        means = manifest.get("means")
+        lengths = [text_length(row) for row in given] if means else [source.cache.length(n) for n in numbers]
         positions = _places(batch, lengths)
+        if means:  # each stands in the place of its text's last token
+            positions = positions[torch.tensor(lengths).cumsum(0) - 1]
         keep = None
         if source.positions == "labelled":
             labelled = batch["labels"].flatten()[positions] != IGNORED
@@ -187,7 +196,7 @@ def _described(source: CachedDataset, states: Tensor, positions: Tensor) -> Laye
         "states": states,
         "positions": positions,
         "layers": tuple(source.layers),
-        "kept": source.positions,
+        "kept": "means" if source.cache.manifest.get("means") else source.positions,
         "adapters": source.cache.manifest["key"]["adapters"],
     }
 

@@ -22,6 +22,7 @@ from ..backbone.record import recorded
 from .cache import LayerStateCache, columns_of
 from .claim import Claim, claimed
 from .key import check_rows, key_differences
+from .means import check_lengths, means_of_texts
 from .plan import BATCH_SIZE, Plan, plan_cache
 from .seen import check_seen, padded_right
 from .source import Source, source_of
@@ -52,6 +53,7 @@ def cache_layer_states(
     *,
     dtype: str = "float16",
     layers: Sequence[int] | None = None,
+    means: bool = True,
     batch_size: int = BATCH_SIZE,
     shard_bytes: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -72,6 +74,8 @@ def cache_layer_states(
         dtype: `float16`, `bfloat16`, `float32`, or `int8` (half the bytes of 16 bits, one scale per token and layer).
         layers: Layer states to keep; None means those that the attached fusion reads, without one `1 .. L`. `z_L` is always
             among them.
+        means: Keep one mean for each text where the model reads nothing else (`fusion_pool="mean"`); False keeps every position, for
+            other adapters too.
         batch_size: Rows per batch.
         shard_bytes: Size of a shard at most, unless one batch is larger; None means that of the cache begun in the folder,
             without one a 64th of the cache, between 8 MiB and 1 GiB.
@@ -100,6 +104,7 @@ def cache_layer_states(
         rows,
         dtype=dtype,
         layers=layers,
+        means=means,
         batch_size=batch_size,
         shard_bytes=shard_bytes,
         tokenizer=tokenizer,
@@ -199,8 +204,12 @@ def _check_same(folder: Path, plan: Plan) -> bool:
     """Whether the index of a folder is whole; raises StaleCacheError if the folder was begun with another plan."""
     stored = read_manifest(folder)
     wrong = key_differences(stored["key"], plan.manifest["key"])
-    names = ("dtype", "layers", "batch_size")
-    wrong += [f"{n}: {stored[n]} in the cache, {plan.manifest[n]} now" for n in names if stored[n] != plan.manifest[n]]
+    names = ("dtype", "layers", "batch_size", "means")
+    wrong += [
+        f"{n}: {stored.get(n, False)} in the cache, {plan.manifest[n]} now"
+        for n in names
+        if stored.get(n, False) != plan.manifest[n]
+    ]
     try:
         stored_signatures: Tensor | None = read_index(folder, stored)[0]
     except ValueError:
@@ -241,13 +250,18 @@ def _extract(
     for batch in plan.batches[number]:
         inputs = _inputs(backbone, [rows[i] for i in batch], m["inputs"], collator)
         mask = inputs.get("attention_mask") if "input_ids" in inputs else None
+        if m["means"]:
+            check_lengths(inputs, [rows[i] for i in batch])
         real = None if mask is None or bool(mask.all()) else mask.flatten().nonzero().squeeze(1)
         where = slice(start, start + int(plan.places[row : row + len(batch), 2].sum()))
         row += len(batch)
 
-        def take(layer: int, state: Tensor, where: slice = where, real: Tensor | None = real) -> None:
-            flat = state.flatten(0, 1)  # (B T, d)
-            _store(result, where, layers.index(layer), flat if real is None else flat.index_select(0, real))
+        def take(layer: int, state: Tensor, where: slice = where, real: Any = real, mask: Any = mask) -> None:
+            if m["means"]:
+                kept = means_of_texts(state, mask, backbone.causal)
+            else:
+                kept = state.flatten(0, 1) if real is None else state.flatten(0, 1).index_select(0, real)
+            _store(result, where, layers.index(layer), kept)  # (states, d)
 
         with recorded(backbone, layers, take):
             backbone.base(**inputs)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..backbone.blocks import Backbone
 from ..backbone.record import recorded
 from .key import cache_key, check_rows, input_names, known_inputs, row_signature
+from .means import holds_means, padding_token, text_length
 from .source import Source, source_of
 from .storage import DTYPES, index_checksum
 
@@ -45,8 +46,9 @@ class Plan:
     def __str__(self) -> str:
         m = self.manifest
         tokens = sum(shard["tokens"] for shard in m["shards"])
+        what = "means over tokens" if m["means"] else "tokens"
         return (
-            f"{self.bytes / 2**20:,.1f} MiB: {len(self.places):,} rows, {tokens:,} tokens x {len(m['layers'])} layers x "
+            f"{self.bytes / 2**20:,.1f} MiB: {len(self.places):,} rows, {tokens:,} {what} x {len(m['layers'])} layers x "
             f"{m['hidden_size']} values in {m['dtype']}, {len(m['shards'])} shards"
         )
 
@@ -57,6 +59,7 @@ def plan_cache(
     *,
     dtype: str = "float16",
     layers: Sequence[int] | None = None,
+    means: bool = True,
     batch_size: int = BATCH_SIZE,
     shard_bytes: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -93,6 +96,9 @@ def plan_cache(
     with source.quiet():
         lengths = _lengths(backbone, rows, shapes, names)
     order = sorted(first.values(), key=lambda i: (-lengths[i], shapes[i], signatures[i]))
+    means = means and holds_means(source, names, [rows[i] for i in order])
+    if means:  # from here on a text has one state a layer
+        lengths = dict.fromkeys(lengths, 1)
     token_bytes = len(chosen) * (backbone.hidden_size * DTYPES[dtype].itemsize + (4 if dtype == "int8" else 0))
     if shard_bytes is None:
         shard_bytes = min(max(token_bytes * sum(lengths.values()) // SHARDS, SMALLEST_SHARD), LARGEST_SHARD)
@@ -117,6 +123,8 @@ def plan_cache(
         "layers": chosen,
         "dtype": dtype,
         "hidden_size": backbone.hidden_size,
+        "means": means,
+        "pad_token_id": padding_token(source),
         "inputs": names,
         "known_inputs": known_inputs(backbone),
         "batch_size": batch_size,
@@ -155,8 +163,7 @@ def _lengths(
     for i, shape in shapes.items():
         row = rows[i]
         if "input_ids" in names:
-            mask = row.get("attention_mask")
-            lengths[i] = len(row["input_ids"]) if mask is None else int(sum(mask))
+            lengths[i] = text_length(row)
             continue
         if shape not in known:
             inputs = {n: torch.as_tensor(row[n])[None].to(backbone.device) for n in names if row.get(n) is not None}

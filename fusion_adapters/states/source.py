@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..backbone.blocks import Backbone, find_backbones
-from ..tuner import FusionLayer, adapters_in_use, fusion_layers, idle_tensors, layers_read, scalings_in_use
+from ..tuner import FusionLayer, adapters_in_use, fusion_layers, idle_tensors, layers_read, reads_means, scalings_in_use
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Source:
         idle: The `id` of every tensor of an adapter that takes no part in them.
         scalings: The factors with which LoRA enters the blocks.
         fusions: The fusion layers, to be switched off while states are computed.
+        means: Whether the model reads of each text one mean over its positions alone, see `reads_means`.
     """
 
     backbone: Backbone
@@ -34,6 +36,7 @@ class Source:
     idle: frozenset[int] = frozenset()
     scalings: tuple[float, ...] = ()
     fusions: tuple[FusionLayer, ...] = ()
+    means: bool = False
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -82,4 +85,11 @@ def source_of(model: nn.Module | Source) -> Source:
         frozenset(idle_tensors(backbone)),
         tuple(scalings_in_use(backbone)),
         tuple(fusions),
+        bool(fusions) and reads_means(base_of(model), fusions[0]),
     )
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The transformers model inside a peft model."""
+    get_base_model: Any = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()

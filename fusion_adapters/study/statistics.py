@@ -53,7 +53,7 @@ def summarise(study: StudyRecipe, runs: Sequence[dict[str, Any]]) -> dict[str, A
         `rows`, each with `dev`, `test` (or null), where the task reports a loss `dev_loss` and `test_loss`, `seconds`,
         the chosen `rate` and whether it is the lowest or highest of its grid (`rate_at_edge`), `parameters`, and
         `to_baseline` and `to_reference`: the paired differences of the test score (of the development score where there is
-        no test). `unit` of the scores; `loss`, what it is, or null. And
+        no test). `unit` of the scores, and whether higher ones are better; `loss`, what it is, or null. And
         `versions`, the different ones that the runs were made with.
     """
     groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
@@ -99,6 +99,7 @@ def summarise(study: StudyRecipe, runs: Sequence[dict[str, Any]]) -> dict[str, A
         "baseline": study.baseline,
         "reference": study.reference,
         "unit": study.task.main.unit,
+        "higher_is_better": study.task.main.higher_is_better,
         "why_zero": study.task.why_zero,
         "loss": None if loss is None else loss.meaning,
         "versions": different,

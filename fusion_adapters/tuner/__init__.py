@@ -15,6 +15,7 @@ from .depth import depth_weights
 from .heads import TASK_HEADS
 from .layer import FusionLayer, fusion_layers
 from .model import FusionModel
+from .pooling import reads_means
 from .replay import layers_read
 from .use import use_adapter
 from .ways import accompany
@@ -28,6 +29,7 @@ __all__ = [
     "fusion_layers",
     "idle_tensors",
     "layers_read",
+    "reads_means",
     "register",
     "scalings_in_use",
     "use_adapter",

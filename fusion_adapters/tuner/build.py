@@ -31,17 +31,19 @@ def build_for(backbone: Backbone, config: FusionConfig, **widths: int) -> Fusion
         last_block=_plain_copy(backbone) if config.fusion_copy_last else None,
         **{**config.options, **widths},
     )
-    if fusion.mixes_positions and backbone.model_type in POSITIONS_FIRST:
+    fusion.stop_gradient = config.fusion_stop_gradient
+    fusion.pools = config.fusion_pool is not None
+    if (fusion.mixes_positions or fusion.pools) and backbone.model_type in POSITIONS_FIRST:
+        what = f"fusion={config.fusion!r} attends" if fusion.mixes_positions else "fusion_pool='mean' takes means"
         raise ValueError(
-            f"fusion={config.fusion!r} attends over positions, and the layer states of a {backbone.model_type!r} are (positions, batch, "
-            "hidden size), of which it would take texts for positions. Use a fusion over depth (dwatt, concat, scalar_mix)."
+            f"{what} over positions, and the layer states of a {backbone.model_type!r} are (positions, batch, hidden size), of which "
+            "it would take texts for positions. Use a fusion over depth (dwatt, concat, scalar_mix), without fusion_pool."
         )
     if config.fusion_norm == "rms" and config.fusion_copy_last:
         raise ValueError(
             "fusion_norm='rms' with fusion_copy_last=True: the copy of the backbone's last block computes on the states as they are. Leave "
             "one of them out."
         )
-    fusion.stop_gradient = config.fusion_stop_gradient
     fusion.norm, fusion.alpha = config.fusion_norm or "none", 1.0 if config.fusion_alpha is None else config.fusion_alpha
     return fusion
 

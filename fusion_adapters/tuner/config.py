@@ -73,6 +73,9 @@ class FusionConfig(_MethodOptions):
             `fit_budget`) is set to the largest that fits, and this field to None.
         fusion_stop_gradient: With LoRA: the fusion reads the layer states, but sends no gradient back through them, so that
             LoRA learns as it would without the fusion, by what reaches the last block's output directly.
+        fusion_pool: `"mean"`: each layer state is replaced by a mean over the positions of the text, before the fusion, so that a head
+            that picks one position picks the mean (see `fusions.pooling.Means`). For heads over whole texts. None or `"last"`: nothing
+            is pooled, and a decoder's head reads the last token.
         fusion_norm: `"rms"`: the fusion computes in units of each state's root mean square, and adds in those of `z_L`, so that
             layers of very different scale (decoders) weigh alike; None or `"none"`: on the states as they are.
         fusion_alpha: What the fusion adds counts so many times, and so does what the task head learns: Adam moves both as a
@@ -100,6 +103,7 @@ class FusionConfig(_MethodOptions):
     fusion_stop_gradient: bool = field(
         default=False, metadata={"help": "Whether the fusion sends no gradient into a backbone with LoRA."}
     )
+    fusion_pool: str | None = _optional("'mean': means over a text's positions in the place of its layer states.")
     fusion_norm: str | None = _optional("'rms' to fuse the states in units of their root mean square; 'none'.")
     fusion_alpha: float | None = _optional("How many times the fusion's update, and the head's, counts; 1 by default.")
     fusion_lora: bool | None = _optional("Whether there is LoRA in the backbone; None: if an option of LoRA is given.")
@@ -242,6 +246,12 @@ class FusionConfig(_MethodOptions):
             raise ValueError(
                 f"fusion_stack={self.fusion_stack!r} is unknown. Use 'encoder', 'decoder', 'both', or leave it unset."
             )
+        if self.fusion_pool not in (None, "last", "mean"):
+            raise ValueError(
+                f"fusion_pool={self.fusion_pool!r} is unknown. Use 'mean' (a mean over the text's positions), 'last', or leave it unset."
+            )
+        if self.fusion_pool == "last":  # one way to say it, in files and in comparisons of them
+            self.fusion_pool = None
         if self.fusion_norm not in (None, "rms", "none"):
             raise ValueError(f"fusion_norm={self.fusion_norm!r} is unknown. Use 'rms' or 'none', or leave it unset.")
         alpha = self.fusion_alpha

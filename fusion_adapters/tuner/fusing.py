@@ -39,7 +39,7 @@ class Fusing:
 
         A hook, a wrapper or a compiled form of the fusion waits for the call, and the weights over depth come from it.
         """
-        if self.recording is not None or not getattr(self.fusion, "absorbs", False):
+        if self.recording is not None or self.fusion.pools or not getattr(self.fusion, "absorbs", False):
             return False
         return not any(
             m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl is not None or "forward" in m.__dict__

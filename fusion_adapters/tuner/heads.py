@@ -16,6 +16,7 @@ from ..backbone.quantization import quantised_parameters
 from ..backbone.walk import modules_of
 from .config import FusionConfig
 from .fresh import Fresh, find_fresh
+from .pooling import check_pool
 
 # peft's own names; for some tasks it adds them to modules_to_save only after the injection
 TASK_HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
@@ -54,8 +55,10 @@ def check_head(model: nn.Module, backbones: list[Backbone], config: FusionConfig
     """Looks for a task head that cannot be trained, and for fresh weights that would stay frozen and not be saved.
 
     Raises:
-        ValueError: If the head is quantised, or fresh weights would be other ones after each load.
+        ValueError: If the head is quantised, fresh weights would be other ones after each load, or it reads every position of an
+            adapter that pools them.
     """
+    check_pool(model, backbones, config)
     wanted = config.modules_to_save or []
     ends = tuple(wanted)
     for name, module in model.named_modules():

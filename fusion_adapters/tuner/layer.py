@@ -20,6 +20,7 @@ from ..backbone.replay import GivenStates, LayerStates
 from ..backbone.taps import Taps
 from ..backbone.walk import modules_of
 from ..fusions import Context, Fusion
+from ..fusions.pooling import Means
 from .active import modules_in, trains
 from .casts import warn_if_cast, warn_if_cast_in_call
 from .drafts import is_draft, named_blocks
@@ -83,7 +84,7 @@ class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
     def mixes_positions(self) -> bool:
         """Whether the active fusion's result at a position depends on other positions."""
         fusion = self.active_fusion
-        return fusion is not None and fusion.mixes_positions
+        return fusion is not None and (fusion.mixes_positions or fusion.pools)
 
     @property
     def active_fusion(self) -> Fusion | None:
@@ -105,7 +106,7 @@ class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
             warn_if_cast_in_call(self)
         asked = None if self.calls is None else self.calls.here.recording
         recording = asked[1] if asked is not None and asked[0] is self and fusion.has_weights else None
-        return Fusing(self, fusion, frozenset(fusion.layers), fusion.mixes_positions, recording)
+        return Fusing(self, fusion, frozenset(fusion.layers), fusion.mixes_positions or fusion.pools, recording)
 
     def forward(  # type: ignore[override]
         self,
@@ -117,10 +118,16 @@ class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
     ) -> Tensor:
         """The fused state by one adapter's fusion, see `Fuse`; its weights over depth go into `recording`."""
         chosen: list[Any] = [states[i] for i in fusion.layers]
-        if not (fusion.stop_gradient and last.requires_grad):
-            return _fuse(fusion, chosen, last, context, recording)
-        fused = _fuse(fusion, [state.detach() for state in chosen], last.detach(), context, recording)
-        return fused + (last - last.detach())  # adds zero, and the gradient that z_L has without a fusion
+        means = Means(context, last) if fusion.pools and not context.means else None
+        if means is not None and not fusion.mixes_positions:
+            last, *chosen = [means(state) for state in (last, *chosen)]
+        if fusion.stop_gradient and last.requires_grad:
+            fused = _fuse(fusion, [state.detach() for state in chosen], last.detach(), context, recording)
+            fused = fused + (last - last.detach())  # adds zero, and the gradient that z_L has without a fusion
+        else:
+            fused = _fuse(fusion, chosen, last, context, recording)
+        # blocks over positions want positions to look at: the mean is of what they answer
+        return means(fused) if means is not None and fusion.mixes_positions else fused
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[list[Tensor]]:

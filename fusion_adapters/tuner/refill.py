@@ -26,6 +26,7 @@ _OPTIONS = (
     "fusion_temperature",
     "fusion_copy_last",
     "fusion_stack",
+    "fusion_pool",
     "fusion_norm",
     "fusion_alpha",
 )

@@ -8,6 +8,7 @@ from ..backbone.families import is_causal_lm
 from ..backbone.replay import GivenStates, LayerStates
 from .active import adapters_in_use
 from .layer import FusionLayer, fusion_layers
+from .pooling import reads_means
 
 
 def checked_states(model: nn.Module, layer_states: LayerStates) -> GivenStates:
@@ -29,7 +30,8 @@ def checked_states(model: nn.Module, layer_states: LayerStates) -> GivenStates:
             "modules_to_save before the blocks), so the states would change with every step. Train live, without a cache."
         )
     _check_held(model, layers[0], layer_states)
-    return GivenStates(layer_states["states"], layer_states["positions"], tuple(layer_states.get("layers") or ()))
+    means = layer_states.get("kept") == "means"
+    return GivenStates(layer_states["states"], layer_states["positions"], tuple(layer_states.get("layers") or ()), means)
 
 
 def _check_held(model: nn.Module, layer: FusionLayer, layer_states: LayerStates) -> None:
@@ -47,6 +49,13 @@ def _check_held(model: nn.Module, layer: FusionLayer, layer_states: LayerStates)
             "LayerStateCache(folder, model).dataset(rows)."
         )
     if kept == "all":
+        return
+    if kept == "means":
+        if not reads_means(model, layer):
+            raise ValueError(
+                "layer_states holds a mean over the positions of each text, and the model reads the positions themselves: its active "
+                "fusion has no fusion_pool='mean', or mixes positions, or its head is another. Extract again into another folder."
+            )
         return
     if is_causal_lm(model) or layer.mixes_positions:
         why = "is a causal language model, whose loss compares each position with the next label"

@@ -65,6 +65,8 @@ def test_positions_first_is_no_place_for_a_fusion_over_positions():
     config = transformers.XLNetConfig(vocab_size=50, d_model=32, n_layer=3, n_head=4, d_inner=64)
     with pytest.raises(ValueError, match=r"'deeper' attends over positions.*'xlnet'"):
         get_peft_model(transformers.XLNetModel(config), FusionConfig(fusion="deeper"))
+    with pytest.raises(ValueError, match=r"'mean' takes means over positions.*'xlnet'"):
+        get_peft_model(transformers.XLNetModel(config), FusionConfig(fusion_pool="mean"))
     get_peft_model(transformers.XLNetModel(config), FusionConfig())
 
 

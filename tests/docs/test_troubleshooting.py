@@ -141,6 +141,12 @@ def opened_by_another(folder, seed, layers):
     LayerStateCache(folder, attach("bert", "token", model=plain(seed=seed), fusion_layers=layers))
 
 
+def begun_elsewhere(folder):
+    backbone = attach("llama", "sequence", fusion_pool="mean").get_base_model().model
+    begun = backbone(input_ids=torch.tensor([[1, 5, 6]]), use_cache=True).past_key_values
+    backbone(input_ids=torch.tensor([[7]]), past_key_values=begun)
+
+
 # the heading of each message in the page, words of the message itself
 CASES = {
     "KeyError: 'FUSION'": without_the_plug_in,
@@ -175,6 +181,9 @@ CASES = {
     "... would stay frozen and would not be saved": lambda f: attach("modernbert", "token", modules_to_save=None),
     "... stays frozen and is not saved with the adapter": frozen_head,
     "The checkpoint of ... lacks": headless,
+    "fusion_pool='mean' puts means over the text in the place of the states of its tokens": lambda f: attach(
+        "bert", "token", fusion_pool="mean"
+    ),
     "... was made for something else": lambda f: opened_by_another(f, seed=1, layers=[2, 3, 4]),
     "... does not hold": lambda f: opened_by_another(f, seed=0, layers=None),
     "The model is a PeftModel already": lambda f: get_peft_model(
@@ -198,6 +207,7 @@ CASES = {
     "... where its own blocks cannot see them": lambda f: attach("llama", "causal", fusion="deeper").generate(
         input_ids=torch.tensor([[1, 5, 6]]), max_new_tokens=3, do_sample=False
     ),
+    "fusion_pool='mean' takes means over the positions of a text": begun_elsewhere,
     "The backbone skips each block with probability": lambda f: attach(
         "wav2vec2", "audio", lora=True, model=plain("wav2vec2", "audio", layerdrop=0.1)
     ),

@@ -4,12 +4,13 @@ import pytest
 import torch
 from peft import get_peft_model
 from support import tiny
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from support_text import byte_tokenizer, tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fusion_adapters import FusionConfig
 from fusion_adapters.runs.recipe import BackboneRecipe
-from fusion_adapters.runs.tokenizers import load_tokenizer, match_padding
+from fusion_adapters.runs.tokenizers import REST, load_tokenizer, match_padding, pieces_as_text
 from fusion_adapters.tasks.base import IGNORED, Example
 from fusion_adapters.tasks.registry import TASKS
 
@@ -67,3 +68,25 @@ def test_a_padding_token_that_model_and_tokenizer_disagree_on(folder):
     padded = {"input_ids": torch.tensor([[11, 12, 13, 7, 7]]), "attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}
     with torch.no_grad():
         torch.testing.assert_close(model(**padded).logits, model(input_ids=short).logits)
+
+
+def texts_of(words, text):
+    return pieces_as_text(words, words.convert_ids_to_tokens(words(text)["input_ids"]))
+
+
+def test_byte_level_pieces_are_shown_as_text():
+    words = byte_tokenizer()
+    text = "anna\u2019s man lives\n in \u00fc \U0001f642<pad>"
+    shown = texts_of(words, text)
+    assert "".join(piece for piece in shown if piece != REST) == text
+    assert {"anna", " man", " lives", "\u2019", "\U0001f642", "\n", "<pad>"} <= set(shown)
+    assert len(shown) == len(words(text)["input_ids"])
+    half = words.convert_ids_to_tokens(words("a \U0001f642")["input_ids"])[:-1]  # a text that was cut off
+    assert pieces_as_text(words, half)[-1] == "\ufffd" and len(pieces_as_text(words, half)) == len(half)
+
+
+def test_pieces_of_others_are_shown_as_text():
+    assert texts_of(tokenizer(), "annas lives") == ["[CLS]", "anna", "##s", "lives", "[SEP]"]
+    inner = Tokenizer(models.BPE({"\u2581": 0, "\u2581a": 1, "b": 2, "a": 3}, [("\u2581", "a")]))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    assert texts_of(PreTrainedTokenizerFast(tokenizer_object=inner), "ab a b") == ["a", "b", "a", " ", "b"]

@@ -150,7 +150,9 @@ def inspect(
     tokens, layers, weights = depth_map(run, text)
     config = run.model.active_peft_config
     title = f"{config.fusion}: attention over the layers of {run.recipe.backbone.model}"
-    depth = config.fusion_num_layers  # of both stacks of an encoder-decoder: the weights are the decoder's
+    depth = (
+        config.fusion_depth or config.fusion_num_layers
+    )  # of both stacks of an encoder-decoder: the weights are the decoder's
     draw_depth_map(tokens, layers, weights, output, title, depth[-1] if isinstance(depth, list) else depth)
     print(output)
 

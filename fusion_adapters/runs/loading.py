@@ -9,15 +9,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..backbone.blocks import find_backbones
 from ..backbone.families import positions_of
 from ..backbone.quantization import quantization_config
+from ..backbone.truncate import CutClass, UncuttableError
 from ..tasks.base import Task
 from ..tuner import TASK_HEADS
 from .pretrained import load_pretrained
 from .recipe import BackboneRecipe
 
 
-def load_model(recipe: BackboneRecipe, task: Task, labels: Sequence[str], trained: Sequence[str] = ()) -> nn.Module:
+def load_model(
+    recipe: BackboneRecipe,
+    task: Task,
+    labels: Sequence[str],
+    trained: Sequence[str] = (),
+    depth: int | float | None = None,
+) -> nn.Module:
     """Loads the backbone with a fresh task head, quantised if the recipe says so.
 
     The head of a language model is its own, tied to the embeddings; where the checkpoint lacks parts of it, they
@@ -28,6 +36,7 @@ def load_model(recipe: BackboneRecipe, task: Task, labels: Sequence[str], traine
         task: Which head.
         labels: The label set, in the order of the outputs.
         trained: Names of further modules that will be trained (`modules_to_save`).
+        depth: The adapter's `fusion_depth`: blocks above it are not loaded, if the model can be cut.
 
     Raises:
         OSError: If the model is neither a folder nor to be had from a hub.
@@ -46,7 +55,7 @@ def load_model(recipe: BackboneRecipe, task: Task, labels: Sequence[str], traine
         options["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
     try:
         model, info = load_pretrained(
-            task.auto_model,
+            task.auto_model if depth is None else CutClass(task.auto_model, depth),
             recipe.model,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # a head for other labels gives way to a fresh one; anything else is refused below
@@ -76,6 +85,23 @@ def load_model(recipe: BackboneRecipe, task: Task, labels: Sequence[str], traine
             f"(adapter.modules_to_save, for example {modules}), or use another checkpoint."
         )
     return model
+
+
+def load_lower(
+    recipe: BackboneRecipe, task: Task, labels: Sequence[str], trained: Sequence[str], depth: int | float | None
+) -> tuple[nn.Module, int | None]:
+    """Loads what an adapter with that `fusion_depth` needs of a model, see `load_model`.
+
+    Returns:
+        The model, and the number of its blocks if it was cut; None if it was loaded whole, where such an adapter skips blocks.
+    """
+    if depth is None:
+        return load_model(recipe, task, labels, trained), None
+    try:
+        model = load_model(recipe, task, labels, trained, depth)
+    except UncuttableError:
+        return load_model(recipe, task, labels, trained), None
+    return model, find_backbones(model)[0].num_layers
 
 
 def _zero_output_bias(model: nn.Module, key: str) -> bool:

@@ -24,7 +24,7 @@ from .card import model_card
 from .environment import denormals_flushed, versions
 from .evaluation import evaluations, reload_difference
 from .files import check_output, json_text, written_aside
-from .loading import check_lengths, load_model
+from .loading import check_lengths, load_lower
 from .memory import forget_peak, peak_of_process
 from .recipe import Recipe
 from .tokenizers import load_tokenizer, match_padding
@@ -122,11 +122,23 @@ def adapter_config(recipe: Recipe) -> FusionConfig:
         ) from error
 
 
-def load_attached(recipe: Recipe, config: FusionConfig, labels: list[str]) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Seeds, loads backbone and tokenizer, and attaches the adapter with a fresh head."""
+def load_attached(
+    recipe: Recipe, config: FusionConfig, labels: list[str], cut: bool = True
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Seeds, loads backbone and tokenizer, and attaches the adapter with a fresh head.
+
+    Args:
+        recipe: The recipe.
+        config: Its adapter; a fraction in `fusion_depth` becomes a number of blocks.
+        labels: The label set.
+        cut: Whether blocks above `fusion_depth` are left out of the model.
+    """
     set_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe.backbone, recipe.task)
-    backbone: Any = load_model(recipe.backbone, recipe.task, labels, config.modules_to_save or ())
+    trained, depth = config.modules_to_save or (), config.fusion_depth if cut else None
+    backbone, blocks = load_lower(recipe.backbone, recipe.task, labels, trained, depth)
+    if blocks is not None:  # a fraction was one of all blocks
+        config.fusion_depth = blocks
     match_padding(backbone, tokenizer)
     return get_peft_model(backbone, config), tokenizer  # type: ignore[arg-type]
 

@@ -9,7 +9,6 @@ from accelerate import PartialState
 from torch import nn
 from transformers import DataCollatorWithPadding
 
-from ..backbone.blocks import find_backbones
 from ..fusions import resolve_layers
 from ..runs.loading import check_lengths, load_model
 from ..runs.recipe import Recipe
@@ -18,6 +17,7 @@ from ..runs.training import adapter_config
 from ..states import cache_layer_states
 from ..states.key import made_by_other_versions
 from ..states.storage import has_manifest, read_manifest
+from ..tuner.lower import lower_backbones
 from .examples import splits_of
 from .recipe import StudyRecipe
 
@@ -72,5 +72,5 @@ def prepare_states(study: StudyRecipe, root: Path) -> None:
 
 def _layers(recipe: Recipe, model: nn.Module) -> tuple[int, ...]:
     config = adapter_config(recipe)
-    depth = find_backbones(model, config.fusion_blocks, config.fusion_stack)[0].num_layers
-    return resolve_layers(config.fusion_layers, depth)
+    depth = lower_backbones(config, model)[0].num_layers
+    return tuple(sorted({*resolve_layers(config.fusion_layers, depth), depth}))

@@ -16,7 +16,7 @@ def bind(config: FusionConfig, backbones: list[Backbone], signatures: Mapping[st
     """Checks a saved config against the backbone; writes the backbone into a new one."""
     model_type = backbones[0].model_type
     widths = [b.hidden_size for b in backbones]
-    depths = [b.num_layers for b in backbones]
+    depths = [b.whole.num_layers for b in backbones]
     if not config.bound:
         config.fusion_model_type = model_type
         config.fusion_hidden_size, config.fusion_num_layers = (
@@ -28,7 +28,9 @@ def bind(config: FusionConfig, backbones: list[Backbone], signatures: Mapping[st
         config.settle_options()
         return
     made_for = (config.fusion_model_type, _as_list(config.fusion_hidden_size), _as_list(config.fusion_num_layers))
-    if made_for != (model_type, widths, depths):
+    # of the lower blocks alone, it fits a model that was cut to these, and one that was not
+    counted = slice(2 if config.fusion_depth is not None else None)
+    if made_for[counted] != (model_type, widths, depths)[counted]:
         raise ValueError(
             "The adapter was made for another backbone: a {!r} of hidden size {} with {} blocks; this one is a {!r} of "
             "hidden size {} with {} blocks. Load the backbone that the adapter was trained on{}.".format(

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..backbone.blocks import Backbone
+from ..backbone.calls import WrappedForward
 from ..backbone.families import POSITIONS_FIRST
 from ..backbone.quantization import quantised_parameters
 from ..fusions import Fusion, build_fusion
@@ -36,6 +37,7 @@ def build_for(backbone: Backbone, config: FusionConfig, **widths: int) -> Fusion
             f"fusion={config.fusion!r} attends over positions, and the layer states of a {backbone.model_type!r} are (positions, batch, "
             "hidden size), of which it would take texts for positions. Use a fusion over depth (dwatt, concat, scalar_mix)."
         )
+    fusion.__dict__["depth"] = backbone.depth  # read by `depth_of`
     fusion.stop_gradient = config.fusion_stop_gradient
     return fusion
 
@@ -57,7 +59,13 @@ def _plain_copy(backbone: Backbone) -> nn.Module:
         )
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     memo: dict[int, Any] = {id(getattr(m, name)): OrderedDict() for m in block.modules() for name in hooks}
+    # of another adapter that skips this block, see `Taps.skip_above`
+    skipped = block.__dict__.get("forward")
+    if isinstance(skipped, WrappedForward):
+        memo[id(skipped)] = skipped.replaced
     clone = copy.deepcopy(block, memo)
+    if isinstance(skipped, WrappedForward) and skipped.replaced is None:
+        del clone.forward
     for name, module in list(clone.named_modules()):
         if isinstance(module, BaseTunerLayer):
             parent, _, child = name.rpartition(".")

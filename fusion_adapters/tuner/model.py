@@ -34,6 +34,7 @@ from .labels import check_labels, labels_to_save, set_labels
 from .layer import FusionLayer, fusion_layers
 from .load import Load, current_load
 from .lora import choose_targets
+from .lower import check_nothing_above, settle_depth, without_above
 from .offloaded import check_values as check_offloaded
 from .offloaded import fill_heads, in_memory, is_offloaded
 from .refill import check_same_options
@@ -118,8 +119,8 @@ class FusionModel(LoraModel):
                 "one adapter; or fold the LoRA in first, by merge_and_unload(), and save the merged model under a name of its own "
                 "(save_pretrained): the adapter then belongs to that, not to the checkpoint before."
             )
-        filled = load is not None  # a config that was read and is attached by itself fills nothing
-        saved, load = saved_config(config, load)
+        # a config that was read and is attached by itself fills nothing
+        filled, (saved, load) = load is not None, saved_config(config, load)
         if config.has_lora:
             choose_targets(config, model)
         own_width = has_own_width(config)
@@ -132,8 +133,9 @@ class FusionModel(LoraModel):
         if not layers:
             _warn_if_compiled(model)
         # those of attached stacks as they were then
-        backbones = [layers[id(b.root)].backbone if id(b.root) in layers else b for b in backbones]
-        known = {root: layer.fingerprints for root, layer in layers.items()}
+        found = [layers[id(b.root)].backbone if id(b.root) in layers else b for b in backbones]
+        backbones = settle_depth(config, model, found)
+        known = {root: layer.fingerprints.get(backbones[0].depth) for root, layer in layers.items()}
         marks = [fingerprints(b, config.fusion_fingerprint, known.get(id(b.root))) for b in backbones]
         bind(config, backbones, join_fingerprints(marks))
         if load is not None and saved is not None and saved is not config:
@@ -153,8 +155,9 @@ class FusionModel(LoraModel):
             if not any(p.is_meta for p in fusion.parameters()):
                 fusion.to(backbone.device)
 
-        with marked_lora_free(config):
+        with marked_lora_free(config), without_above(config, model, backbones):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            check_nothing_above(backbones, adapter_name)
             fill_heads(model, adapter_name)
             train_head_in_float32(model, backbones, adapter_name)
             for backbone, fusion, mark in zip(backbones, fusions, marks, strict=True):
@@ -165,7 +168,7 @@ class FusionModel(LoraModel):
                     layer = FusionLayer(backbone, adapter_name, fusion, first, checked_states, mark, self.calls)
                     setattr(backbone.root, LAYER_NAME, layer)
                 else:
-                    layer.update(adapter_name, fusion=fusion)
+                    layer.add(adapter_name, fusion, backbone, mark)
                 fusion.requires_grad_(False)
             for layer in fusion_layers(model):
                 if adapter_name in self.active_adapters:

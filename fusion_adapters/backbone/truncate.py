@@ -49,12 +49,13 @@ def load_cut(auto_class: Any, name: str, depth: int | float, **options: Any) -> 
         transformers_logging.set_verbosity(verbosity)
     if output_embeddings(model) is not None:
         raise ValueError(vocabulary_refusal(f"depth={depth}", type(model).__name__, text_config(model).num_hidden_layers))
-    (backbone,) = find_backbones(model)
+    blocks = text_config(model).num_hidden_layers
     absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    lacking = sorted(key for key in absent if f".{backbone.path}." in f".{key}")
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == blocks]
+    lacking = sorted(key for key in absent if any(key.startswith(f"{name}.") for name in lists))
     if lacking:
         raise ValueError(
-            f"The checkpoint {name!r} lacks {len(lacking)} tensors of the first {backbone.num_layers} blocks of {type(model).__name__}, "
+            f"The checkpoint {name!r} lacks {len(lacking)} tensors of the first {blocks} blocks of {type(model).__name__}, "
             f"{lacking[0]!r} for example, or has them in other shapes. Load the whole model: the blocks above are skipped there too."
         )
     if absent and not with_info and verbosity <= transformers_logging.WARNING:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..backbone.blocks import find_backbones
-from ..backbone.families import positions_of
+from ..backbone.families import positions_of, text_config
 from ..backbone.quantization import quantization_config
 from ..backbone.truncate import CutClass, UncuttableError
 from ..tasks.base import Task
@@ -101,7 +100,7 @@ def load_lower(
         model = load_model(recipe, task, labels, trained, depth)
     except UncuttableError:
         return load_model(recipe, task, labels, trained), None
-    return model, find_backbones(model)[0].num_layers
+    return model, text_config(model).num_hidden_layers
 
 
 def _zero_output_bias(model: nn.Module, key: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -111,7 +112,10 @@ def without_above(config: FusionConfig, model: nn.Module, backbones: list[Backbo
     if config.has_lora and (pattern := _above(model, backbones)):
         config.exclude_modules = _joined(own, pattern)
     try:
-        yield
+        with warnings.catch_warnings():
+            if not own:  # all of LoRA may be below by itself
+                warnings.filterwarnings("ignore", message="You have passed exclude_modules")
+            yield
     finally:
         config.exclude_modules = own
 

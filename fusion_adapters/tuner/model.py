@@ -155,7 +155,7 @@ class FusionModel(LoraModel):
             if not any(p.is_meta for p in fusion.parameters()):
                 fusion.to(backbone.device)
 
-        with marked_lora_free(config), without_above(config, model, backbones):
+        with without_above(config, model, backbones), marked_lora_free(config):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             check_nothing_above(backbones, adapter_name)
             fill_heads(model, adapter_name)

@@ -163,17 +163,24 @@ def budget(
     parameters: Annotated[str, typer.Option(help="What each method may train, heads excluded: 1000000, 1M, 2.5M, 50k.")],
     methods: Annotated[str, typer.Option(help="Names of methods, with commas between.")] = "dwatt,concat,deeper,mlp",
     lora: Annotated[str | None, typer.Option(help="Also LoRA on these modules, with commas between.")] = None,
+    depth: Annotated[
+        str | None, typer.Option(help="Of the first blocks alone (fusion_depth): a number or a fraction.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Fit methods to one budget of trainable parameters and print what each then costs."""
+    from .backbone.truncate import cut_model
     from .runs.pretrained import resolve_model
     from .runs.tables import budget_table
     from .tuner.costs import compare_budgets
     from .tuner.counts import skeleton
-    from .tuner.sizes import read_count
+    from .tuner.sizes import read_count, read_depth
 
     names, modules = ([n.strip() for n in given.split(",") if n.strip()] for given in (methods, lora or ""))
-    rows = compare_budgets(skeleton(resolve_model(model)), names, read_count(parameters), modules)
+    backbone = skeleton(resolve_model(model))
+    if depth is not None:
+        cut_model(backbone, read_depth(depth))
+    rows = compare_budgets(backbone, names, read_count(parameters), modules)
     if as_json:
         print(json.dumps(rows))
     else:

@@ -69,6 +69,16 @@ def check_depth(depth: Any) -> int | float:
     )
 
 
+def read_depth(text: str) -> int | float:
+    """Reads a number of blocks or a fraction of them. Raises ValueError if it is none."""
+    try:
+        return check_depth(float(text) if "." in text else int(text))
+    except ValueError as error:
+        raise ValueError(
+            f"{text!r} is no depth. Give a number of blocks from 1 on (6), or a fraction between 0 and 1 (0.5)."
+        ) from error
+
+
 def _no_budget(budget: Any) -> ValueError:
     return ValueError(
         f"fusion_budget={budget!r} is not a budget. Give a whole number of trainable parameters (1000000, '1M', '50k'), "

@@ -1,14 +1,13 @@
 """What a classifier on the first blocks of a Llama costs beside one on all of them: time to load, memory, time to answer.
 
 A random model of the shape of SmolLM-135M (30 blocks, d = 576, vocabulary 49152) is written to a folder, and each line of the table is
-a process of its own. `python recipes/depth_costs.py` takes some minutes; `--depths 5 15` and `--rounds 3` make it shorter.
+a process of its own; seconds are those of the processor, one thread, which a busy machine does not change much. `python recipes/depth_costs.py` takes some minutes; `--depths 5 15` and `--rounds 3` make it shorter.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -36,14 +35,15 @@ def measure(folder: str, way: str, depth: int, rounds: int) -> dict[str, float]:
     from transformers import AutoModelForSequenceClassification
 
     from fusion_adapters import FusionConfig, load_cut
+    from fusion_adapters.runs.memory import peak_of_process
 
     torch.set_num_threads(1)
-    before, started = _memory(), time.perf_counter()
+    before, started = peak_of_process(), time.process_time()
     if way == "cut":
         model = load_cut(AutoModelForSequenceClassification, folder, depth, num_labels=LABELS)
     else:
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=LABELS)
-    loaded, memory = time.perf_counter() - started, _memory() - before
+    loaded = time.process_time() - started
     if way != "bare":
         model = get_peft_model(model, FusionConfig(task_type="SEQ_CLS", fusion_depth=depth, fusion_budget="1M"))
     model.eval()
@@ -54,16 +54,12 @@ def measure(folder: str, way: str, depth: int, rounds: int) -> dict[str, float]:
     seconds = []
     with torch.inference_mode():
         for _ in range(rounds + 1):
-            started = time.perf_counter()
+            started = time.process_time()
             model(**inputs)
-            seconds.append(time.perf_counter() - started)
+            seconds.append(time.process_time() - started)
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+    memory = peak_of_process() - before
     return {"load": loaded, "memory": memory, "weights": weights, "answer": statistics.median(seconds[1:])}
-
-
-def _memory() -> float:
-    """The peak of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:
@@ -77,7 +73,7 @@ def main() -> None:
         folder, way, depth = given.one
         print(json.dumps(measure(folder, way, int(depth), given.rounds)))
         return
-    print("| model | load, s | loading adds, MiB | weights, MiB | answer, s |\n| --- | ---: | ---: | ---: | ---: |")
+    print("| model | load, s | memory, MiB | weights, MiB | answer, s |\n| --- | ---: | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory() as folder:
         write_model(folder)
         ways = [("bare", BLOCKS), *((way, depth) for depth in given.depths for way in ("skipped", "cut"))]

@@ -39,7 +39,7 @@ COUNTS_OF_BLOCKS = frozenset(
 )
 LISTS_OF_BLOCKS = ("layer", "block", "attn_type", "attention_type")
 # Numbers of blocks that share states with others, or of parts of one table for all blocks: of fewer blocks, the rest would be others.
-ACROSS_BLOCKS = ("num_kv_shared_layers", "hidden_size_per_layer_input", "num_nextn_predict_layers")
+ACROSS_BLOCKS = ("num_kv_shared_layers", "hidden_size_per_layer_input")
 SCALED_BY_DEPTH = ("esmc",)  # types of models that compute with the number of their blocks
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # the number of experts in a mixture
 BOTH_WAYS = ("xlnet",)  # of the families that transformers knows for causal language modelling alone

@@ -239,7 +239,7 @@ def test_the_blocks_that_run_are_those_that_are_compared(family, tmp_path):
     for other in (changed(1), cut_model(changed(0), 2)):
         with pytest.raises(ValueError, match="of the same shape but with other weights"):
             PeftModel.from_pretrained(other, tmp_path)
-    with pytest.raises(ValueError, match="reads the first 2 blocks .* and this one has 1"):
+    with pytest.raises(ValueError, match=r"reads the first 2 blocks .* and this one has 1"):
         PeftModel.from_pretrained(cut_model(tiny(family), 1), tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(cut_model(tiny(family), 3), tmp_path)), logits(model))
     other = attached(family, fusion_depth=3, fusion_layers=[1, 2])

@@ -1,7 +1,8 @@
 """What a classifier on the first blocks of a Llama costs beside one on all of them: time to load, memory, time to answer.
 
 A random model of the shape of SmolLM-135M (30 blocks, d = 576, vocabulary 49152) is written to a folder, and each line of the table is
-a process of its own; seconds are those of the processor, one thread, which a busy machine does not change much. `python recipes/depth_costs.py` takes some minutes; `--depths 5 15` and `--rounds 3` make it shorter.
+a process of its own; seconds are those of the processor, one thread, which other work on the machine changes little.
+`python recipes/depth_costs.py` takes some minutes; `--depths 5 15` and `--rounds 3` make it shorter.
 """
 
 from __future__ import annotations

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from families import FAMILIES
-from support_text import tokenizer, write_recipe
+from support_study import METHODS, scores, write_study
+from support_text import save_model, tokenizer, write_recipe
 
 from fusion_adapters import load_run, predict
+from fusion_adapters.cli import main
 from fusion_adapters.runs.recipe import load_recipe
 from fusion_adapters.runs.training import adapter_config, cache_recipe, load_attached, run_recipe
 from fusion_adapters.tuner import fusion_layers
@@ -57,3 +59,33 @@ def test_a_backbone_that_cannot_be_cut_is_loaded_whole(tmp_path):
     assert blocks_of(model) == (4, 2)
     with torch.no_grad():
         assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_comparison_shares_the_states_of_all_blocks(tmp_path):
+    low = {"adapter": {"fusion": "dwatt", "fusion_bottleneck": 4, "fusion_depth": 2, "fusion_layers": [0, 1]}}
+    few = {
+        "baseline": "dwatt",
+        "reference": None,
+        "sizes": [4],
+        "seeds": [1],
+        "rates": [1e-3],
+        "epochs": 1,
+        "evaluations": 1,
+    }
+    path = write_study(tmp_path, methods={"dwatt": METHODS["dwatt"], "low": low}, **few)
+    main(["compare", str(path), "--output", str(tmp_path / "out"), "--workers", "1"])
+    assert {row["method"] for row in scores(tmp_path / "out")} == {"dwatt", "low"}
+
+
+def test_budgets_of_the_lower_blocks(tmp_path, capsys):
+    save_model(tmp_path / "model")
+    chosen = {}
+    for depth in ("2", "0.5", "4"):
+        command = ["budget", "--model", str(tmp_path / "model"), "--parameters", "4000", "--methods", "dwatt", "--json"]
+        main([*command, "--depth", depth])
+        chosen[depth] = json.loads(capsys.readouterr().out)[0]["choice"]["bottleneck"]
+    assert chosen["2"] == chosen["0.5"] > chosen["4"]
+    with pytest.raises(SystemExit):
+        main([*command, "--depth", "half"])
+    assert "'half' is no depth" in " ".join(capsys.readouterr().err.split())

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backbone.quantization import quantization_config
+    from .backbone.truncate import cut_model, load_cut
     from .fusions import FUSIONS
     from .runs.predicting import load_run, predict
     from .runs.recipe import load_recipe
@@ -39,7 +40,9 @@ _HOME = {
     "StaleCacheError": "states",
     "cache_layer_states": "states",
     "count_trainable": "tuner.counts",
+    "cut_model": "backbone.truncate",
     "depth_weights": "tuner",
+    "load_cut": "backbone.truncate",
     "load_recipe": "runs.recipe",
     "load_run": "runs.predicting",
     "predict": "runs.predicting",
@@ -58,7 +61,9 @@ __all__ = [
     "StaleCacheError",
     "cache_layer_states",
     "count_trainable",
+    "cut_model",
     "depth_weights",
+    "load_cut",
     "load_recipe",
     "load_run",
     "predict",

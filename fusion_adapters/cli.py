@@ -152,7 +152,9 @@ def inspect(
     tokens, layers, weights = depth_map(run, text)
     config = run.model.active_peft_config
     title = f"{config.fusion}: attention over the layers of {run.recipe.backbone.model}"
-    depth = config.fusion_num_layers  # of both stacks of an encoder-decoder: the weights are the decoder's
+    depth = (
+        config.fusion_depth or config.fusion_num_layers
+    )  # of both stacks of an encoder-decoder: the weights are the decoder's
     draw_depth_map(tokens, layers, weights, output, title, depth[-1] if isinstance(depth, list) else depth)
     print(output)
 
@@ -163,19 +165,26 @@ def budget(
     parameters: Annotated[str, typer.Option(help="What each method may train, heads excluded: 1000000, 1M, 2.5M, 50k.")],
     methods: Annotated[str, typer.Option(help="Names of methods, with commas between.")] = "dwatt,concat,deeper,mlp",
     lora: Annotated[str | None, typer.Option(help="Also LoRA on these modules, with commas between.")] = None,
+    depth: Annotated[
+        str | None, typer.Option(help="Of the first blocks alone (fusion_depth): a number or a fraction.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Fit methods to one budget of trainable parameters and print what each then costs."""
+    from .backbone.truncate import cut_model
     from .runs.pretrained import locate
     from .runs.recipe import BackboneRecipe
     from .runs.tables import budget_table
     from .tuner.costs import compare_budgets
     from .tuner.counts import skeleton
-    from .tuner.sizes import read_count
+    from .tuner.sizes import read_count, read_depth
 
     names, modules = ([n.strip() for n in given.split(",") if n.strip()] for given in (methods, lora or ""))
     name, options = locate(BackboneRecipe.model_validate({"model": model}))
-    rows = compare_budgets(skeleton(name, **options), names, read_count(parameters), modules)
+    backbone = skeleton(name, **options)
+    if depth is not None:
+        cut_model(backbone, read_depth(depth))
+    rows = compare_budgets(backbone, names, read_count(parameters), modules)
     if as_json:
         print(json.dumps(rows))
     else:

@@ -55,21 +55,27 @@ class BaseTensor:
 def base_tensors(backbone: Backbone) -> list[BaseTensor]:
     """Every parameter and saved buffer of the backbone, once; adapters, fusions and output layers are left out.
 
+    So are blocks that do not run, see `Backbone.lower`.
+
     Output layers (poolers): many checkpoints have none, and then a model draws one anew at each load. Buffers that are not
     saved (rotary frequencies, position numbers) follow from the configuration.
     """
     found: dict[int, BaseTensor] = {}
     upstream = set(map(id, backbone.upstream))
-    for tensor in _walk(backbone.base, "", (), upstream, False):
+    for tensor in _walk(backbone.base, "", (), (upstream, backbone.unreached), False):
         if found.setdefault(id(tensor.tensor), tensor) is not tensor and tensor.before:
             found[id(tensor.tensor)].before = True
     return list(found.values())
 
 
 def _walk(
-    module: nn.Module, prefix: str, maps: tuple[tuple[Mapping[str, Tensor], str], ...], upstream: set[int], before: bool
+    module: nn.Module,
+    prefix: str,
+    maps: tuple[tuple[Mapping[str, Tensor], str], ...],
+    runs: tuple[set[int], set[int]],  # what stands before or in the blocks, and the blocks that do not run
+    before: bool,
 ) -> Iterator[BaseTensor]:
-    before = before or id(module) in upstream
+    before = before or id(module) in runs[0]
     hook: Any = module.__dict__.get("_hf_hook")
     if hook is not None:
         single = [getattr(h, "weights_map", None) for h in getattr(hook, "hooks", (hook,))]
@@ -77,7 +83,7 @@ def _walk(
     children = module._modules
     inside = next((children[name] for name in WRAPPED if children.get(name) is not None), None) if children else None
     if inside is not None:
-        yield from _walk(inside, prefix, maps, upstream, before)
+        yield from _walk(inside, prefix, maps, runs, before)
         return
     for name, parameter in module._parameters.items():
         if parameter is not None:
@@ -86,8 +92,8 @@ def _walk(
         if buffer is not None and name not in module._non_persistent_buffers_set:
             yield BaseTensor(prefix + name, buffer, _below(maps, name), before, is_readable(buffer, module))
     for name, child in children.items():
-        if child is not None and name not in (LAYER_NAME, *HEAD_NAMES):
-            yield from _walk(child, f"{prefix}{name}.", _below(maps, f"{name}."), upstream, before)
+        if child is not None and name not in (LAYER_NAME, *HEAD_NAMES) and id(child) not in runs[1]:
+            yield from _walk(child, f"{prefix}{name}.", _below(maps, f"{name}."), runs, before)
 
 
 def _below(maps: tuple[tuple[Mapping[str, Tensor], str], ...], part: str) -> tuple[tuple[Mapping[str, Tensor], str], ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ class Backbone:
         causal: Whether positions see only earlier ones.
         stack: `"encoder"` or `"decoder"` for an encoder-decoder, else None.
         path: Name of the list of blocks inside `base`.
+        depth: Where a fusion of the lower blocks stops, see `lower`; None for one of all blocks.
+        above: The blocks above that, which do not run.
     """
 
     base: nn.Module
@@ -51,11 +53,28 @@ class Backbone:
     causal: bool
     stack: str | None = None
     path: str = ""
+    depth: int | None = None
+    above: list[nn.Module] = field(default_factory=list)
 
     @property
     def num_layers(self) -> int:
-        """The number of blocks `L`."""
+        """The number of blocks that run, `L`."""
         return len(self.blocks)
+
+    @property
+    def whole(self) -> Backbone:
+        """All blocks."""
+        return replace(self, blocks=[*self.blocks, *self.above], depth=None, above=[])
+
+    def lower(self, depth: int | None) -> Backbone:
+        """The first `depth` blocks, with which a call ends; None for all. The same for a model that was cut to so many."""
+        blocks = [*self.blocks, *self.above]
+        return replace(self, blocks=blocks[:depth], depth=depth, above=[] if depth is None else blocks[depth:])
+
+    @property
+    def unreached(self) -> set[int]:
+        """The `id` of every block that does not run; one that runs several times (ALBERT) may run below."""
+        return set(map(id, self.above)) - set(map(id, self.blocks))
 
     @property
     def upstream(self) -> list[nn.Module]:
@@ -64,14 +83,17 @@ class Backbone:
         These are the modules registered before the blocks on every level of the module tree, and the blocks; looked up at
         each call, because peft puts wrappers in the place of modules.
         """
-        before, module = [], self.base
+        before: list[nn.Module] = []
+        module = self.base
         for part in self.path.split("."):
             for name, child in module.named_children():
                 if name == part:
                     break
                 before.append(child)
             module = getattr(module, part)
-        return [*before, module, *self.beside]
+        unreached = self.unreached
+        blocks = [m for m in module.children() if id(m) not in unreached] if unreached else [module]
+        return [*before, *blocks, *self.beside]
 
     @property
     def beside(self) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""One call of the backbone: what it leaves in the taps, and the wrapper that begins and ends it."""
+"""One call of the backbone: what it leaves in the taps, the wrapper that begins and ends it, and that of blocks that do not run."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ class Frame:
         kept: See `Fusion.absorb`.
         given: States that stand for the blocks in this call.
         cuts: Whether the states are kept without the graph behind them.
+        depth: The block whose output the fused state replaces; those above it pass on what they are given.
+        answer: What that block answered, with the fused state; None until then, and where no block is above it.
+        passed: The state that the last of these was given.
     """
 
     fuse: Fuse | None
@@ -38,6 +41,9 @@ class Frame:
     kept: Any = None
     given: GivenStates | None = None
     cuts: bool = False
+    depth: int = 0
+    answer: Any = None
+    passed: Tensor | None = None
 
 
 class Opener(Protocol):
@@ -87,16 +93,17 @@ class WrappedForward:
         args, kwargs = self.opener.open(args, kwargs)
         answered = False
         try:
-            # not __wrapped__: torch.compile traces no MethodType that is made on the way
-            output = (
-                type(self.module).forward(self.module, *args, **kwargs)
-                if self.replaced is None
-                else self.replaced(*args, **kwargs)
-            )
+            output = self._own(args, kwargs)
             answered = True
             return output
         finally:
             self.opener.close(answered)
+
+    def _own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # not __wrapped__: torch.compile traces no MethodType that is made on the way
+        if self.replaced is None:
+            return type(self.module).forward(self.module, *args, **kwargs)
+        return self.replaced(*args, **kwargs)
 
     def remove(self) -> None:
         """Puts the module's own `forward` back; where somebody has wrapped this one since, it stays and does nothing."""
@@ -108,3 +115,22 @@ class WrappedForward:
             del self.module.forward
             if self.replaced is not None:
                 self.module.forward = self.replaced
+
+
+class Passer(Opener, Protocol):
+    """What knows which blocks do not run."""
+
+    def answer_above(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a block answers that does not run in this call; None if it runs."""
+        ...
+
+
+class SkippedForward(WrappedForward):
+    """Takes the place of a block's `forward`, which does not run in calls whose fusion stops below it."""
+
+    opener: Passer | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Answers without computing, or calls the block's own `forward`."""
+        answer = None if self.opener is None else self.opener.answer_above(args, kwargs)
+        return self._own(args, kwargs) if answer is None else answer

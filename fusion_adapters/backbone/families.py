@@ -27,6 +27,20 @@ DEPTH_NAMES = {
     "encoder": ("encoder_layers", "num_layers", "num_hidden_layers"),
     "decoder": ("decoder_layers", "num_decoder_layers", "num_layers", "num_hidden_layers"),
 }
+# How configurations name numbers of blocks. Their lists of one value a block have one of these words in their names.
+COUNTS_OF_BLOCKS = frozenset(
+    {
+        *(name for names in DEPTH_NAMES.values() for name in names),
+        "encoder_layers",
+        "n_layer",
+        "n_layers",
+        "num_encoder_layers",
+    }
+)
+LISTS_OF_BLOCKS = ("layer", "block", "attn_type", "attention_type")
+# Numbers of blocks that share states with others, or of parts of one table for all blocks: of fewer blocks, the rest would be others.
+ACROSS_BLOCKS = ("num_kv_shared_layers", "hidden_size_per_layer_input")
+SCALED_BY_DEPTH = ("esmc",)  # types of models that compute with the number of their blocks
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # the number of experts in a mixture
 BOTH_WAYS = ("xlnet",)  # of the families that transformers knows for causal language modelling alone
 
@@ -96,6 +110,11 @@ def blocks_in_order(config: Any, blocks: Sequence[nn.Module]) -> list[nn.Module]
     if groups and depth and len(blocks) == groups:
         return [blocks[int(i / (depth / groups))] for i in range(depth)]
     return None
+
+
+def is_per_block(name: str, value: Any, blocks: int) -> bool:
+    """Whether a value of a configuration is a list with a member for each of so many blocks (`layer_types`)."""
+    return isinstance(value, (list, tuple)) and len(value) == blocks and any(word in name for word in LISTS_OF_BLOCKS)
 
 
 def is_causal(root: nn.Module, last_block: nn.Module, model_type: str | None, stack: str | None) -> bool:

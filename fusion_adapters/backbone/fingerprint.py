@@ -174,7 +174,7 @@ def _whole_fingerprint(backbone: Backbone) -> str | None:
     texts = {name: total.text() for name, total in sums.all().items()}
     if not texts:
         return None
-    content = {"config": settings(backbone.base), "partial": partial, "sums": texts}
+    content = {"config": settings(backbone), "partial": partial, "sums": texts}
     return base64.b64encode(zlib.compress(json.dumps(content).encode())).decode()
 
 

@@ -16,10 +16,12 @@ class Fuse(Protocol):
     Attributes:
         wanted: The numbers of the layer states that it will read.
         mixes_positions: Whether the result at a position depends on others, so that it must know about a KV cache.
+        depth: The number of the block whose output the result replaces, `L` or less; in what follows `z_L` is its state.
     """
 
     wanted: frozenset[int]
     mixes_positions: bool
+    depth: int
 
     def cuts_graph(self) -> bool:
         """Whether nothing below the fusion trains, so that states are kept without the graph behind them."""

@@ -18,7 +18,7 @@ def recorded(backbone: Backbone, layers: Sequence[int], take: Callable[[int, Ten
     """Hands the layer states of the calls in the body to `take`, with the layer's number, as the blocks reach them.
 
     Each is `(B, T, d)`; a state that is not kept in `take` is gone when the next block is through. Calls of other threads are left
-    alone.
+    alone. Make the calls by `run`.
     """
     wanted, count, thread = set(layers), 0, threading.get_ident()
 
@@ -38,6 +38,8 @@ def recorded(backbone: Backbone, layers: Sequence[int], take: Callable[[int, Ten
         count += 1
         if count in wanted:
             take(count, state_out(output))
+        if count == backbone.num_layers and backbone.above:
+            raise _ReachedError
 
     handles = [backbone.blocks[0].register_forward_pre_hook(begin, with_kwargs=True)]
     handles += [block.register_forward_hook(end) for block in dict.fromkeys(backbone.blocks)]
@@ -46,3 +48,13 @@ def recorded(backbone: Backbone, layers: Sequence[int], take: Callable[[int, Ten
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _ReachedError(Exception):
+    """Ends a call of a backbone at the last of its blocks that run, see `Backbone.lower`."""
+
+
+def run(backbone: Backbone, inputs: dict[str, Any]) -> None:
+    """Calls a backbone within `recorded`; blocks that do not run, and what comes after them, are left out."""
+    with contextlib.suppress(_ReachedError):
+        backbone.base(**inputs)

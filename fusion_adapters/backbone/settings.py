@@ -7,7 +7,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from .blocks import Backbone
+from .families import COUNTS_OF_BLOCKS, is_per_block
 
 LONGEST = 60  # characters of a value that is kept as it is; longer ones (a list of layer types) are hashed
 # Everything in a configuration counts except for these: what a checkpoint and its sizes are called, training, heads, output
@@ -40,11 +41,18 @@ LENGTH = "max_position_embeddings"  # of a table, whose shape shows it; some kin
 PLAIN_ROPE = json.dumps("default")
 
 
-def settings(model: nn.Module) -> dict[str, str]:
-    """The values of a model's configuration that can change its layer states, as JSON, by dotted keys."""
-    config: Any = getattr(model, "config", None)
+def settings(backbone: Backbone) -> dict[str, str]:
+    """The values of a backbone's configuration that can change its layer states, as JSON, by dotted keys.
+
+    Of the lower blocks alone (`Backbone.lower`), they are those of a model that was cut to these: without the numbers of blocks,
+    and of lists with a value a block the part that runs.
+    """
+    config: Any = getattr(backbone.base, "config", None)
     values = config.to_dict() if hasattr(config, "to_dict") else {}
-    found = {key: _text(value) for key, value in _flat(values, "")}
+    flat = _flat(values, "")
+    if backbone.depth is not None:
+        flat = _of_lower(flat, len(backbone.blocks) + len(backbone.above), backbone.depth)
+    found = {key: _text(value) for key, value in flat}
     ropes = {value for key, value in found.items() if key.endswith("rope_type")}
     return {k: v for k, v in found.items() if k.rpartition(".")[2] != LENGTH or ropes - {PLAIN_ROPE}}
 
@@ -62,6 +70,13 @@ def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _of_lower(flat: Iterator[tuple[str, Any]], blocks: int, depth: int) -> Iterator[tuple[str, Any]]:
+    for key, value in flat:
+        name = key.rpartition(".")[2]
+        if name not in COUNTS_OF_BLOCKS:
+            yield key, value[:depth] if is_per_block(name, value, blocks) else value
 
 
 def _is_harmless(key: str) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..fusions import Context
-from .calls import Frame, Opener, WrappedForward
+from .calls import Frame, Opener, SkippedForward, WrappedForward
 from .families import ENCODED, beside_state, cached_positions, state_in, state_out, with_state_in, with_state_out
 from .fuse import Fuses
 from .replay import GivenStates, LayerStates, StandIns, fuse_given
@@ -30,6 +30,9 @@ class _Frames(threading.local):
 
 class Taps:
     """Permanent hooks on a backbone that collect its layer states and replace the output of its last block.
+
+    Of a fusion of the lower blocks (`Fuse.depth`), they replace the output of the last of these. The blocks above then answer
+    with the state that they are given, and do not run (`skip_above`), so that what comes after all blocks gets it.
 
     States are kept by layer number, only those that the fusion asks for, and only until the last block has answered.
     Each call has a frame of its own, on a stack of its thread: calls from several threads, or a call within a call, do
@@ -61,6 +64,8 @@ class Taps:
         self.causal = causal
         self.width = width
         self.depth = len(blocks)
+        self._blocks = blocks
+        self._skipped: list[SkippedForward] = []
         self._check = check
         self._frames = _Frames()
         self._stand_ins = StandIns(blocks, self._replays)
@@ -78,11 +83,18 @@ class Taps:
 
     def remove(self) -> None:
         """Takes all hooks off the backbone."""
-        for wrapped in self._wrapped:
+        for wrapped in (*self._wrapped, *self._skipped):
             wrapped.remove()
+        self._skipped.clear()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def skip_above(self, depth: int) -> None:
+        """From now on, blocks above that one do not run in calls whose fusion stops there or below."""
+        there = {id(skipped.module) for skipped in self._skipped}
+        above = dict.fromkeys(self._blocks[depth:])
+        self._skipped += [SkippedForward(block, self) for block in above if id(block) not in there]
 
     @property
     def held(self) -> int:
@@ -124,6 +136,7 @@ class Taps:
         """Begins a call of the backbone."""
         frame, frames = Frame(self.fuses.begin(), [None] * (self.depth + 1), Context()), self._frames
         if frame.fuse is not None:
+            frame.depth = frame.fuse.depth
             if frames.given is not None:
                 frame.given, frames.given = frames.given, None
             kwargs = self._prepare(frame, args, kwargs)
@@ -197,11 +210,37 @@ class Taps:
         if frame.fuse is None:
             return None
         frame.reached += 1
+        if frame.answer is not None:
+            return self._pass(frame, state_in(args, kwargs))
         state = state_out(output)
         check_state(state, self.width)
         if frame.given is None:
             self._keep(frame, frame.reached, state)
-        return with_state_out(output, self._finish(frame, state, args, kwargs)) if frame.reached == self.depth else None
+        if frame.reached != frame.depth:
+            return None
+        answer = with_state_out(output, self._finish(frame, state, args, kwargs))
+        if frame.depth < self.depth:
+            frame.answer = answer
+        return answer
+
+    def answer_above(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a block answers that does not run in this call: the state that it is given, in the form of the block below."""
+        frame = self._frame
+        if frame is None or frame.answer is None:
+            return None
+        return with_state_out(frame.answer, state_in(args, kwargs))
+
+    def _pass(self, frame: Frame, state: Tensor) -> Any:
+        """The same, whether the block ran (accelerate may have taken our wrapper off it) or not."""
+        # the first may be given something else: what a model does after block e, it does with e blocks alone too
+        if not torch.compiler.is_compiling() and frame.passed is not None and state is not frame.passed:
+            raise RuntimeError(
+                f"The fusion stops at block {frame.depth} of {self.depth} (fusion_depth), but the backbone changes the state between "
+                f"blocks {frame.reached - 1} and {frame.reached}, which a backbone of {frame.depth} blocks would not. Leave fusion_depth "
+                f"unset, or choose at least {frame.reached}."
+            )
+        frame.passed = state
+        return with_state_out(frame.answer, state)
 
     def _keep(self, frame: Frame, layer: int, state: Tensor) -> None:
         if frame.fuse is None or layer not in frame.fuse.wanted:
@@ -220,7 +259,7 @@ class Taps:
             return fuse.finish(kept, last)
         frame.context.block_args, frame.context.block_kwargs = beside_state(args, kwargs)
         if frame.given is not None:
-            return fuse_given(fuse, self.depth, frame.given, last, frame.context)
+            return fuse_given(fuse, frame.depth, frame.given, last, frame.context)
         states, frame.states = frame.states, []
         # a backbone spread over devices: the fusion sits where the last block computes
         states = [s if s is None or s.device == last.device else s.to(last.device) for s in states]

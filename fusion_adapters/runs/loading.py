@@ -12,8 +12,9 @@ from transformers import GgufConfig
 
 from ..backbone.blocks import find_backbones
 from ..backbone.decoders import mark_gguf, settle_gguf
-from ..backbone.families import positions_of
+from ..backbone.families import positions_of, text_config
 from ..backbone.quantization import quantization_config
+from ..backbone.truncate import CutClass, UncuttableError
 from ..tasks.base import Task
 from ..tasks.data import DataRecipe
 from ..tuner import TASK_HEADS, FusionConfig
@@ -21,7 +22,13 @@ from .pretrained import load_pretrained, locate, path_of_gguf
 from .recipe import BackboneRecipe
 
 
-def load_model(recipe: BackboneRecipe, task: Task, labels: Sequence[str], trained: Sequence[str] = ()) -> nn.Module:
+def load_model(
+    recipe: BackboneRecipe,
+    task: Task,
+    labels: Sequence[str],
+    trained: Sequence[str] = (),
+    depth: int | float | None = None,
+) -> nn.Module:
     """Loads the backbone with a fresh task head, quantised if the recipe says so.
 
     The head of a language model is its own, tied to the embeddings; where the checkpoint lacks parts of it, they
@@ -32,6 +39,7 @@ def load_model(recipe: BackboneRecipe, task: Task, labels: Sequence[str], traine
         task: Which head.
         labels: The label set, in the order of the outputs.
         trained: Names of further modules that will be trained (`modules_to_save`).
+        depth: The adapter's `fusion_depth`: blocks above it are not loaded, if the model can be cut.
 
     Raises:
         OSError: If the model is neither a folder nor to be had from a hub.
@@ -57,7 +65,7 @@ def load_model(recipe: BackboneRecipe, task: Task, labels: Sequence[str], traine
         options["quantization_config"] = GgufConfig(dequantize=True)
     try:
         model, info = load_pretrained(
-            task.auto_model,
+            task.auto_model if depth is None else CutClass(task.auto_model, depth),
             recipe,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # a head for other labels gives way to a fresh one; anything else is refused below
@@ -90,6 +98,23 @@ def load_model(recipe: BackboneRecipe, task: Task, labels: Sequence[str], traine
             f"(adapter.modules_to_save, for example {modules}), or use another checkpoint."
         )
     return model
+
+
+def load_lower(
+    recipe: BackboneRecipe, task: Task, labels: Sequence[str], trained: Sequence[str], depth: int | float | None
+) -> tuple[nn.Module, int | None]:
+    """Loads what an adapter with that `fusion_depth` needs of a model, see `load_model`.
+
+    Returns:
+        The model, and the number of its blocks if it was cut; None if it was loaded whole, where such an adapter skips blocks.
+    """
+    if depth is None:
+        return load_model(recipe, task, labels, trained), None
+    try:
+        model = load_model(recipe, task, labels, trained, depth)
+    except UncuttableError:
+        return load_model(recipe, task, labels, trained), None
+    return model, text_config(model).num_hidden_layers
 
 
 def _zero_output_bias(model: nn.Module, key: str) -> bool:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..tasks.data import DataRecipe
 from ..tuner import depth_weights, fusion_layers
-from .loading import check_lengths, load_model
+from .loading import check_lengths, load_lower
 from .recipe import Recipe, parse_recipe
 from .tokenizers import load_tokenizer, match_padding, pieces_as_text
 
@@ -72,7 +72,8 @@ def load_run(folder: str | Path) -> TrainedRun:
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(f"{description} is damaged ({reason}). Train again, or restore the file.") from error
     recipe = parse_recipe(values, str(description), finished=True)
-    model = load_model(recipe.backbone, recipe.task, labels, recipe.adapter.get("modules_to_save") or ())
+    trained, depth = recipe.adapter.get("modules_to_save") or (), recipe.adapter.get("fusion_depth")
+    model, _ = load_lower(recipe.backbone, recipe.task, labels, trained, depth)
     tokenizer = load_tokenizer(recipe.backbone, recipe.task)
     match_padding(model, tokenizer)
     return TrainedRun(PeftModel.from_pretrained(model, folder / "adapter").eval(), tokenizer, recipe, labels)

@@ -27,7 +27,7 @@ from .card import model_card
 from .environment import denormals_flushed, versions
 from .evaluation import evaluations, reload_difference
 from .files import check_output, json_text, written_aside
-from .loading import check_lengths, load_model, settle_label_at
+from .loading import check_lengths, load_lower, settle_label_at
 from .memory import forget_peak, peak_of_process
 from .recipe import Recipe, recipe_beside
 from .tokenizers import load_tokenizer, match_padding
@@ -66,7 +66,7 @@ def run_recipe(
     output = check_output(output, overwrite)
     forget_peak()
     started = time.perf_counter()
-    if recipe.beside and cache is None and not any(adapter_config(r).has_lora for r in _all_of(recipe)):
+    if recipe.beside and cache is None and _share_states(recipe):
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.states.", dir=output.parent) as states_of_all:
             cache_recipe(recipe, states_of_all)  # one pass through the backbone for all of them
@@ -98,6 +98,12 @@ def run_recipe(
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False), encoding="utf-8")
         (folder / "metrics.json").write_text(json_text(metrics), encoding="utf-8")
     return metrics
+
+
+def _share_states(recipe: Recipe) -> bool:
+    """Whether a run and what stands beside it read the states of one backbone, in which nothing trains."""
+    configs = [adapter_config(each) for each in _all_of(recipe)]
+    return not any(c.has_lora for c in configs) and len({c.fusion_depth for c in configs}) == 1
 
 
 def _all_of(recipe: Recipe) -> list[Recipe]:
@@ -151,14 +157,25 @@ def adapter_config(recipe: Recipe) -> FusionConfig:
         ) from error
 
 
-def load_attached(recipe: Recipe, config: FusionConfig, labels: list[str]) -> tuple[Any, PreTrainedTokenizerBase]:
+def load_attached(
+    recipe: Recipe, config: FusionConfig, labels: list[str], cut: bool = True
+) -> tuple[Any, PreTrainedTokenizerBase]:
     """Seeds, loads backbone and tokenizer, and attaches the adapter with a fresh head.
 
     What the recipe leaves to the backbone (`data.label_at`) is settled in it.
+
+    Args:
+        recipe: The recipe.
+        config: Its adapter; a fraction in `fusion_depth` becomes a number of blocks.
+        labels: The label set.
+        cut: Whether blocks above `fusion_depth` are left out of the model.
     """
     set_seed(recipe.seed)
     tokenizer = load_tokenizer(recipe.backbone, recipe.task)
-    backbone: Any = load_model(recipe.backbone, recipe.task, labels, config.modules_to_save or ())
+    trained, depth = config.modules_to_save or (), config.fusion_depth if cut else None
+    backbone, blocks = load_lower(recipe.backbone, recipe.task, labels, trained, depth)
+    if blocks is not None:  # a fraction was one of all blocks
+        config.fusion_depth = blocks
     match_padding(backbone, tokenizer)
     settle_label_at(recipe.data, recipe.task, backbone, config)
     return get_peft_model(backbone, config), tokenizer  # type: ignore[arg-type]

@@ -104,7 +104,7 @@ class LayerStateCache:
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_length: int | None = None,
     ) -> None:
-        """Checks that the states are those of a model's backbone.
+        """Checks that the states are those of a model's backbone, or of the part that runs under the attached fusion.
 
         Args:
             model: The model, attached or not, or a `Source`.
@@ -116,8 +116,12 @@ class LayerStateCache:
                 not cached, or the cache holds means over positions and the model reads the positions.
         """
         source = source_of(model)
-        wrong = key_differences(self.manifest["key"], cache_key(source, tokenizer, max_length))
-        if wrong:
+        stored = self.manifest["key"]
+        wrong = key_differences(stored, cache_key(source, tokenizer, max_length))
+        # one of all blocks holds the states of the lower ones
+        if wrong and not (
+            source.backbone.above and not key_differences(stored, cache_key(source.whole, tokenizer, max_length))
+        ):
             raise StaleCacheError(
                 f"The cache {str(self.folder)!r} was made for something else; {'; '.join(wrong)}. Its states would be wrong "
                 "here. Extract into another folder, or go back to what the cache was made for."

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..backbone.blocks import Backbone
-from ..backbone.record import recorded
+from ..backbone.record import recorded, run
 from .cache import LayerStateCache, columns_of
 from .claim import Claim, claimed
 from .key import check_rows, key_differences
@@ -264,7 +264,7 @@ def _extract(
             _store(result, where, layers.index(layer), kept)  # (states, d)
 
         with recorded(backbone, layers, take):
-            backbone.base(**inputs)
+            run(backbone, inputs)
         start = where.stop
         bar.update(len(batch))
     return result
@@ -300,7 +300,7 @@ def _check_left_padding(backbone: Backbone, left: dict[str, Any], right: dict[st
     with recorded(backbone, [backbone.num_layers], lambda _, state: seen.append(state)):
         for inputs in (left, right):
             row = {n: v[-1:] if isinstance(v, Tensor) else v for n, v in inputs.items()}  # the shortest of the batch
-            backbone.base(**row)
+            run(backbone, row)
     real = [inputs["attention_mask"][-1].bool() for inputs in (left, right)]
     states, expected = (state[0][mask].float() for state, mask in zip(seen, real, strict=True))
     error = float((states - expected).norm() / expected.norm().clamp_min(1e-12))

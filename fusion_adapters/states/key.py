@@ -57,7 +57,7 @@ def cache_key(
         "torch": torch.__version__,
         "transformers": version("transformers"),
     }
-    key.update({f"configuration, {name}": value for name, value in settings(backbone.base).items()})
+    key.update({f"configuration, {name}": value for name, value in settings(backbone).items()})
     if quantised is not None:
         key["quantization library"] = _library_version(key["quantization"])
     return key

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..backbone.blocks import Backbone
-from ..backbone.record import recorded
+from ..backbone.record import recorded, run
 from .key import cache_key, check_rows, input_names, known_inputs, row_signature
 from .means import holds_means, padding_token, text_length
 from .source import Source, source_of
@@ -169,7 +169,7 @@ def _lengths(
             inputs = {n: torch.as_tensor(row[n])[None].to(backbone.device) for n in names if row.get(n) is not None}
             seen: list[int] = []
             with recorded(backbone, [backbone.num_layers], lambda _, z, seen=seen: seen.append(z.shape[1])):  # type: ignore[misc]
-                backbone.base(**inputs)
+                run(backbone, inputs)
             (known[shape],) = seen
         lengths[i] = known[shape]
     return lengths

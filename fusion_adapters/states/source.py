@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,14 @@ class Source:
     fusions: tuple[FusionLayer, ...] = ()
     means: bool = False
 
+    @property
+    def whole(self) -> Source:
+        """The same with all blocks, where the attached fusion ends below (`fusion_depth`): its states are among theirs."""
+        backbone = self.backbone.whole
+        adapters = adapters_in_use(backbone)
+        idle, scalings = frozenset(idle_tensors(backbone)), tuple(scalings_in_use(backbone))
+        return replace(self, backbone=backbone, adapters=adapters, idle=idle, scalings=scalings)
+
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
         """For the time of the body: evaluation mode, and in this thread no graph and no fusion."""
@@ -62,7 +70,7 @@ def source_of(model: nn.Module | Source) -> Source:
     if isinstance(model, Source):
         return model
     fusions = fusion_layers(model)
-    backbones = [layer.backbone for layer in fusions] or find_backbones(model)
+    backbones = [layer.running for layer in fusions] or find_backbones(model)
     backbone = backbones[0]
     if len(backbones) > 1 or backbone.stack is not None:
         raise ValueError(

@@ -97,7 +97,7 @@ def backbone_signatures(study: StudyRecipe) -> dict[str, str]:
             backbone = find_backbones(model, named)[0]
             found[part] = sampled_signature(backbone)
             found[f"all {part}"] = weights_signature(backbone)
-            found["settings"] = hashlib.sha256(json.dumps(settings(backbone.base), sort_keys=True).encode()).hexdigest()[:16]
+            found["settings"] = hashlib.sha256(json.dumps(settings(backbone), sort_keys=True).encode()).hexdigest()[:16]
     return found
 
 

@@ -21,6 +21,7 @@ from ..runs.training import adapter_config
 from ..states import cache_layer_states
 from ..states.key import made_by_other_versions
 from ..states.storage import has_manifest, read_manifest
+from ..tuner.lower import lower_backbones
 from .examples import splits_of
 from .recipe import StudyRecipe
 
@@ -101,5 +102,5 @@ def prepare_states(study: StudyRecipe, root: Path) -> None:
 
 def _layers(recipe: Recipe, model: nn.Module) -> tuple[int, ...]:
     config = adapter_config(recipe)
-    depth = find_backbones(model, config.fusion_blocks, config.fusion_stack)[0].num_layers
-    return resolve_layers(config.fusion_layers, depth)
+    depth = lower_backbones(config, model)[0].num_layers
+    return tuple(sorted({*resolve_layers(config.fusion_layers, depth), depth}))

@@ -118,7 +118,8 @@ def run_trial(
     )
     splits = splits_of(study, run.data)
     config = adapter_config(recipe)
-    model, tokenizer = load_attached(recipe, config, splits.labels)
+    # not cut (fusion_depth): all methods read the states of one backbone
+    model, tokenizer = load_attached(recipe, config, splits.labels, cut=False)
     if start is not None:
         start_from(model, start)
     task, length = recipe.task, recipe.data.max_length

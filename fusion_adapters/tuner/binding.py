@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -13,12 +14,15 @@ from ..backbone.fingerprint import WHOLE, fingerprints_differ
 from ..fusions import Fusion
 from .config import FusionConfig
 
+if TYPE_CHECKING:
+    from .layer import FusionLayer
+
 
 def bind(config: FusionConfig, backbones: list[Backbone], signatures: Mapping[str, str]) -> None:
     """Checks a saved config against the backbone; writes the backbone into a new one."""
     model_type = backbones[0].model_type
     widths = [b.hidden_size for b in backbones]
-    depths = [b.num_layers for b in backbones]
+    depths = [b.whole.num_layers for b in backbones]
     if not config.bound:
         config.fusion_model_type = model_type
         config.fusion_hidden_size, config.fusion_num_layers = (
@@ -32,7 +36,9 @@ def bind(config: FusionConfig, backbones: list[Backbone], signatures: Mapping[st
         config.settle_options()
         return
     made_for = (config.fusion_model_type, _as_list(config.fusion_hidden_size), _as_list(config.fusion_num_layers))
-    if made_for != (model_type, widths, depths):
+    # of the lower blocks alone, it fits a model that was cut to these, and one that was not
+    counted = slice(2 if config.fusion_depth is not None else None)
+    if made_for[counted] != (model_type, widths, depths)[counted]:
         raise ValueError(
             "The adapter was made for another backbone: a {!r} of hidden size {} with {} blocks; this one is a {!r} of "
             "hidden size {} with {} blocks. Load the backbone that the adapter was trained on{}.".format(
@@ -100,3 +106,14 @@ def check_saved_names(names: Sequence[str] | None, fusions: Sequence[nn.Module])
                     "and save in its place. Write the module that is meant with the name of what holds it before its own, as in "
                     "'self.query'."
                 )
+
+
+def check_layer_drop(layer: FusionLayer) -> None:
+    """Raises ValueError if training would skip whole blocks at random, and with them layer states."""
+    rate = layer.backbone.layer_drop
+    if rate and layer.trains_states():
+        raise ValueError(
+            f"The backbone skips each block with probability {rate} in training (layerdrop), and a fusion needs the states of "
+            "all of them. Load it with layerdrop=0.0 (from_pretrained(..., layerdrop=0.0); BART and Whisper name it "
+            "encoder_layerdrop and decoder_layerdrop), or train the fusion alone, without LoRA."
+        )

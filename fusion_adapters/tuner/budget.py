@@ -12,12 +12,13 @@ from peft import LoraConfig
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
-from ..backbone.blocks import Backbone, find_backbones
+from ..backbone.blocks import Backbone
 from ..fusions import Budget, BudgetTooSmallError, fusion_class
 from ..fusions.numerics import undrawn
 from .build import build_for
 from .config import FusionConfig
 from .counts import count_lora, empty_copy
+from .lower import lora_below, lower_backbones
 from .sizes import DWATT_PAPER, lora_rank, read_count
 
 __all__ = ["BudgetTooSmallError", "fit_budget", "has_own_width", "resolve_budget", "settle_budget", "warn_if_large"]
@@ -50,7 +51,7 @@ def fit_budget(config: FusionConfig, model: nn.Module, parameters: int) -> Fusio
     lora = _lora_and_biases(config, model) if config.has_lora else 0
     # what is copied of the backbone is copied without its weights
     source = empty_copy(model) if config.fusion_copy_last else model
-    backbones = find_backbones(source, config.fusion_blocks, config.fusion_stack)
+    backbones = lower_backbones(config, source)
 
     def count(**widths: int) -> int:
         return lora + _parameters(config, backbones, **widths)
@@ -77,8 +78,7 @@ def resolve_budget(config: FusionConfig, model: nn.Module) -> int | None:
     if budget is None or isinstance(budget, int):
         return budget
     if budget == DWATT_PAPER:
-        backbones = find_backbones(model, config.fusion_blocks, config.fusion_stack)
-        return _parameters(FusionConfig.paper("dwatt"), backbones)
+        return _parameters(FusionConfig.paper("dwatt"), lower_backbones(config, model))
     rank = lora_rank(budget)
     if rank is None:
         return read_count(budget)
@@ -89,7 +89,8 @@ def resolve_budget(config: FusionConfig, model: nn.Module) -> int | None:
             f"fusion_budget={budget!r}: peft knows no usual modules for LoRA in a {model_type!r}. Set target_modules (then "
             "LoRA trains beside the fusion), or give the budget as a number of parameters."
         )
-    return count_lora(LoraConfig(r=rank, target_modules=modules), model)["lora"]
+    below = lora_below(LoraConfig(r=rank, target_modules=modules), model, lower_backbones(config, model))
+    return count_lora(below, model)["lora"]
 
 
 def settle_budget(config: FusionConfig, model: nn.Module) -> None:
@@ -129,7 +130,7 @@ def _parameters(config: FusionConfig, backbones: list[Backbone], **widths: int) 
 
 def _lora_and_biases(config: FusionConfig, model: nn.Module) -> int:
     """What LoRA trains: its matrices, and biases where `bias` asks for them."""
-    counts = count_lora(config, model)
+    counts = count_lora(lora_below(config, model, lower_backbones(config, model)), model)
     return counts["lora"] + counts["other"]
 
 

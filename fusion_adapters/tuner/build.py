@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..backbone.blocks import Backbone
+from ..backbone.calls import WrappedForward
 from ..backbone.families import POSITIONS_FIRST
 from ..backbone.quantization import quantised_parameters
 from ..fusions import Fusion, build_fusion
@@ -31,6 +32,7 @@ def build_for(backbone: Backbone, config: FusionConfig, **widths: int) -> Fusion
         last_block=_plain_copy(backbone) if config.fusion_copy_last else None,
         **{**config.options, **widths},
     )
+    fusion.__dict__["depth"] = backbone.depth  # read by `depth_of`
     fusion.stop_gradient = config.fusion_stop_gradient
     fusion.pools = config.fusion_pool is not None
     if (fusion.mixes_positions or fusion.pools) and backbone.model_type in POSITIONS_FIRST:
@@ -65,7 +67,13 @@ def _plain_copy(backbone: Backbone) -> nn.Module:
         )
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     memo: dict[int, Any] = {id(getattr(m, name)): OrderedDict() for m in block.modules() for name in hooks}
+    # of another adapter that skips this block, see `Taps.skip_above`
+    skipped = block.__dict__.get("forward")
+    if isinstance(skipped, WrappedForward):
+        memo[id(skipped)] = skipped.replaced
     clone = copy.deepcopy(block, memo)
+    if isinstance(skipped, WrappedForward) and skipped.replaced is None:
+        del clone.forward
     for name, module in list(clone.named_modules()):
         if isinstance(module, BaseTunerLayer):
             parent, _, child = name.rpartition(".")

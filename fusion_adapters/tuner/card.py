@@ -58,6 +58,7 @@ class AdapterConfig(Protocol):
 
     fusion: str
     fusion_num_layers: int | list[int] | None
+    fusion_depth: int | float | None
     r: int
     revision: str | None
     base_model_name_or_path: str | None
@@ -120,11 +121,15 @@ def add_loading_section(folder: str | Path, config: AdapterConfig) -> None:
     card, weights = Path(folder) / "README.md", Path(folder) / "adapter_model.safetensors"
     if not card.is_file() or HEADING in (text := card.read_text(encoding="utf-8")):
         return
-    depth = config.fusion_num_layers
+    depth, ends = config.fusion_num_layers, config.fusion_depth
     section = SECTION.format(
         heading=HEADING,
         fusion=config.fusion,
-        blocks=f"{depth[0]} encoder and {depth[1]} decoder blocks" if isinstance(depth, list) else f"{depth} blocks",
+        blocks=f"{depth[0]} encoder and {depth[1]} decoder blocks"
+        if isinstance(depth, list)
+        else f"{depth} blocks"
+        if ends is None
+        else f"the first {ends} blocks (a model that was cut to these does)",
         lora=f", with LoRA of rank {config.r}" if config.has_lora else "",
         backbone=_backbone_lines(config),
     )

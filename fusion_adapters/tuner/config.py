@@ -15,7 +15,7 @@ from ..fusions import all_options, fusion_class, fusion_options
 from .card import ModelClass, add_loading_section
 from .digest import OPTIONS, options_digest
 from .lora import changes_lora, names_lora
-from .sizes import check_budget
+from .sizes import check_budget, check_depth
 
 
 class FusionPeftType(str, enum.Enum):  # noqa: UP042 - as peft has its own
@@ -68,6 +68,10 @@ class FusionConfig(_MethodOptions):
         fusion: The method, a name in `FUSIONS`.
         fusion_layers: The layer states to fuse, `0` (embeddings) to `L` (last block) or negative; None means `1 .. L`.
         fusion_OPTION: The options of the methods, which stand here by name in `help(FusionConfig)`.
+        fusion_depth: Where the backbone ends for this adapter: the fusion reads no state above that block, and its result stands
+            for the block's output; blocks above do not run, and need not be loaded (`load_cut`). A number from 1, or a fraction
+            of the blocks in (0, 1), which becomes the number when attached. None means the last. `fusion_layers` then counts
+            from there: None means `1 .. fusion_depth`, -1 that block.
         fusion_budget: How many parameters fusion and LoRA may train together: a number, `"1M"`, `"dwatt-paper"` (what the
             paper's DWAtt would train) or `"lora:r=16"` (what that LoRA would). When attached, the method's free width (see
             `fit_budget`) is set to the largest that fits, and this field to None.
@@ -99,6 +103,9 @@ class FusionConfig(_MethodOptions):
 
     fusion: str = field(default="dwatt", metadata={"help": "The fusion method, a name in fusion_adapters.FUSIONS."})
     fusion_layers: list[int] | None = _optional("Layer states to fuse; None means the outputs of all blocks.")
+    fusion_depth: int | float | None = _optional(
+        "The block at which the backbone ends: a number, or a fraction of the blocks."
+    )
     fusion_budget: int | str | None = _optional("Trainable parameters to choose the method's width by.")
     fusion_stop_gradient: bool = field(
         default=False, metadata={"help": "Whether the fusion sends no gradient into a backbone with LoRA."}
@@ -224,6 +231,8 @@ class FusionConfig(_MethodOptions):
             kind, words = _CHECKS[allowed]
             if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
                 raise ValueError(f"{name}={value!r} must be {words}.")
+        if self.fusion_depth is not None:
+            self.fusion_depth = check_depth(self.fusion_depth)
         if isinstance(self.modules_to_save, str):
             raise ValueError(
                 f"modules_to_save={self.modules_to_save!r} is a text, of which peft would take each letter for a name. Give a list, "

@@ -20,6 +20,7 @@ class Fusing:
         fusion: The fusion.
         wanted: The numbers of the layer states that it reads.
         mixes_positions: Whether its result at a position depends on others.
+        depth: The number of the block whose output it replaces.
         recording: Where its weights over depth go; None if nobody asked for them.
     """
 
@@ -27,6 +28,7 @@ class Fusing:
     fusion: Fusion
     wanted: frozenset[int]
     mixes_positions: bool
+    depth: int
     recording: list[Tensor] | None = None
 
     def cuts_graph(self) -> bool:

@@ -25,6 +25,7 @@ from .active import modules_in, trains
 from .casts import warn_if_cast, warn_if_cast_in_call
 from .drafts import is_draft, named_blocks
 from .fusing import Fusing
+from .lower import depth_of
 from .threads import Calls, Follower, deleted
 
 
@@ -36,7 +37,7 @@ class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
     transformers switch it on and off with the LoRA layers).
 
     Args:
-        backbone: The stack that it fuses.
+        backbone: The stack that it fuses, up to where that adapter does.
         adapter_name: The name of the first adapter.
         fusion: That adapter's fusion.
         model: See `Taps`.
@@ -62,16 +63,17 @@ class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
         self.calls = Calls() if calls is None else calls
         self.training = backbone.root.training
         # plain attributes of a plain object: registered, the backbone would become a child of its own child
-        self.backbone = backbone
-        # now: a training may change what they are of (bias='all')
-        self.fingerprints = fingerprints(backbone) if known is None else known
+        self.backbone = backbone.whole
+        # by depth, see Backbone.depth; now: a training may change what they are of (bias='all')
+        self.fingerprints = {backbone.depth: fingerprints(backbone) if known is None else known}
         self._trainable: dict[str, bool] = {}
         self.as_given: set[str] = set()  # adapters attached with autocast_adapter_dtype=False
         self.cast_told = False
         self.named_blocks = named_blocks(backbone)
         self.taps = Taps(
-            backbone.root, backbone.blocks, self, backbone.causal, backbone.hidden_size, model, check, self.calls
+            backbone.root, self.backbone.blocks, self, backbone.causal, backbone.hidden_size, model, check, self.calls
         )
+        self.taps.skip_above(self._depth(fusion))
 
     # what a forward pass does
 
@@ -106,7 +108,19 @@ class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
             warn_if_cast_in_call(self)
         asked = None if self.calls is None else self.calls.here.recording
         recording = asked[1] if asked is not None and asked[0] is self and fusion.has_weights else None
-        return Fusing(self, fusion, frozenset(fusion.layers), fusion.mixes_positions or fusion.pools, recording)
+        return Fusing(
+            self, fusion, frozenset(fusion.layers), fusion.mixes_positions or fusion.pools, self._depth(fusion), recording
+        )
+
+    @property
+    def running(self) -> Backbone:
+        """What runs of the backbone under the active fusion: all of it, or its lower blocks (`fusion_depth`)."""
+        fusion = self.active_fusion
+        return self.backbone if fusion is None else self.backbone.lower(depth_of(fusion))
+
+    def _depth(self, fusion: Fusion) -> int:
+        depth = depth_of(fusion)
+        return self.backbone.num_layers if depth is None else depth
 
     def forward(  # type: ignore[override]
         self,
@@ -152,8 +166,8 @@ class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
             here.unfused = before
 
     def trains_states(self) -> bool:
-        """Whether something trains inside the backbone, so that its layer states change."""
-        return trains(self.backbone.upstream)
+        """Whether something trains in what runs of the backbone, so that its layer states change."""
+        return trains(self.running.upstream)
 
     def train(self, mode: bool = True) -> FusionLayer:
         """Sets the mode of the fusions, and keeps a backbone in which nothing trains in evaluation mode.
@@ -165,6 +179,8 @@ class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
             return self
         warn_if_cast(self)
         frozen: set[nn.Module] = set()
+        unreached = self.running.unreached
+        frozen.update(block.eval() for block in self.running.above if id(block) in unreached)
         if not self.trains_states():
             root = self.backbone.root
             root.training = False
@@ -200,6 +216,12 @@ class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
         super().update(adapter_name)
         if "fusion" in kwargs:
             self.fusions[adapter_name] = kwargs["fusion"]
+
+    def add(self, adapter_name: str, fusion: Fusion, backbone: Backbone, marks: dict[str, str]) -> None:
+        """Adds an adapter's fusion; the backbone is that up to where it fuses, `marks` are its fingerprints."""
+        self.update(adapter_name, fusion=fusion)
+        self.fingerprints.setdefault(backbone.depth, marks)
+        self.taps.skip_above(self._depth(fusion))
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.fusions)
@@ -267,7 +289,7 @@ class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name in self.fusions and not any(p.is_meta for p in self.fusions[adapter_name].parameters()):
-            self.fusions[adapter_name].to(device or self.backbone.device)
+            self.fusions[adapter_name].to(device or self.backbone.lower(depth_of(self.fusions[adapter_name])).device)
 
 
 def _fuse(

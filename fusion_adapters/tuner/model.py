@@ -23,7 +23,7 @@ from ..backbone.fingerprint import fingerprints, join_fingerprints
 from ..backbone.walk import modules_of
 from ..fusions.numerics import undrawn
 from .as_lora import as_lora, marked_lora_free
-from .binding import bind, check_adapter_name, check_saved_names, settle_file
+from .binding import bind, check_adapter_name, check_layer_drop, check_saved_names, settle_file
 from .budget import has_own_width, settle_budget, warn_if_large
 from .build import build_for
 from .card import CardWriter, class_of
@@ -35,6 +35,7 @@ from .labels import check_labels, labels_to_save, set_labels
 from .layer import FusionLayer, fusion_layers
 from .load import Load, current_load
 from .lora import choose_targets
+from .lower import check_nothing_above, settle_depth, without_above
 from .offloaded import check_values as check_offloaded
 from .offloaded import fill_heads, in_memory, is_offloaded
 from .refill import check_same_options
@@ -119,8 +120,8 @@ class FusionModel(LoraModel):
                 "one adapter; or fold the LoRA in first, by merge_and_unload(), and save the merged model under a name of its own "
                 "(save_pretrained): the adapter then belongs to that, not to the checkpoint before."
             )
-        filled = load is not None  # a config that was read and is attached by itself fills nothing
-        saved, load = saved_config(config, load)
+        # a config that was read and is attached by itself fills nothing
+        filled, (saved, load) = load is not None, saved_config(config, load)
         if config.has_lora:
             choose_targets(config, model)
         own_width = has_own_width(config)
@@ -133,8 +134,9 @@ class FusionModel(LoraModel):
         if not layers:
             _warn_if_compiled(model)
         # those of attached stacks as they were then
-        backbones = [layers[id(b.root)].backbone if id(b.root) in layers else b for b in backbones]
-        known = {root: layer.fingerprints for root, layer in layers.items()}
+        found = [layers[id(b.root)].backbone if id(b.root) in layers else b for b in backbones]
+        backbones = settle_depth(config, model, found)
+        known = {root: layer.fingerprints.get(backbones[0].depth) for root, layer in layers.items()}
         marks = [fingerprints(b, config.fusion_fingerprint, known.get(id(b.root))) for b in backbones]
         bind(config, backbones, join_fingerprints(marks))
         if load is not None and saved is not None and saved is not config:
@@ -154,8 +156,9 @@ class FusionModel(LoraModel):
             if not any(p.is_meta for p in fusion.parameters()):
                 fusion.to(backbone.device)
 
-        with marked_lora_free(config):
+        with without_above(config, model, backbones), marked_lora_free(config):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            check_nothing_above(backbones, adapter_name)
             fill_heads(model, adapter_name)
             prepare_head(model, backbones, config, adapter_name)
             for backbone, fusion, mark in zip(backbones, fusions, marks, strict=True):
@@ -166,12 +169,12 @@ class FusionModel(LoraModel):
                     layer = FusionLayer(backbone, adapter_name, fusion, first, checked_states, mark, self.calls)
                     setattr(backbone.root, LAYER_NAME, layer)
                 else:
-                    layer.update(adapter_name, fusion=fusion)
+                    layer.add(adapter_name, fusion, backbone, mark)
                 fusion.requires_grad_(False)
             for layer in fusion_layers(model):
                 if adapter_name in self.active_adapters:
                     layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-                _check_layer_drop(layer)
+                check_layer_drop(layer)
             if not low_cpu_mem_usage and is_offloaded(model):
                 check_offloaded(model, tensors_in_file(self, adapter_name))
             if load is not None and weights is not None:
@@ -334,15 +337,4 @@ def _warn_if_compiled(model: nn.Module) -> None:
             "answers may leave the fusion out. Attach first (get_peft_model), then compile (torch.compile); or call "
             "torch.compiler.reset() now.",
             stacklevel=2,
-        )
-
-
-def _check_layer_drop(layer: FusionLayer) -> None:
-    """Raises ValueError if training would skip whole blocks at random, and with them layer states."""
-    rate = layer.backbone.layer_drop
-    if rate and layer.trains_states():
-        raise ValueError(
-            f"The backbone skips each block with probability {rate} in training (layerdrop), and a fusion needs the states of "
-            "all of them. Load it with layerdrop=0.0 (from_pretrained(..., layerdrop=0.0); BART and Whisper name it "
-            "encoder_layerdrop and decoder_layerdrop), or train the fusion alone, without LoRA."
         )

@@ -15,6 +15,7 @@ from .digest import check_options
 from .labels import check_labels
 from .layer import fusion_layers
 from .load import Load
+from .lower import depth_in
 from .weights import check_weights, tensors_in_file, weights_of
 
 # Fields that change an adapter's answers and that its tensors do not show; those of LoRA, if there is any.
@@ -29,6 +30,7 @@ _OPTIONS = (
     "fusion_pool",
     "fusion_norm",
     "fusion_alpha",
+    "fusion_depth",
 )
 _LORA = ("r", "lora_alpha", "alpha_pattern", "use_rslora")
 
@@ -53,8 +55,10 @@ def check_refill(model: PeftModel, adapter_name: str, load: Load) -> None:
     if saved is None or not saved.bound:
         return
     layers = [layer for layer in fusion_layers(base) if adapter_name in layer.fusions]
-    marks = [fingerprints(layer.backbone, saved.fusion_fingerprint, layer.fingerprints) for layer in layers]
-    bind(saved, [layer.backbone for layer in layers], join_fingerprints(marks))
+    backbones = [layer.backbone.lower(depth_in(saved, layer.backbone)) for layer in layers]
+    known = [layer.fingerprints.get(b.depth) for layer, b in zip(layers, backbones, strict=True)]
+    marks = [fingerprints(b, saved.fusion_fingerprint, each) for b, each in zip(backbones, known, strict=True)]
+    bind(saved, backbones, join_fingerprints(marks))
     check_labels(saved, base)
     where = f"{adapter_name!r} has in the model"
     check_same_options(saved, config, layers[0].backbone.num_layers, where, load.folder)
@@ -95,5 +99,5 @@ def _config_in(load: Load) -> Any:
 
 
 def _layers(config: FusionConfig, depth: int) -> list[int]:
-    chosen = config.fusion_layers
+    chosen, depth = config.fusion_layers, int(config.fusion_depth or depth)
     return list(range(1, depth + 1)) if chosen is None else [i + depth + 1 if i < 0 else i for i in chosen]

@@ -36,7 +36,7 @@ def checked_states(model: nn.Module, layer_states: LayerStates) -> GivenStates:
 
 def _check_held(model: nn.Module, layer: FusionLayer, layer_states: LayerStates) -> None:
     held, kept, wanted = layer_states.get("layers"), layer_states.get("kept"), layers_read(layer)
-    then, now = layer_states.get("adapters"), adapters_in_use(layer.backbone)
+    then, now = layer_states.get("adapters"), adapters_in_use(layer.running)
     if then not in (None, now):
         raise ValueError(
             f"layer_states were computed with other adapters inside the backbone (LoRA, or modules_to_save before the blocks): "
@@ -68,5 +68,5 @@ def _check_held(model: nn.Module, layer: FusionLayer, layer_states: LayerStates)
 
 
 def layers_read(layer: FusionLayer) -> tuple[int, ...]:
-    """The layer states that training the active fusion needs, ascending: those that it reads, and `z_L`."""
-    return tuple(sorted({*(layer.wanted_layers() or ()), layer.backbone.num_layers}))
+    """The layer states that training the active fusion needs, ascending: those that it reads, and that of the last block that runs."""
+    return tuple(sorted({*(layer.wanted_layers() or ()), layer.running.num_layers}))

@@ -1,4 +1,4 @@
-"""Numbers of parameters as people write them: `1M`, `50k`, `dwatt-paper`, `lora:r=16`."""
+"""Numbers as people write them: of parameters (`1M`, `50k`, `dwatt-paper`, `lora:r=16`), of blocks."""
 
 from __future__ import annotations
 
@@ -49,6 +49,34 @@ def check_budget(budget: Any) -> int | str:
     if budget < 1:
         raise ValueError(f"fusion_budget={budget} must be at least 1.")
     return int(budget)
+
+
+def check_depth(depth: Any) -> int | float:
+    """Checks the form of a number of blocks, before a model is at hand.
+
+    Returns:
+        The number; a whole float from 2 on as an int.
+
+    Raises:
+        ValueError: If it is neither a whole number from 1 nor a fraction between 0 and 1.
+    """
+    number = not isinstance(depth, bool) and isinstance(depth, (int, float))
+    if number and (0 < depth < 1 or (depth >= 1 and depth == depth // 1 and not (isinstance(depth, float) and depth == 1))):
+        return float(depth) if depth < 1 else int(depth)
+    raise ValueError(
+        f"fusion_depth={depth!r} is no depth. Give a number of blocks from 1 on (6), or a fraction of them between 0 and 1 (0.5); leave "
+        "it unset for all blocks."
+    )
+
+
+def read_depth(text: str) -> int | float:
+    """Reads a number of blocks or a fraction of them. Raises ValueError if it is none."""
+    try:
+        return check_depth(float(text) if "." in text else int(text))
+    except ValueError as error:
+        raise ValueError(
+            f"{text!r} is no depth. Give a number of blocks from 1 on (6), or a fraction between 0 and 1 (0.5)."
+        ) from error
 
 
 def _no_budget(budget: Any) -> ValueError:

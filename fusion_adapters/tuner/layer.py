@@ -116,7 +116,8 @@ class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
     def running(self) -> Backbone:
         """What runs of the backbone under the active fusion: all of it, or its lower blocks (`fusion_depth`)."""
         fusion = self.active_fusion
-        return self.backbone if fusion is None else self.backbone.lower(depth_of(fusion))
+        depth = None if fusion is None else depth_of(fusion)
+        return self.backbone if depth is None else self.backbone.lower(depth)
 
     def _depth(self, fusion: Fusion) -> int:
         depth = depth_of(fusion)

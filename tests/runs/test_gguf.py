@@ -62,6 +62,20 @@ def test_a_recipe_on_a_gguf_file(architecture, lora, tmp_path):
     assert (tmp_path / "dense" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_lower_blocks_of_a_gguf_file(architecture, tmp_path):
+    recipe = recipe_of(tmp_path, architecture, fusion_depth=2)
+    metrics = run_recipe(recipe, tmp_path / "run")
+    assert metrics["reload_difference"] < 1e-6
+    cut = load_run(tmp_path / "run").model
+    assert cut.get_base_model().config.num_hidden_layers == 2
+    whole = load_model(recipe.backbone, TASK, ["O", "B-LOC", "I-LOC", "B-ORG", "I-ORG", "B-PER", "I-PER"])
+    whole = PeftModel.from_pretrained(whole, tmp_path / "run" / "adapter").eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(whole(input_ids=ids).logits, cut(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
+
+
 def test_a_run_from_a_gguf_file_and_from_its_cache_are_one(tmp_path):
     from fusion_adapters.runs.training import cache_recipe
 

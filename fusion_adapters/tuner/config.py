@@ -83,7 +83,7 @@ class FusionConfig(_MethodOptions):
         fusion_norm: `"rms"`: the fusion computes in units of each state's root mean square, and adds in those of `z_L`, so that
             layers of very different scale (decoders) weigh alike; None or `"none"`: on the states as they are.
         fusion_alpha: What the fusion adds counts so many times, and so does what the task head learns: Adam moves both as a
-            learning rate so many times as high would. 8 brings the best rate to where LoRA's lies, 2e-4. None means 1.
+            learning rate so many times as high would. 4 brings the best rate to where LoRA's lies, 2e-4. None means 1.
         fusion_lora: Whether there is LoRA in the backbone; None: if an option of LoRA or its modules are given. True or
             False in a saved adapter.
         fusion_blocks: Name of the backbone's list of blocks, for models where it is not found.
@@ -265,7 +265,7 @@ class FusionConfig(_MethodOptions):
             raise ValueError(f"fusion_norm={self.fusion_norm!r} is unknown. Use 'rms' or 'none', or leave it unset.")
         alpha = self.fusion_alpha
         if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha < float("inf")):
-            raise ValueError(f"fusion_alpha={alpha!r} must be a number above 0. 8 suits the learning rates of LoRA recipes.")
+            raise ValueError(f"fusion_alpha={alpha!r} must be a number above 0. 4 suits the learning rates of LoRA recipes.")
         if self.fusion_layers is not None:
             if not isinstance(self.fusion_layers, (list, tuple, range)):
                 raise ValueError(

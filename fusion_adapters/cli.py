@@ -59,6 +59,11 @@ def train(
     console.print(metrics_table(metrics, chosen.task, f"{recipe.name}, seed {metrics['seed']}"))
     if metrics.get("beside"):
         console.print(beside_table(metrics, chosen.task, f"this run ({chosen.adapter.get('fusion', 'dwatt')})"))
+    for name, other in metrics.get("beside", {}).items():
+        if "failed" in other:
+            console.print(
+                escape(visible(f"{name} failed: {other['failed']}")), style="yellow", highlight=False, soft_wrap=True
+            )
     for note in zero_notes(metrics, chosen.task):
         console.print(escape(visible(note)), style="yellow", highlight=False, soft_wrap=True)
     console.print(f"adapter: {output / 'adapter'}\nfigures: {output / 'metrics.json'}", highlight=False, soft_wrap=True)

@@ -37,7 +37,7 @@ COUNTS_OF_BLOCKS = frozenset(
         "num_encoder_layers",
     }
 )
-LISTS_OF_BLOCKS = ("layer", "block", "attn_type", "attention_type")
+LISTS_OF_BLOCKS = ("layer", "block", "attn_type", "attention_type", "attention_window")
 # Numbers of blocks that share states with others, or of parts of one table for all blocks: of fewer blocks, the rest would be others.
 ACROSS_BLOCKS = ("num_kv_shared_layers", "hidden_size_per_layer_input")
 SCALED_BY_DEPTH = ("esmc",)  # types of models that compute with the number of their blocks

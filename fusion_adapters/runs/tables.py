@@ -42,6 +42,9 @@ def beside_table(metrics: dict[str, Any], task: Task, name: str) -> Table:
     for title in (*splits, "trainable parameters", "training"):
         table.add_column(title, justify="right")
     for row, found in {**metrics.get("beside", {}), name: metrics}.items():
+        if "failed" in found:
+            table.add_row(row, *["failed"] * len(splits))
+            continue
         scores = [task.main.shown(found["scores"][split][main]) for split in splits]
         table.add_row(row, *scores, f"{found['parameters']['total']:,}", f"{found['seconds']['train']:.1f} s")
     return table

@@ -18,8 +18,8 @@ from peft import get_peft_model
 from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, set_seed
 
-from ..fusions import fusion_class
-from ..states import LayerStateCache, cache_layer_states
+from ..fusions import fusion_class, resolve_layers
+from ..states import LayerStateCache, cache_layer_states, source_of
 from ..tasks.splits import Splits, load_splits
 from ..tuner import FusionConfig
 from ..tuner.counts import count_trainable
@@ -66,6 +66,8 @@ def run_recipe(
     output = check_output(output, overwrite)
     forget_peak()
     started = time.perf_counter()
+    for each in _all_of(recipe):
+        adapter_config(each)  # a wrong one is told before anything is trained
     if recipe.beside and cache is None and _share_states(recipe):
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.states.", dir=output.parent) as states_of_all:
@@ -111,13 +113,16 @@ def _all_of(recipe: Recipe) -> list[Recipe]:
 
 
 def _beside(recipe: Recipe, name: str, splits: Splits, folder: Path, cache: str | Path | None) -> dict[str, Any]:
-    """Trains and scores what stands beside a run; of it the metrics stay."""
+    """Trains and scores what stands beside a run; of it the metrics stay, or, where it fails, why: the run itself is done."""
     other = recipe_beside(recipe, name)
-    model, tokenizer = load_attached(other, adapter_config(other), splits.labels)
-    states = None
-    if cache is not None:
-        states = LayerStateCache(cache, model, tokenizer=tokenizer, max_length=other.data.max_length)
-    return train(model, tokenizer, other, splits, folder, states)
+    try:
+        model, tokenizer = load_attached(other, adapter_config(other), splits.labels)
+        states = None
+        if cache is not None:
+            states = LayerStateCache(cache, model, tokenizer=tokenizer, max_length=other.data.max_length)
+        return train(model, tokenizer, other, splits, folder, states)
+    except (ValueError, RuntimeError) as error:
+        return {"failed": " ".join(str(error).split())}
 
 
 @denormals_flushed()
@@ -140,8 +145,12 @@ def cache_recipe(recipe: Recipe, folder: str | Path, dtype: str = "float16") -> 
     collator = DataCollatorWithPadding(tokenizer)
     beside = [adapter_config(other) for other in _all_of(recipe)[1:]]
     means = all(c.fusion_pool is not None and not fusion_class(c.fusion).mixes_positions for c in beside)
+    layers = None
+    if beside:  # those that any of them reads
+        depth = source_of(model).backbone.num_layers
+        layers = sorted({i for c in (config, *beside) for i in resolve_layers(c.fusion_layers, depth)})
     return cache_layer_states(
-        model, rows, folder, collator, dtype=dtype, means=means, tokenizer=tokenizer, max_length=length
+        model, rows, folder, collator, dtype=dtype, layers=layers, means=means, tokenizer=tokenizer, max_length=length
     )
 
 

@@ -266,6 +266,11 @@ class FusionConfig(_MethodOptions):
         alpha = self.fusion_alpha
         if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha < float("inf")):
             raise ValueError(f"fusion_alpha={alpha!r} must be a number above 0. 4 suits the learning rates of LoRA recipes.")
+        if self.options.get("init") == "paper" and (self.fusion_norm == "rms" or alpha not in (None, 1)):
+            raise ValueError(
+                f"fusion_init='paper' is the published form of {self.fusion!r}, without fusion_norm={self.fusion_norm!r} or "
+                f"fusion_alpha={alpha!r}. Leave these out, or fusion_init."
+            )
         if self.fusion_layers is not None:
             if not isinstance(self.fusion_layers, (list, tuple, range)):
                 raise ValueError(

@@ -136,7 +136,7 @@ def warn_if_nothing_trains(model: nn.Module, config: FusionConfig) -> None:
     )
 
 
-def _modules_of(model: nn.Module, backbones: list[Backbone]) -> set[int]:
+def modules_below_head(model: nn.Module, backbones: list[Backbone]) -> set[int]:
     """The identities of the modules below the head; a model that is its own base (Whisper's) has its head beside a stack."""
     base = backbones[0].base
     inside = [base] if base is not model else [backbone.root for backbone in backbones]
@@ -145,7 +145,7 @@ def _modules_of(model: nn.Module, backbones: list[Backbone]) -> set[int]:
 
 def train_head_in_float32(model: nn.Module, backbones: list[Backbone], adapter_name: str) -> None:
     """Makes the trainable copy of a 16-bit head float32; peft leaves it in the dtype of the backbone."""
-    in_backbone = _modules_of(model, backbones)
+    in_backbone = modules_below_head(model, backbones)
     outputs = output_embeddings(model)
     for wrapper in modules_of(model):
         if not isinstance(wrapper, ModulesToSaveWrapper) or id(wrapper) in in_backbone:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -11,13 +12,13 @@ from torch import Tensor, nn
 from ..backbone.blocks import Backbone
 from ..backbone.walk import modules_of
 from .config import FusionConfig
-from .heads import remove_float32_hook, task_heads, train_head_in_float32
+from .heads import modules_below_head, remove_float32_hook, task_heads, train_head_in_float32
 
 
 def prepare_head(model: nn.Module, backbones: list[Backbone], config: FusionConfig, adapter_name: str) -> None:
     """Makes the task head of an adapter ready to train: in float32, and scaled by `fusion_alpha`."""
     train_head_in_float32(model, backbones, adapter_name)
-    scale_head(model, config, adapter_name)
+    scale_head(model, backbones, config, adapter_name)
 
 
 def plain_head(head: nn.Module) -> None:
@@ -26,18 +27,20 @@ def plain_head(head: nn.Module) -> None:
     unscale_head(head)
 
 
-def scale_head(model: nn.Module, config: FusionConfig, adapter_name: str) -> None:
+def scale_head(model: nn.Module, backbones: list[Backbone], config: FusionConfig, adapter_name: str) -> None:
     """Divides the weights of an adapter's task head by `fusion_alpha`, and multiplies what comes into it.
 
     The head answers as before (to the last bit for powers of two), and a step of Adam changes its answers `alpha` times as much.
-    In files its weights are the divided ones. Biases stay as they are.
+    In files its weights are the divided ones. Biases stay as they are, and so do heads of somebody's own, with a warning: how
+    their layers are called is not known.
 
     Args:
         model: The model, in which peft has wrapped the head.
+        backbones: Its backbones, in which no head lies.
         config: The adapter's config.
         adapter_name: The adapter.
     """
-    alpha = config.fusion_alpha
+    alpha, below = config.fusion_alpha, modules_below_head(model, backbones)
     if alpha is None or alpha == 1 or not task_heads(config):
         return
     for name, wrapper in model.named_modules():
@@ -45,8 +48,16 @@ def scale_head(model: nn.Module, config: FusionConfig, adapter_name: str) -> Non
             continue
         if adapter_name not in wrapper.modules_to_save:
             continue
-        for layer in modules_of(wrapper.modules_to_save[adapter_name]):
-            if isinstance(layer, nn.Linear) and not any(isinstance(h, _Times) for h in layer._forward_pre_hooks.values()):
+        head = wrapper.modules_to_save[adapter_name]
+        if id(wrapper) in below or type(head).__module__.partition(".")[0] not in ("torch", "transformers"):
+            warnings.warn(
+                f"fusion_alpha={alpha:g} does not reach the trained module {name!r} ({type(head).__name__}): only heads of transformers, "
+                "whose layers are called in a known way, are scaled. It learns at the learning rate as it is.",
+                stacklevel=2,
+            )
+            continue
+        for layer in modules_of(head):
+            if type(layer) is nn.Linear and not any(isinstance(h, _Times) for h in layer._forward_pre_hooks.values()):
                 if not layer.weight.is_meta:
                     with torch.no_grad():
                         layer.weight /= alpha

@@ -13,7 +13,10 @@ from .layer import FusionLayer
 
 # Of peft's tasks and of classes of transformers, those whose heads answer at every position.
 _TASKS = ("TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM")
-_CLASSES = ("ForTokenClassification", "ForQuestionAnswering", "LMHead", "ForConditionalGeneration", "ForCTC")
+_CLASSES = (
+    *("ForTokenClassification", "ForQuestionAnswering", "LMHead", "ForConditionalGeneration", "ForCTC"),
+    *("FrameClassification", "Segmentation"),
+)
 
 
 def check_pool(model: nn.Module, backbones: Sequence[Backbone], config: FusionConfig) -> None:
@@ -28,6 +31,11 @@ def check_pool(model: nn.Module, backbones: Sequence[Backbone], config: FusionCo
             f"fusion_pool='mean' puts means over the text in the place of the states of its tokens, and {kind} answers at every position: "
             "neighbours would get nearly the same answer. Use it with a head over whole texts (AutoModelForSequenceClassification), or "
             "leave fusion_pool unset."
+        )
+    if getattr(getattr(model, "config", None), "is_decoder", False) and backbones[0].causal and not reads_last_token(model):
+        raise ValueError(
+            f"fusion_pool='mean' is a running mean in a causal backbone (is_decoder), and the head of {kind} reads the first token, where "
+            "nothing has been read yet. Load the model without is_decoder, or leave fusion_pool unset."
         )
     if any(backbone.stack == "encoder" for backbone in backbones):
         raise ValueError(

@@ -75,11 +75,10 @@ def check_same_options(saved: FusionConfig, config: FusionConfig, depth: int, ho
         folder: Where the adapter was saved.
     """
     fields = (*_OPTIONS, *(_LORA if config.has_lora else ()))
-    others = [
-        f"{name} is {getattr(saved, name)!r} there and {getattr(config, name)!r} here"
-        for name in fields
-        if getattr(saved, name) != getattr(config, name)
-    ]
+    if config.fusion_alpha not in (None, 1):  # which of its modules are a head that is scaled
+        fields = (*fields, "task_type")
+    pairs = [(name, _option(saved, name, depth), _option(config, name, depth)) for name in fields]
+    others = [f"{name} is {there!r} there and {here!r} here" for name, there, here in pairs if there != here]
     if _layers(saved, depth) != _layers(config, depth):
         others.append(f"fusion_layers is {saved.fusion_layers} there and {config.fusion_layers} here")
     if others:
@@ -87,6 +86,14 @@ def check_same_options(saved: FusionConfig, config: FusionConfig, depth: int, ho
             f"The adapter in {folder!r} was saved with other options than {holder}: {'; '.join(others)}. Its answers would be others. "
             "Load it with the config that was saved with it (leave config out), under a name of its own."
         )
+
+
+def _option(config: FusionConfig, name: str, depth: int) -> Any:
+    """What an option means; adapters of 0.1.0 know neither norm nor alpha, and all blocks may be counted or left unsaid."""
+    value = getattr(config, name)
+    if value is None:
+        return {"fusion_norm": "none", "fusion_alpha": 1.0}.get(name)
+    return None if name == "fusion_depth" and value == depth else getattr(value, "value", value)
 
 
 def _config_in(load: Load) -> Any:
@@ -100,4 +107,4 @@ def _config_in(load: Load) -> Any:
 
 def _layers(config: FusionConfig, depth: int) -> list[int]:
     chosen, depth = config.fusion_layers, int(config.fusion_depth or depth)
-    return list(range(1, depth + 1)) if chosen is None else [i + depth + 1 if i < 0 else i for i in chosen]
+    return list(range(1, depth + 1)) if chosen is None else sorted(i + depth + 1 if i < 0 else i for i in chosen)

@@ -71,3 +71,30 @@ def test_a_wrong_key_is_told_before_anything_is_trained(beside, said, tmp_path):
     path = write_recipe(tmp_path, beside=beside)
     with pytest.raises(ValueError, match=said):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "beside"),
+    [
+        ({"fusion": "last", "fusion_bottleneck": None}, {"fusion": "concat", "fusion_bottleneck": 4}),
+        (
+            {"fusion": "concat", "fusion_bottleneck": 4, "fusion_layers": [-1]},
+            {"fusion": "concat", "fusion_layers": [0, -1]},
+        ),
+    ],
+)
+def test_it_may_read_other_layers(adapter, beside, tmp_path, extractions):
+    path = write_recipe(tmp_path, adapter=adapter, beside={"other": {"adapter": beside}})
+    metrics = run_recipe(load_recipe(path), tmp_path / "run")
+    assert len(extractions) == 1
+    assert metrics["beside"]["other"]["parameters"]["fusion"] > 0
+
+
+def test_what_fails_beside_a_run_is_told_and_the_run_stays(tmp_path, capsys):
+    wrong = {"wrong": {"adapter": {"fusion": "concat", "fusion_stack": "encoder"}}}
+    path = write_recipe(tmp_path, adapter={"fusion": "concat", "fusion_bottleneck": 4}, beside={**wrong, **LAST})
+    app(["train", str(path), "--output", str(tmp_path / "run")], standalone_mode=False)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert list(metrics["beside"]["wrong"]) == ["failed"] and metrics["beside"]["last layer"]["scores"]
+    assert "wrong failed: " in capsys.readouterr().out
+    assert load_run(tmp_path / "run").model.active_peft_config.fusion == "concat"

@@ -133,3 +133,73 @@ def test_unfit_values_are_refused(fields, said):
 def test_a_copied_block_computes_on_the_states_as_they_are():
     with pytest.raises(ValueError, match="fusion_norm='rms' with fusion_copy_last=True"):
         attached("bert", fusion="deeper", fusion_copy_last=True, fusion_norm="rms")
+
+
+@pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["classifier", "score"], "task_type": None}])
+def test_a_head_that_is_scaled_goes_into_no_other(fields, tmp_path):
+    attached("bert", "sequence", fusion="last", fusion_alpha=8.0).save_pretrained(tmp_path)
+    config = FusionConfig(**{"fusion": "last", "fusion_alpha": 8.0, "task_type": "SEQ_CLS", **fields})
+    model = get_peft_model(tiny("bert", "sequence"), config)
+    if not fields:
+        model.load_adapter(str(tmp_path), "default")
+        return
+    with pytest.raises(ValueError, match=r"other options.*task_type is 'SEQ_CLS' there and None here"):
+        model.load_adapter(str(tmp_path), "default")
+
+
+def test_a_task_taken_out_of_a_saved_config_is_told(tmp_path):
+    attached("bert", "sequence", fusion="last", fusion_alpha=8.0).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "task_type": None}))
+    with pytest.raises(
+        ValueError, match=r"options in adapter_config\.json .* are not those that the adapter was saved with"
+    ):
+        PeftModel.from_pretrained(tiny("bert", "sequence"), tmp_path)
+
+
+class OwnHead(torch.nn.Module):
+    """Calls its layer in a way that no hook sees."""
+
+    def __init__(self, width, labels):
+        super().__init__()
+        self.out = torch.nn.Linear(width, labels)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.out.weight, self.out.bias)
+
+
+def test_a_head_of_somebodys_own_is_left_alone_with_a_word():
+    torch.manual_seed(0)
+    model = tiny()
+    model.classifier = OwnHead(32, 5)
+    expected = logits(model)
+    with pytest.warns(UserWarning, match=r"fusion_alpha=8 does not reach the trained module '.*classifier' \(OwnHead\)"):
+        model = get_peft_model(model, FusionConfig(fusion="last", fusion_alpha=8.0, task_type="TOKEN_CLS"))
+    assert torch.equal(logits(model), expected)
+
+
+def test_the_papers_forms_are_not_scaled():
+    with pytest.raises(ValueError, match="fusion_init='paper' is the published form of 'concat', without"):
+        FusionConfig.paper("concat", fusion_norm="rms")
+
+
+def test_adapters_without_these_fields_go_into_new_ones(tmp_path):
+    model = disturb(attached("bert", fusion="concat"))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    gone = (
+        "fusion_norm",
+        "fusion_alpha",
+        "fusion_pool",
+        "fusion_depth",
+        "fusion_gguf",
+        "fusion_digest",
+    )  # as 0.1.0 wrote it
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in gone}))
+    again = attached("bert", fusion="concat")
+    with pytest.warns(UserWarning, match="holds no digest"):
+        again.load_adapter(str(tmp_path), "default")
+    assert torch.equal(logits(again), logits(model))
+    with pytest.warns(UserWarning, match="holds no digest"):
+        given = PeftModel.from_pretrained(tiny(), tmp_path, config=FusionConfig(fusion="concat", task_type="TOKEN_CLS"))
+    assert torch.equal(logits(given), logits(model))

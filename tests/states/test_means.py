@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import attach
-from support import METHODS, VOCABULARY, attached, disturb, layer_of, tiny
+from support import METHODS, VOCABULARY, attached, disturb, tiny
 from support_cache import assert_equal_training, cached, from_cache, loss_and_gradients, pad
 from transformers import DataCollatorWithPadding
 
@@ -136,11 +136,12 @@ def test_models_that_read_positions_do_not_get_means(tmp_path):
 
 
 def test_a_decoder_whose_head_is_not_known_keeps_all_positions(tmp_path):
-    bert = attach("bert", "sequence", fusion_pool="mean", model=tiny("bert", "sequence", is_decoder=True))  # reads CLS
-    assert layer_of(bert).backbone.causal
-    cache = cached(bert, texts(), tmp_path / "states")
+    llama = tiny("llama", "sequence")
+    llama.__class__ = type("OwnForSequenceClassification", (type(llama),), {})  # may read what it likes
+    model = attach("llama", "sequence", fusion_pool="mean", model=llama)
+    cache = cached(model, texts(), tmp_path / "states")
     assert cache.manifest["means"] is False
-    same_answers(bert, texts(), from_cache(cache, texts()))
+    same_answers(model, texts(), from_cache(cache, texts()))
 
 
 def test_collators_that_cut_are_refused(tmp_path):

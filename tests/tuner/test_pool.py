@@ -3,8 +3,9 @@
 import pytest
 import torch
 from families import FAMILIES, answer, attach, inputs
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from support import METHODS, WIDTH, attached, batch, disturb, layer_of, logits, tiny
+from transformers import Wav2Vec2Config, Wav2Vec2ForAudioFrameClassification
 
 from fusion_adapters import FUSIONS, FusionConfig
 from fusion_adapters.backbone.record import recorded
@@ -216,3 +217,20 @@ def test_a_mask_of_another_form_is_refused():
     model = pooled("llama")
     with pytest.raises(ValueError, match=r"whether it is real, \[2, 9\], and that of this call is \[2, 1, 9, 9\]"):
         model(input_ids=torch.ones(2, 9, dtype=torch.long), attention_mask=torch.ones(2, 1, 9, 9, dtype=torch.bool))
+
+
+def test_a_decoder_whose_head_reads_the_first_token_is_refused():
+    with pytest.raises(
+        ValueError, match=r"running mean in a causal backbone \(is_decoder\), and the head of Bert.* reads the first"
+    ):
+        attached("bert", "sequence", tiny("bert", "sequence", is_decoder=True), fusion_pool="mean")
+
+
+def test_frames_of_sound_are_answered_one_by_one():
+    config = Wav2Vec2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, conv_dim=(8, 8), conv_stride=(2, 2),
+        conv_kernel=(3, 3), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    model = Wav2Vec2ForAudioFrameClassification(config)
+    with pytest.raises(ValueError, match="Wav2Vec2ForAudioFrameClassification answers at every position"):
+        get_peft_model(model, FusionConfig(fusion_pool="mean", fusion_blocks="wav2vec2.encoder.layers"))

@@ -1,0 +1,68 @@
+"""`norm` and `alpha`: fusions in units of each state's size, and updates that count several times."""
+
+import pytest
+import torch
+
+from fusion_adapters.fusions import FUSIONS, build_fusion
+
+B, T, D, L = 2, 3, 16, 4
+SCALED = [name for name in FUSIONS if name != "last"]
+
+
+def scaled(name, norm, alpha):
+    """A fusion with all parameters off their start, and its states."""
+    fusion = build_fusion(name, D, L).eval()
+    with torch.no_grad():
+        for parameter in fusion.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    fusion.norm, fusion.alpha = norm, alpha
+    return fusion, [torch.randn(B, T, D) for _ in fusion.layers], torch.randn(B, T, D)
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_in_units_of_its_root_mean_square_a_state_counts_alike_whatever_its_size(name):
+    fusion, states, last = scaled(name, "rms", 1.0)
+    fused = fusion(states, last)
+    larger = fusion([(10.0 + 50 * i) * state for i, state in enumerate(states)], last)
+    torch.testing.assert_close(larger, fused, rtol=1e-4, atol=1e-5)
+    # what is added has the size of the last state
+    torch.testing.assert_close(fusion(states, 30 * last), 30 * fused, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_in_units_of_their_root_mean_square_states_are_fused_as_the_equations_say(name):
+    fusion, states, last = scaled(name, "rms", 1.0)
+    size = last.square().mean(-1, keepdim=True).sqrt()
+    inner = [state / state.square().mean(-1, keepdim=True).sqrt() for state in states]
+    fused = fusion(states, last)
+    fusion.norm = "none"
+    torch.testing.assert_close(fused, size * fusion(inner, last / size), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["none", "rms"])
+@pytest.mark.parametrize("name", SCALED)
+def test_alpha_multiplies_what_is_added(name, norm):
+    fusion, states, last = scaled(name, norm, 1.0)
+    once = fusion(states, last) - last
+    fusion.alpha = 8.0
+    torch.testing.assert_close(fusion(states, last) - last, 8 * once, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 8.0])
+@pytest.mark.parametrize("name", FUSIONS)
+def test_scaled_fusions_start_as_the_identity(name, alpha):
+    fusion = build_fusion(name, D, L)
+    fusion.norm, fusion.alpha = "rms", alpha
+    last = torch.randn(B, T, D)
+    assert torch.equal(fusion([torch.randn(B, T, D) for _ in fusion.layers], last), last)
+
+
+@pytest.mark.parametrize("name", [name for name in SCALED if FUSIONS[name].absorbs])
+@pytest.mark.parametrize(("norm", "alpha"), [("rms", 1.0), ("rms", 8.0), ("none", 8.0)])
+def test_scaled_fusions_absorb_as_they_fuse(name, norm, alpha):
+    fusion, states, last = scaled(name, norm, alpha)
+    kept = None
+    with torch.no_grad():
+        for index, state in enumerate(states):
+            kept = fusion.absorb(kept, index, state)
+        torch.testing.assert_close(fusion.finish(kept, last), fusion(states, last), rtol=1e-5, atol=1e-5)

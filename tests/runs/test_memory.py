@@ -23,8 +23,8 @@ def way(request, monkeypatch):
     return request.param
 
 
-# In a process of its own: in one that has run other tests, the kernel may take back pages of mapped files (weights, libraries)
-# in between, and with them more than what is measured.
+# In a process of its own: one that has run other tests may hold freed memory, or lose pages of mapped files (weights, libraries)
+# in between, more than what is measured.
 SCRIPT = """
 import sys, time, torch
 from fusion_adapters.runs import memory

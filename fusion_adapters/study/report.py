@@ -36,6 +36,7 @@ COLUMNS = (
     "head_parameters",
     "seconds",
     "evaluation_seconds",
+    "training_cpu_seconds",
     "peak_memory_mib",
     "adapter",
 )

@@ -68,13 +68,17 @@ class KeepBest(TrainerCallback):
         self.weights: dict[str, torch.Tensor] = {}
         self.curve: list[tuple[int, float]] = []
         self.losses: list[tuple[int, float]] = []
+        self.cpu_seconds = 0.0  # of evaluations
+        self._begun = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Asks for an evaluation where one is due."""
         control.should_evaluate = state.global_step in self.moments
+        self._begun = time.process_time()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Notes the score, and the weights if it is the best so far."""
+        self.cpu_seconds += time.process_time() - self._begun
         score = float(kwargs["metrics"][f"eval_{self.measure.name}"])
         self.curve.append((state.global_step, score))
         self.losses.append((state.global_step, float(kwargs["metrics"]["eval_loss"])))
@@ -100,7 +104,7 @@ def run_trial(
     Returns:
         The run's settings and the versions it was made with, `dev` (the best score), `diverged` (a loss or a weight is not finite),
         `curve` (step, score), `loss_curve` (step, development loss as the Trainer has it: over pieces or rows where the task reports a
-        loss, else a mean over batches), parameters by part, seconds of training, memory, and for a reported run `test` and the mean
+        loss, else a mean over batches), parameters by part, seconds of training (those of the processor without evaluations: other work beside does not lengthen them), memory, and for a reported run `test` and the mean
         weights over depth by label. Where the task reports a loss also `dev_loss` and `test_loss`, of the same weights as `dev` and
         `test`.
     """
@@ -142,10 +146,10 @@ def run_trial(
         trainer.remove_callback(PrinterCallback)  # the study has one progress bar
         if study.methods[run.method].lora_rate_scale != 1:
             scale_lora_rate(trainer, study.methods[run.method].lora_rate_scale)
-        begun = time.perf_counter()
+        begun, begun_cpu = time.perf_counter(), time.process_time()
         with PeakMemory() as memory:
             trainer.train()
-        seconds = time.perf_counter() - begun
+        seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - begun_cpu
     if keep.best is None:
         raise RunFailedError(f"The run {run} was never evaluated.")
     broken = not_finite(model)
@@ -161,6 +165,7 @@ def run_trial(
         "steps": steps,
         "parameters": count_trainable(model),
         "seconds": round(seconds, 2),
+        "training_cpu_seconds": round(cpu_seconds - keep.cpu_seconds, 2),
         "evaluation_seconds": round(sum(e["eval_runtime"] for e in trainer.state.log_history if "eval_runtime" in e), 2),
         "peak_memory_mib": memory.mib,
         "versions": versions(),

@@ -104,9 +104,9 @@ def run_trial(
     Returns:
         The run's settings and the versions it was made with, `dev` (the best score), `diverged` (a loss or a weight is not finite),
         `curve` (step, score), `loss_curve` (step, development loss as the Trainer has it: over pieces or rows where the task reports a
-        loss, else a mean over batches), parameters by part, seconds of training (those of the processor without evaluations: other work beside does not lengthen them), memory, and for a reported run `test` and the mean
-        weights over depth by label. Where the task reports a loss also `dev_loss` and `test_loss`, of the same weights as `dev` and
-        `test`.
+        loss, else a mean over batches), parameters by part, seconds of training (those of the processor are without evaluations, and
+        other work beside does not lengthen them), memory, and for a reported run `test` and the mean weights over depth by label.
+        Where the task reports a loss also `dev_loss` and `test_loss`, of the same weights as `dev` and `test`.
     """
     transformers.utils.logging.disable_progress_bar()  # "Loading weights", once a run
     recipe = study.recipe_of(run.data, run.method, run.seed)

@@ -79,9 +79,9 @@ class Concat(Fusion):
         return (self.bias if kept is None else kept) + linear(flat, weight).float()
 
     def finish(self, kept: Any, last: Tensor) -> Tensor:
-        mixed = kept.to(last.dtype).view(*last.shape[:-1], kept.shape[-1])
+        mixed = self.scaled(kept).to(last.dtype).view(*last.shape[:-1], kept.shape[-1])
         if self.up_weight is not None:
-            mixed = linear(F.gelu(mixed), self.up_weight, self.up_bias)  # (B, T, d)
+            mixed = self.scaled(linear(F.gelu(mixed), self.up_weight, self.up_bias))  # (B, T, d)
         elif not self.residual:
             mixed = F.gelu(mixed)
         return self.added(last, mixed) if self.residual else mixed

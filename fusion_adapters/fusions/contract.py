@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from .scaled import Scaled
 from .widths import Budget, BudgetTooSmallError, largest_width
 
 EPSILON = 1e-8  # under the root of a mean square; the smallest states are some 1e-2
@@ -38,7 +39,7 @@ class Context:
     block_kwargs: dict[str, Any] | None = None
 
 
-class Fusion(nn.Module):
+class Fusion(Scaled):
     """Maps the layer states of a position to one vector of the hidden size.
 
     Layer states are numbered as `z_0 .. z_L`: `z_0` is the input of the first block, `z_i` the output of block `i`,
@@ -53,8 +54,7 @@ class Fusion(nn.Module):
         layers: Indices of the states that `forward` wants, ascending.
         norm: `"rms"`: the fusion computes in units of each state's root mean square, in which layers of very different scale
             are alike; `"none"`: on the states as they are.
-        alpha: What the fusion adds to `z_L` counts so many times: Adam then moves it as a learning rate `alpha` times as high
-            would, as LoRA's `alpha / r` does.
+        alpha: How many times a stored parameter counts, see `Scaled`: set by `scale_by`, and minded by `forward` (`scaled`).
         stop_gradient: Whether the caller keeps this fusion's gradients from the backbone, all but that of `z_L` itself.
         pools: Whether the caller puts means over positions in the place of the states, see `Means`.
         paper: Options that give the published form.
@@ -77,7 +77,6 @@ class Fusion(nn.Module):
         self.stop_gradient = False
         self.pools = False
         self.norm = "none"
-        self.alpha = 1.0
 
     def forward(
         self, states: Sequence[Tensor], last: Tensor, context: Context | None = None, return_weights: bool = False
@@ -117,12 +116,10 @@ class Fusion(nn.Module):
         return F.rms_norm(state, state.shape[-1:], eps=EPSILON) if self.norm == "rms" else state
 
     def added(self, last: Tensor, update: Tensor) -> Tensor:
-        """`z_L + alpha u`, with `norm="rms"` `z_L + alpha rms(z_L) u`, in the dtype of `z_L`; both `(B, T, d)`."""
+        """`z_L + u`, with `norm="rms"` `z_L + rms(z_L) u`, in the dtype of `z_L`; both `(B, T, d)`."""
         if self.norm == "rms":
             size = (last.float().square().mean(-1, keepdim=True) + EPSILON).sqrt()  # (B, T, 1)
-            return last + (self.alpha * size * update).to(last.dtype)
-        if self.alpha != 1:
-            update = self.alpha * update
+            return last + (size * update).to(last.dtype)
         return (last + update).to(last.dtype)
 
     @classmethod

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from .contract import Context, Fusion
 from .numerics import check_heads, check_init, layer_norm, linear, linear_bias, linear_weight
+from .scaled import Scaled
 from .widths import Budget, BudgetTooSmallError
 
 
-class EncoderBlock(nn.Module):
+class EncoderBlock(Scaled):
     """A pre-norm transformer block: self-attention and a gelu MLP, each added to its input.
 
     Parameters: `12 d^2 + 13 d` at the usual feed-forward width of `4 d`.
@@ -41,19 +42,23 @@ class EncoderBlock(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        norms = list(zip(self.norm_weight.unbind(0), self.norm_bias.unbind(0), strict=True))
-        qkv = linear(layer_norm(x, *norms[0]), self.qkv_weight, self.qkv_bias)  # (B, T, 3 d)
+        first, second = zip(self.norm_weight.unbind(0), self.norm_bias.unbind(0), strict=True)
+        qkv = self._linear(self.scaled(layer_norm(x, *first)), self.qkv_weight, self.qkv_bias)  # (B, T, 3 d)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, T, d / H)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)
-        x = x + linear(attended.transpose(1, 2).flatten(-2), self.out_weight, self.out_bias)  # (B, T, d)
-        hidden = F.gelu(linear(layer_norm(x, *norms[1]), self.up_weight, self.up_bias))  # (B, T, feedforward)
-        return x + linear(hidden, self.down_weight, self.down_bias)
+        x = x + self._linear(attended.transpose(1, 2).flatten(-2), self.out_weight, self.out_bias)  # (B, T, d)
+        hidden = F.gelu(self._linear(self.scaled(layer_norm(x, *second)), self.up_weight, self.up_bias))  # (B, T, feedforward)
+        return x + self._linear(hidden, self.down_weight, self.down_bias)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return self.scaled(linear(x, weight, bias))
 
 
-class GatedCopy(nn.Module):
+class GatedCopy(Scaled):
     """A trainable float32 copy of the backbone's last block, `h = z + g (block(z) - z)`; without a gate, `block(z)`.
 
-    The gate starts at zero, which makes the copy the identity.
+    The gate starts at zero, which makes the copy the identity. `alpha` is the gate's; the block has trained weights to start from, and
+    learns at the rate as it is.
     """
 
     def __init__(self, block: nn.Module, gated: bool) -> None:
@@ -64,7 +69,7 @@ class GatedCopy(nn.Module):
     def forward(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         answer = self.block(x, *args, **kwargs)
         answer = answer[0] if isinstance(answer, (tuple, list)) else answer
-        return answer if self.gate is None else x + self.gate * (answer - x)
+        return answer if self.gate is None else x + self.scaled(self.gate) * (answer - x)
 
 
 class Deeper(Fusion):
@@ -148,12 +153,12 @@ class Deeper(Fusion):
             x = last.to(dtype)
             for block in self.blocks:
                 x = block(x, args, kwargs)
-            return x.to(last.dtype) if self.alpha == 1 else self.added(last, x.float() - last.float())
+            return x.to(last.dtype)
         mask = attention_bias(context, last)
         x = start = self.seen(last)
         for block in self.blocks:
             x = block(x, mask, context.causal)
-        return x if self.norm == "none" and self.alpha == 1 else self.added(last, x.float() - start.float())
+        return x if self.norm == "none" else self.added(last, x.float() - start.float())
 
 
 def attention_bias(context: Context, states: Tensor) -> Tensor | None:

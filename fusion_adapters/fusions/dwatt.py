@@ -84,7 +84,7 @@ class DWAtt(Fusion):
         last = self.seen(last)
         (offset,) = self.query([last])
         query = 1 + F.elu(last + offset).float()  # (B, T, d)
-        keys = (self.position @ self.key_weight.T).float()  # (N, d)
+        keys = (self.scaled(self.position) @ self.scaled(self.key_weight).T).float()  # (N, d)
         # float32: unscaled scores reach tens, where a bf16 product would be off by a quarter
         scores = torch.einsum("bthc,nhc->bthn", query.unflatten(-1, (self.heads, -1)), keys.unflatten(-1, (self.heads, -1)))
         return F.softmax(scores * self.scale, dim=-1)
@@ -104,22 +104,22 @@ class DWAtt(Fusion):
 
     def absorb(self, kept: Any, index: int, state: Tensor) -> Any:
         *inner, _, _ = (parameter[index] for parameter in self.value.parameters())
-        return [*(kept or ()), BottleneckMLP.narrow(self.seen(state), *inner)]  # (B, T, r) each
+        return [*(kept or ()), self.value.narrow(self.seen(state), *inner)]  # (B, T, r) each
 
     def finish(self, kept: Any, last: Tensor) -> Tensor:
         total = self._start(last)
         layers = self._layers(self._dropped(self.depth_weights(last), last))
         for i, (share, gain, bias, *_, up, up_bias) in enumerate(layers):
-            total = total + self._weighed(linear(kept[i], up, up_bias), share, gain, bias)
+            total = total + self._weighed(self.value.wide(kept[i], up, up_bias), share, gain, bias)
             kept[i] = None
         return self._end(total, last)
 
     def _start(self, last: Tensor) -> Tensor:
         """What the values are added to, float32: `z_L`, or zeros where they are scaled before they meet it."""
-        return last.float() if self.norm == "none" and self.alpha == 1 else torch.zeros_like(last, dtype=torch.float32)
+        return last.float() if self.norm == "none" else torch.zeros_like(last, dtype=torch.float32)
 
     def _end(self, total: Tensor, last: Tensor) -> Tensor:
-        return total.to(last.dtype) if self.norm == "none" and self.alpha == 1 else self.added(last, total)
+        return total.to(last.dtype) if self.norm == "none" else self.added(last, total)
 
     def _dropped(self, weights: Tensor, last: Tensor) -> Tensor:
         return F.dropout(weights, self.dropout, self.training).to(last.dtype)
@@ -127,12 +127,12 @@ class DWAtt(Fusion):
     def _layers(self, weights: Tensor) -> list[tuple[Tensor, ...]]:
         """For each layer its weights `(B, T, H, 1)`, the gain and bias of its outer norm, and its MLP's parameters."""
         shares = weights.unsqueeze(-1).unbind(-2)
-        gains, biases = self.gain_scale * self.value_norm_weight, self.gain_scale * self.value_norm_bias  # (N, d)
+        gains, biases = (self.gain_scale * self.scaled(p) for p in (self.value_norm_weight, self.value_norm_bias))  # (N, d)
         rows = zip(shares, gains.unbind(0), biases.unbind(0), self.value.layers(), strict=True)
         return [(share, gain, bias, *mlp) for share, gain, bias, mlp in rows]
 
     def _weighed_value(self, state: Tensor, share: Tensor, gain: Tensor, bias: Tensor, *mlp: Tensor) -> Tensor:
-        return self._weighed(BottleneckMLP.apply_layer(state, *mlp), share, gain, bias)
+        return self._weighed(self.value.apply_layer(state, *mlp), share, gain, bias)
 
     def _weighed(self, value: Tensor, share: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
         """A layer's part of the sum, `s_n LN_n(f_n(z_n))`, `(B, T, d)`, from `f_n(z_n)`."""

@@ -72,9 +72,9 @@ class DWConcat(Fusion):
         depth = len(self.layers)
         if not self.attends:
             return torch.full((*last.shape[:-1], self.heads, depth), 1 / depth, device=last.device)
-        query = linear(last, self.query_weight).float().unflatten(-1, (self.heads, -1))  # (B, T, H, r / H)
-        scores = torch.einsum("bthc,nhc->bthn", query, self.key.float().unflatten(-1, (self.heads, -1)))
-        return F.softmax(scores * query.shape[-1] ** -0.5 + self.offset, dim=-1)
+        query = self.scaled(linear(last, self.query_weight)).float().unflatten(-1, (self.heads, -1))  # (B, T, H, r / H)
+        scores = torch.einsum("bthc,nhc->bthn", query, self.scaled(self.key).float().unflatten(-1, (self.heads, -1)))
+        return F.softmax(scores * query.shape[-1] ** -0.5 + self.scaled(self.offset), dim=-1)
 
     def forward(
         self, states: Sequence[Tensor], last: Tensor, context: Context | None = None, return_weights: bool = False
@@ -112,9 +112,9 @@ class DWConcat(Fusion):
 
     def _widened(self, mixed: Tensor, last: Tensor) -> Tensor:
         """`z_L + U gelu(LN(m + b)) + c`, `(B, T, d)`, from the weighed sum `m`."""
-        mixed = (mixed.flatten(-2) if self.attends else mixed) + self.down_bias
-        hidden = F.gelu(layer_norm(mixed, self.norm_weight, self.norm_bias)).to(last.dtype)
-        return self.added(last, linear(hidden, self.up_weight, self.up_bias))
+        mixed = self.scaled((mixed.flatten(-2) if self.attends else mixed) + self.down_bias)
+        hidden = F.gelu(self.scaled(layer_norm(mixed, self.norm_weight, self.norm_bias))).to(last.dtype)
+        return self.added(last, self.scaled(linear(hidden, self.up_weight, self.up_bias)))
 
 
 def _normalised(state: Tensor) -> Tensor:

@@ -64,13 +64,13 @@ class LAYA(Fusion):
         self, states: Sequence[Tensor], last: Tensor, context: Context | None = None, return_weights: bool = False
     ) -> Any:
         maps = zip(self.down_weight.unbind(0), self.down_bias.unbind(0), strict=True)
-        narrow = [linear(self.seen(z), w, b) for z, (w, b) in zip(states, maps, strict=True)]  # N of (B, T, r)
-        hidden = F.gelu(linear(torch.cat(narrow, dim=-1), self.hidden_weight, self.hidden_bias))  # (B, T, 2 r)
-        scores = linear(hidden, self.score_weight, self.score_bias).float()
+        narrow = [self.scaled(linear(self.seen(z), w, b)) for z, (w, b) in zip(states, maps, strict=True)]  # N of (B, T, r)
+        hidden = F.gelu(self.scaled(linear(torch.cat(narrow, dim=-1), self.hidden_weight, self.hidden_bias)))  # (B, T, 2 r)
+        scores = self.scaled(linear(hidden, self.score_weight, self.score_bias)).float()
         weights = F.softmax(scores / self.temperature, dim=-1)  # (B, T, N)
         mixed = torch.zeros_like(narrow[0], dtype=torch.float32)
         for share, x in zip(weights.unbind(-1), narrow, strict=True):
             mixed = mixed + share.unsqueeze(-1) * x
-        update = linear(mixed.to(last.dtype), self.up_weight, self.up_bias)  # (B, T, d)
+        update = self.scaled(linear(mixed.to(last.dtype), self.up_weight, self.up_bias))  # (B, T, d)
         fused = self.added(last, update) if self.residual else update
         return (fused, weights) if return_weights else fused

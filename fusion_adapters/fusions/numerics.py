@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .contract import Context
+from .scaled import Scaled
 
 _UNDRAWN = threading.local()
 
@@ -103,7 +104,7 @@ def undrawn() -> Iterator[None]:
         _UNDRAWN.on = False
 
 
-class BottleneckMLP(nn.Module):
+class BottleneckMLP(Scaled):
     """DWAtt's MLP for each of `depth` layers: `f_n(x) = W_n LN_n(gelu(U_n x))` (arXiv 2209.15168, eq. 11).
 
     The weights of all layers lie in one tensor per kind, so that a checkpoint holds few tensors whatever the depth.
@@ -128,16 +129,18 @@ class BottleneckMLP(nn.Module):
         # unbind, not indexing: the gradient of all layers is then built in one piece
         return list(zip(*(p.unbind(0) for p in self.parameters()), strict=True))
 
-    @staticmethod
-    def narrow(x: Tensor, down: Tensor, down_bias: Tensor, norm: Tensor, norm_bias: Tensor) -> Tensor:
+    def narrow(self, x: Tensor, down: Tensor, down_bias: Tensor, norm: Tensor, norm_bias: Tensor) -> Tensor:
         """The inner half of one layer's MLP, `LN_n(gelu(U_n x))`, `(B, T, d)` to `(B, T, r)`."""
-        return layer_norm(F.gelu(linear(x, down, down_bias)), norm, norm_bias)
+        return self.scaled(layer_norm(F.gelu(self.scaled(linear(x, down, down_bias))), norm, norm_bias))
 
-    @classmethod
-    def apply_layer(cls, x: Tensor, *parameters: Tensor) -> Tensor:
+    def wide(self, narrow: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
+        """The outer half, `W_n`, `(B, T, r)` to `(B, T, d)`."""
+        return self.scaled(linear(narrow, up, up_bias))
+
+    def apply_layer(self, x: Tensor, *parameters: Tensor) -> Tensor:
         """One layer's MLP, `(B, T, d)` to the same shape."""
         *inner, up, up_bias = parameters
-        return linear(cls.narrow(x, *inner), up, up_bias)
+        return self.wide(self.narrow(x, *inner), up, up_bias)
 
     def forward(self, states: Sequence[Tensor]) -> list[Tensor]:
         """Maps `depth` states, each `(B, T, d)`, to as many of the same shape."""

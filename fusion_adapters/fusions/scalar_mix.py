@@ -42,11 +42,11 @@ class ScalarMix(Fusion):
             kept = self.absorb(kept, index, state)
         fused = self.finish(kept, last)
         if return_weights:
-            return fused, F.softmax(self.logits, dim=0).expand(*last.shape[:-1], -1)  # (B, T, N)
+            return fused, F.softmax(self.scaled(self.logits), dim=0).expand(*last.shape[:-1], -1)  # (B, T, N)
         return fused
 
     def absorb(self, kept: Any, index: int, state: Tensor) -> Any:
-        part = (self.gamma * F.softmax(self.logits, dim=0))[index] * self.seen(state).float()
+        part = (self.scaled(self.gamma) * F.softmax(self.scaled(self.logits), dim=0))[index] * self.seen(state).float()
         return part if kept is None else kept + part
 
     def finish(self, kept: Any, last: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ def build_for(backbone: Backbone, config: FusionConfig, **widths: int) -> Fusion
             "fusion_norm='rms' with fusion_copy_last=True: the copy of the backbone's last block computes on the states as they are. Leave "
             "one of them out."
         )
-    fusion.norm, fusion.alpha = config.fusion_norm or "none", 1.0 if config.fusion_alpha is None else config.fusion_alpha
+    fusion.norm = config.fusion_norm or "none"
+    fusion.scale_by(config.alpha)
     return fusion
 
 

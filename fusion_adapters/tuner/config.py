@@ -35,6 +35,10 @@ _CHECKS: dict[frozenset[Any], tuple[Any, str]] = {
 }
 
 
+# The best learning rates of fusions lie between 1e-3 and 3e-3, those of LoRA about 2e-4 (docs/decoders.md).
+ALPHA = 8.0
+
+
 def _optional(text: str) -> Any:
     return field(default=None, metadata={"help": text})
 
@@ -82,8 +86,9 @@ class FusionConfig(_MethodOptions):
             is pooled, and a decoder's head reads the last token.
         fusion_norm: `"rms"`: the fusion computes in units of each state's root mean square, and adds in those of `z_L`, so that
             layers of very different scale (decoders) weigh alike; None or `"none"`: on the states as they are.
-        fusion_alpha: What the fusion adds counts so many times, and so does what the task head learns: Adam moves both as a
-            learning rate so many times as high would. 4 brings the best rate to where LoRA's lies, 2e-4. None means 1.
+        fusion_alpha: How many times a parameter of the fusion, or of the task head, counts for what is stored: Adam moves both as a
+            learning rate so many times as high would, so that their best rate lies where LoRA's does. None means 8, in the
+            papers' forms 1.
         fusion_lora: Whether there is LoRA in the backbone; None: if an option of LoRA or its modules are given. True or
             False in a saved adapter.
         fusion_blocks: Name of the backbone's list of blocks, for models where it is not found.
@@ -112,7 +117,7 @@ class FusionConfig(_MethodOptions):
     )
     fusion_pool: str | None = _optional("'mean': means over a text's positions in the place of its layer states.")
     fusion_norm: str | None = _optional("'rms' to fuse the states in units of their root mean square; 'none'.")
-    fusion_alpha: float | None = _optional("How many times the fusion's update, and the head's, counts; 1 by default.")
+    fusion_alpha: float | None = _optional("How many times the parameters of fusion and head count; None means 8.")
     fusion_lora: bool | None = _optional("Whether there is LoRA in the backbone; None: if an option of LoRA is given.")
     fusion_blocks: str | None = _optional("Name of the backbone's list of blocks.")
     fusion_stack: str | None = _optional("Stack of an encoder-decoder: 'encoder', 'decoder' or 'both'.")
@@ -212,7 +217,14 @@ class FusionConfig(_MethodOptions):
             if getattr(self, f"fusion_{name}") is None:
                 setattr(self, f"fusion_{name}", default)
         self.fusion_norm = self.fusion_norm or "none"
-        self.fusion_alpha = 1.0 if self.fusion_alpha is None else float(self.fusion_alpha)
+        self.fusion_alpha = self.alpha
+
+    @property
+    def alpha(self) -> float:
+        """`fusion_alpha`, or its default; the papers' forms and adapters that were saved without it have 1."""
+        if self.fusion_alpha is not None:
+            return float(self.fusion_alpha)
+        return 1.0 if self.bound or self.options.get("init") == "paper" else ALPHA
 
     @property
     def has_lora(self) -> bool:
@@ -265,7 +277,7 @@ class FusionConfig(_MethodOptions):
             raise ValueError(f"fusion_norm={self.fusion_norm!r} is unknown. Use 'rms' or 'none', or leave it unset.")
         alpha = self.fusion_alpha
         if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha < float("inf")):
-            raise ValueError(f"fusion_alpha={alpha!r} must be a number above 0. 4 suits the learning rates of LoRA recipes.")
+            raise ValueError(f"fusion_alpha={alpha!r} must be a number above 0. The default, 8, suits the learning rates of LoRA.")
         if self.options.get("init") == "paper" and (self.fusion_norm == "rms" or alpha not in (None, 1)):
             raise ValueError(
                 f"fusion_init='paper' is the published form of {self.fusion!r}, without fusion_norm={self.fusion_norm!r} or "

@@ -28,11 +28,11 @@ def plain_head(head: nn.Module) -> None:
 
 
 def scale_head(model: nn.Module, backbones: list[Backbone], config: FusionConfig, adapter_name: str) -> None:
-    """Divides the weights of an adapter's task head by `fusion_alpha`, and multiplies what comes into it.
+    """Divides the parameters of an adapter's task head by `fusion_alpha`, and multiplies what its layers answer.
 
     The head answers as before (to the last bit for powers of two), and a step of Adam changes its answers `alpha` times as much.
-    In files its weights are the divided ones. Biases stay as they are, and so do heads of somebody's own, with a warning: how
-    their layers are called is not known.
+    In files its parameters are the divided ones. Heads of somebody's own stay as they are, with a warning: how their layers are
+    called is not known.
 
     Args:
         model: The model, in which peft has wrapped the head.
@@ -40,8 +40,8 @@ def scale_head(model: nn.Module, backbones: list[Backbone], config: FusionConfig
         config: The adapter's config.
         adapter_name: The adapter.
     """
-    alpha, below = config.fusion_alpha, modules_below_head(model, backbones)
-    if alpha is None or alpha == 1 or not task_heads(config):
+    alpha, below = config.alpha, modules_below_head(model, backbones)
+    if alpha == 1 or not task_heads(config):
         return
     for name, wrapper in model.named_modules():
         if not isinstance(wrapper, ModulesToSaveWrapper) or not name.endswith(tuple(task_heads(config))):
@@ -57,28 +57,29 @@ def scale_head(model: nn.Module, backbones: list[Backbone], config: FusionConfig
             )
             continue
         for layer in modules_of(head):
-            if type(layer) is nn.Linear and not any(isinstance(h, _Times) for h in layer._forward_pre_hooks.values()):
-                if not layer.weight.is_meta:
-                    with torch.no_grad():
-                        layer.weight /= alpha
-                layer.register_forward_pre_hook(_Times(alpha))
+            if type(layer) is nn.Linear and not any(isinstance(h, _Times) for h in layer._forward_hooks.values()):
+                with torch.no_grad():
+                    for parameter in layer.parameters():
+                        parameter /= alpha
+                layer.register_forward_hook(_Times(alpha))
 
 
 def unscale_head(head: nn.Module) -> None:
-    """Takes back what `scale_head` did: the weights are those of a plain head, and answer the same."""
+    """Takes back what `scale_head` did: the parameters are those of a plain head, and answer the same."""
     for layer in modules_of(head):
-        for key, hook in list(layer._forward_pre_hooks.items()):
+        for key, hook in list(layer._forward_hooks.items()):
             if isinstance(hook, _Times):
-                del layer._forward_pre_hooks[key]
+                del layer._forward_hooks[key]
                 with torch.no_grad():
-                    layer.weight *= hook.alpha  # type: ignore[operator, assignment]
+                    for parameter in layer.parameters():
+                        parameter *= hook.alpha
 
 
 class _Times:
-    """A forward pre-hook that multiplies what comes into a layer."""
+    """A forward hook that multiplies what a layer answers."""
 
     def __init__(self, alpha: float) -> None:
         self.alpha = alpha
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(self.alpha * a if isinstance(a, Tensor) else a for a in args)
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], answer: Tensor) -> Tensor:
+        return self.alpha * answer

@@ -75,7 +75,7 @@ def check_same_options(saved: FusionConfig, config: FusionConfig, depth: int, ho
         folder: Where the adapter was saved.
     """
     fields = (*_OPTIONS, *(_LORA if config.has_lora else ()))
-    if config.fusion_alpha not in (None, 1):  # which of its modules are a head that is scaled
+    if config.alpha != 1:  # which of its modules are a head that is scaled
         fields = (*fields, "task_type")
     pairs = [(name, _option(saved, name, depth), _option(config, name, depth)) for name in fields]
     others = [f"{name} is {there!r} there and {here!r} here" for name, there, here in pairs if there != here]

@@ -15,7 +15,8 @@ def scaled(name, norm, alpha):
     with torch.no_grad():
         for parameter in fusion.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    fusion.norm, fusion.alpha = norm, alpha
+    fusion.norm = norm
+    fusion.scale_by(alpha)
     return fusion, [torch.randn(B, T, D) for _ in fusion.layers], torch.randn(B, T, D)
 
 
@@ -41,18 +42,39 @@ def test_in_units_of_their_root_mean_square_states_are_fused_as_the_equations_sa
 
 @pytest.mark.parametrize("norm", ["none", "rms"])
 @pytest.mark.parametrize("name", SCALED)
-def test_alpha_multiplies_what_is_added(name, norm):
+def test_each_stored_parameter_counts_alpha_times(name, norm):
     fusion, states, last = scaled(name, norm, 1.0)
-    once = fusion(states, last) - last
-    fusion.alpha = 8.0
-    torch.testing.assert_close(fusion(states, last) - last, 8 * once, rtol=1e-4, atol=1e-5)
+    fused, before = fusion(states, last), {n: p.detach().clone() for n, p in fusion.named_parameters()}
+    fusion.scale_by(8.0)
+    assert all(torch.equal(8 * p, before[n]) for n, p in fusion.named_parameters())
+    torch.testing.assert_close(fusion(states, last), fused, rtol=1e-6, atol=1e-6)
+    fusion.scale_by(1.0)
+    assert all(torch.equal(p, before[n]) for n, p in fusion.named_parameters())
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_steps_of_adam_are_those_of_a_rate_alpha_times_as_high(name):
+    answers = []
+    for alpha, rate in ((1.0, 8e-3), (8.0, 1e-3)):
+        torch.manual_seed(0)
+        fusion, states, last = scaled(name, "none", alpha)
+        optimizer = torch.optim.Adam(fusion.parameters(), lr=rate, eps=1e-12)
+        for _ in range(5):
+            optimizer.zero_grad()
+            fusion(states, last).square().sum().backward()
+            optimizer.step()
+        answers.append(fusion(states, last).detach())
+        start = scaled(name, "none", 1.0)
+    assert (answers[0] - start[2]).abs().max() > 0.01
+    torch.testing.assert_close(answers[1], answers[0], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 8.0])
 @pytest.mark.parametrize("name", FUSIONS)
 def test_scaled_fusions_start_as_the_identity(name, alpha):
     fusion = build_fusion(name, D, L)
-    fusion.norm, fusion.alpha = "rms", alpha
+    fusion.norm = "rms"
+    fusion.scale_by(alpha)
     last = torch.randn(B, T, D)
     assert torch.equal(fusion([torch.randn(B, T, D) for _ in fusion.layers], last), last)
 

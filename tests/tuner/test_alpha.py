@@ -73,7 +73,7 @@ def test_a_step_of_adam_goes_as_far_as_at_a_rate_so_many_times_as_high(fusion):
 
 def test_adapters_of_one_model_have_each_its_own(tmp_path):
     model = attached("bert", fusion="last", fusion_alpha=8.0)
-    model.add_adapter("plain", FusionConfig(fusion="last", task_type="TOKEN_CLS"))
+    model.add_adapter("plain", FusionConfig(fusion="last", fusion_alpha=1.0, task_type="TOKEN_CLS"))
     wrapper = next(m for n, m in model.named_modules() if n.endswith("classifier") and hasattr(m, "modules_to_save"))
     scaled, plain = wrapper.modules_to_save["default"], wrapper.modules_to_save["plain"]
     torch.testing.assert_close(8 * scaled.weight, plain.weight)
@@ -100,11 +100,22 @@ def test_a_head_over_the_vocabulary_stays_as_it_is():
     assert layer_of(model).active_fusion.alpha == 8
 
 
-def test_by_default_and_in_the_papers_forms_nothing_is_scaled():
-    for config in (FusionConfig(task_type="TOKEN_CLS"), FusionConfig.paper("dwatt", task_type="TOKEN_CLS")):
-        get_peft_model(tiny(), config)
+@pytest.mark.parametrize(
+    ("config", "alpha"),
+    [
+        (FusionConfig(task_type="TOKEN_CLS"), 8.0),
+        (FusionConfig.paper("dwatt", task_type="TOKEN_CLS"), 1.0),
+        (FusionConfig(fusion="concat", fusion_init="paper", task_type="TOKEN_CLS"), 1.0),
+    ],
+)
+def test_by_default_parameters_count_eight_times_and_in_the_papers_forms_once(config, alpha):
+    for _ in range(2):  # one config for two models
         model = get_peft_model(tiny(), config)
-        assert (layer_of(model).active_fusion.norm, layer_of(model).active_fusion.alpha) == ("none", 1.0)
+        head = model.get_base_model().classifier
+        assert (layer_of(model).active_fusion.norm, layer_of(model).active_fusion.alpha) == ("none", alpha)
+        torch.testing.assert_close(alpha * head.modules_to_save["default"].weight, head.original_module.weight)
+        assert model.peft_config["default"].fusion_alpha == alpha
+    assert config.fusion_alpha is None
 
 
 @pytest.mark.parametrize("change", [{"fusion_alpha": 4.0}, {"fusion_norm": "none"}])
@@ -184,7 +195,7 @@ def test_the_papers_forms_are_not_scaled():
 
 
 def test_adapters_without_these_fields_go_into_new_ones(tmp_path):
-    model = disturb(attached("bert", fusion="concat"))
+    model = disturb(attached("bert", fusion="concat", fusion_alpha=1.0))
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     gone = (
@@ -196,10 +207,18 @@ def test_adapters_without_these_fields_go_into_new_ones(tmp_path):
         "fusion_digest",
     )  # as 0.1.0 wrote it
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in gone}))
-    again = attached("bert", fusion="concat")
+    again = attached("bert", fusion="concat", fusion_alpha=1.0)
     with pytest.warns(UserWarning, match="holds no digest"):
         again.load_adapter(str(tmp_path), "default")
     assert torch.equal(logits(again), logits(model))
+    with (
+        pytest.warns(UserWarning, match="holds no digest"),
+        pytest.raises(ValueError, match=r"fusion_alpha is 1\.0 there and 8\.0 here"),
+    ):
+        attached("bert", fusion="concat").load_adapter(str(tmp_path), "default")
+    with pytest.warns(UserWarning, match="holds no digest"):
+        plain = PeftModel.from_pretrained(tiny(), tmp_path)
+    assert torch.equal(logits(plain), logits(model))
     with pytest.warns(UserWarning, match="holds no digest"):
         given = PeftModel.from_pretrained(tiny(), tmp_path, config=FusionConfig(fusion="concat", task_type="TOKEN_CLS"))
     assert torch.equal(logits(given), logits(model))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .contract import Context, Fusion
-from .numerics import BottleneckMLP, bottleneck_width, check_heads, check_init, each_layer, layer_norm, linear, linear_weight
+from .numerics import BottleneckMLP, bottleneck_width, check_heads, check_init, each_layer, layer_norm, linear_weight
 
 POSITION_SIZE = 24  # d_pos, the same for every depth (Table 4)
 # From the identity start the outer gains must grow from 0 to about 1, a long way for an optimizer that moves each

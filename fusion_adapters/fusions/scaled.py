@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 
@@ -35,8 +34,6 @@ class Scaled(nn.Module):
         """
         for part in self.modules():
             if isinstance(part, Scaled):
-                with torch.no_grad():
-                    for parameter in part._parameters.values():
-                        if parameter is not None and alpha != part.alpha:
-                            parameter *= part.alpha / alpha
+                for parameter in part.parameters(recurse=False):
+                    parameter.data.mul_(part.alpha / alpha)
                 part.alpha = alpha

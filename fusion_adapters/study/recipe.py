@@ -39,6 +39,7 @@ class MethodRecipe(BaseModel):
     training: TrainingFields = Field(default_factory=dict, description="TrainingArguments of this method alone.")
     bits: Literal[4, 8] | None = Field(None, description="Quantise the backbone for this method.")
     rates: list[float] | None = Field(None, description="A grid of its own; the same for all methods is fairer.")
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps at most, of this method alone.")
     start_from: str | None = Field(
         None, description="Begin with another method's trained weights, of the same size and seed, where they fit."
     )

@@ -62,6 +62,21 @@ def begin_or_resume(study: StudyRecipe, output: Path) -> None:
     write_text_whole(output / BACKBONE_FILE, json.dumps(backbone, indent=1) + "\n")
 
 
+def settle_alpha(study: StudyRecipe, output: Path) -> None:
+    """Writes `fusion_alpha` into every method that leaves it out, so that a comparison does not change when the default does.
+
+    In one that was begun by 0.1.0, which knew none, parameters count once, those of methods that are added today too.
+    """
+    path = output / STUDY_FILE
+    begun: dict[str, Any] = {}
+    if path.is_file() and any((output / "runs").rglob("*.json")):
+        begun = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("methods") or {}
+    old = any("fusion_alpha" not in (method.get("adapter") or {}) for method in begun.values())
+    for name, method in study.methods.items():
+        config = adapter_config(study.recipe_of(next(iter(study.data)), name))
+        method.adapter.setdefault("fusion_alpha", 1.0 if old else config.alpha)
+
+
 def _remove_unfinished(output: Path) -> None:
     """Removes files that a process was killed over: a report's, or a run's, in the making."""
     for found in [*output.glob(".*"), *output.glob("runs/*/*/.*")]:
@@ -111,6 +126,8 @@ def _check_same(
     for data in began.data.values():
         if began.task.of_words and "label_at" not in data.model_fields_set:
             data.label_at = "first"  # of 0.1.0, which had no other
+    for method in began.methods.values():
+        method.adapter.setdefault("fusion_alpha", 1.0)  # of 0.1.0, which had none
     there = json.loads(began.model_dump_json(exclude={"quick"}))
     before, known = _read(output / DATA_FILE), _read(output / BACKBONE_FILE)
     # where the files are does not matter, what is in them does

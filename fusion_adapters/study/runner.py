@@ -31,7 +31,7 @@ from ..tuner.counts import skeleton
 from .examples import count_examples, forget, training_sizes
 from .recipe import StudyRecipe
 from .report import write_report
-from .resume import begin_or_resume
+from .resume import begin_or_resume, settle_alpha
 from .states import prepare_states, with_local_backbone
 from .statistics import summarise
 from .trial import Trial, run_trial
@@ -69,6 +69,7 @@ def run_study(study: StudyRecipe, output: str | Path, workers: int | None = None
     output = Path(output)
     forget()
     sizes = training_sizes(study)
+    settle_alpha(study, output)
     check_budgets(study)
     check_starts(study)
     settle_labels(study)
@@ -276,11 +277,15 @@ def check_starts(study: StudyRecipe) -> None:
         if method.start_from is None:
             continue
         own, source = (adapter_config(study.recipe_of(data, n)) for n in (name, method.start_from))
-        fields: tuple[str, ...] = LORA_FIELDS if own.has_lora and source.has_lora else ()
+        fields: tuple[str, ...] = ("fusion_alpha", *(LORA_FIELDS if own.has_lora and source.has_lora else ()))
         if own.fusion == source.fusion != "last":
             # the widths are in the shapes
             aside = (*fusion_class(own.fusion).widths, *ONLY_IN_TRAINING)
-            fields += ("fusion_layers", *(f"fusion_{name}" for name in fusion_options(own.fusion) if name not in aside))
+            fields += (
+                "fusion_layers",
+                "fusion_norm",
+                *(f"fusion_{name}" for name in fusion_options(own.fusion) if name not in aside),
+            )
         for field in fields:
             here, there = (_setting(config, field) for config in (own, source))
             if here != there:
@@ -291,7 +296,7 @@ def check_starts(study: StudyRecipe) -> None:
 
 
 def _setting(config: FusionConfig, field: str) -> Any:
-    value = getattr(config, field)
+    value = {"fusion_alpha": config.alpha, "fusion_norm": config.fusion_norm or "none"}.get(field, getattr(config, field))
     return fusion_options(config.fusion).get(field.removeprefix("fusion_")) if value is None else value
 
 

@@ -49,10 +49,11 @@ class Trial:
 
     def steps(self, study: StudyRecipe) -> int:
         """Optimizer steps."""
-        training = {**study.training, **study.methods[self.method].training}
+        method = study.methods[self.method]
+        training = {**study.training, **method.training}
         training = {**TRAINING_DEFAULTS, "gradient_accumulation_steps": 1, **training}
         batch = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
-        return min(study.epochs * math.ceil(self.size / batch), study.max_steps)
+        return min(study.epochs * math.ceil(self.size / batch), method.max_steps or study.max_steps)
 
 
 class KeepBest(TrainerCallback):

@@ -277,7 +277,9 @@ class FusionConfig(_MethodOptions):
             raise ValueError(f"fusion_norm={self.fusion_norm!r} is unknown. Use 'rms' or 'none', or leave it unset.")
         alpha = self.fusion_alpha
         if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha < float("inf")):
-            raise ValueError(f"fusion_alpha={alpha!r} must be a number above 0. The default, 8, suits the learning rates of LoRA.")
+            raise ValueError(
+                f"fusion_alpha={alpha!r} must be a number above 0. The default, 8, suits the learning rates of LoRA."
+            )
         if self.options.get("init") == "paper" and (self.fusion_norm == "rms" or alpha not in (None, 1)):
             raise ValueError(
                 f"fusion_init='paper' is the published form of {self.fusion!r}, without fusion_norm={self.fusion_norm!r} or "

@@ -74,9 +74,7 @@ def options_digest(config: Any) -> str:
     for field in dataclasses.fields(config):
         default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         value, usual = (_plain(v, field.name in UNORDERED) for v in (values.get(field.name), default))
-        counts = field.name not in ASIDE or (
-            field.name == "task_type" and config.alpha != 1
-        )  # whether a head is scaled
+        counts = field.name not in ASIDE or (field.name == "task_type" and config.alpha != 1)  # whether a head is scaled
         if counts and value != usual:
             chosen[field.name] = value
     text = json.dumps(chosen, sort_keys=True, default=str)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -58,9 +57,8 @@ def scale_head(model: nn.Module, backbones: list[Backbone], config: FusionConfig
             continue
         for layer in modules_of(head):
             if type(layer) is nn.Linear and not any(isinstance(h, _Times) for h in layer._forward_hooks.values()):
-                with torch.no_grad():
-                    for parameter in layer.parameters():
-                        parameter /= alpha
+                for parameter in layer.parameters():
+                    parameter.data.div_(alpha)
                 layer.register_forward_hook(_Times(alpha))
 
 
@@ -70,9 +68,8 @@ def unscale_head(head: nn.Module) -> None:
         for key, hook in list(layer._forward_hooks.items()):
             if isinstance(hook, _Times):
                 del layer._forward_hooks[key]
-                with torch.no_grad():
-                    for parameter in layer.parameters():
-                        parameter *= hook.alpha
+                for parameter in layer.parameters():
+                    parameter.data.mul_(hook.alpha)
 
 
 class _Times:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 
 SHARE = 0.2  # of the paper's budget, for the small fusions
+LOWER = 0.4  # of the blocks, for the fusion that needs no more of them
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Case:
             states (`"extraction"`).
         fusion: The method; None for no fusion.
         share: Of what the paper's DWAtt trains on this backbone, which the fusion then trains; None for the method's default.
+        depth: The fraction of the blocks that run, see `fusion_depth`; None for all.
         lora: Whether the recipe's LoRA is attached, alone or beside the fusion.
         source: Where an epoch's layer states come from: `"live"` from the backbone, `"cached"` from disk; `"loop"`, held in
             memory, for a bare loop without Trainer and without backbone.
@@ -31,6 +34,7 @@ class Case:
     work: Literal["epoch", "forward", "extraction"] = "epoch"
     fusion: str | None = None
     share: float | None = None
+    depth: float | None = None
     lora: bool = False
     source: Literal["live", "cached", "loop"] = "live"
     compiled: bool = False
@@ -52,6 +56,7 @@ EPOCHS = _named(
     Case("DWAtt 20 %, cached, compiled", fusion="dwatt", share=SHARE, source="cached", compiled=True),
     Case("dwconcat, cached", fusion="dwconcat", share=1, source="cached"),
     Case("dwconcat 20 %, cached", fusion="dwconcat", share=SHARE, source="cached"),
+    Case("Concat 20 %, cached", fusion="concat", share=SHARE, source="cached"),
     Case("DWAtt, loop in memory", fusion="dwatt", share=1, source="loop"),
     Case("DWAtt 20 %, loop in memory", fusion="dwatt", share=SHARE, source="loop"),
 )
@@ -59,6 +64,7 @@ FORWARDS = _named(
     Case("bare model", "forward"),
     Case("last attached", "forward", fusion="last"),
     Case("DWAtt attached", "forward", fusion="dwatt", share=1),
+    Case("Concat 20 % on 40 % of the blocks", "forward", fusion="concat", share=SHARE, depth=LOWER),
 )
 EXTRACTIONS = _named(
     Case("bare forward", "forward", head=False),
@@ -67,10 +73,18 @@ EXTRACTIONS = _named(
 CASES = {**EPOCHS, **FORWARDS, **EXTRACTIONS}
 
 
-def epoch_cases() -> list[str]:
-    """The cases of an epoch that this machine can run: torch.compile wants a C++ compiler and Python's headers."""
+def epoch_cases(model: nn.Module) -> list[str]:
+    """The cases of an epoch that can be run.
+
+    torch.compile wants a C++ compiler and Python's headers; the bare loop calls the head by hand, as BERT's: dropout, then classifier.
+
+    Args:
+        model: The backbone with its head.
+    """
+    looped = hasattr(model, "classifier") and hasattr(model, "dropout")
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2))
+        compiles = True
     except Exception:
-        return [name for name, case in EPOCHS.items() if not case.compiled]
-    return list(EPOCHS)
+        compiles = False
+    return [name for name, case in EPOCHS.items() if compiles >= case.compiled and looped >= (case.source == "loop")]

@@ -81,6 +81,8 @@ class Setting:
         fields: dict[str, Any] = {"task_type": "TOKEN_CLS", **(self.recipe.lora if case.lora else {})}
         if case.share is not None:
             fields["fusion_budget"] = self.budget(case.share)
+        if case.depth is not None:
+            fields["fusion_depth"] = case.depth
         model: Any = self.bare()  # last, because it seeds
         if case.fusion is not None:
             model = get_peft_model(model, FusionConfig(fusion=case.fusion, **fields))

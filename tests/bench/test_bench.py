@@ -7,10 +7,9 @@ from types import SimpleNamespace
 import dying_run
 import pytest
 import torch
-from support import tiny
-from support_text import SENTENCES, conll, save_model
+from support_text import SENTENCES, conll, save_decoder, save_model
 
-from fusion_adapters.bench import large, load_bench, run_bench, workers
+from fusion_adapters.bench import large, load_bench, workers
 from fusion_adapters.bench.cases import CASES, EPOCHS, EXTRACTIONS, FORWARDS, epoch_cases
 from fusion_adapters.bench.large import measure_large
 from fusion_adapters.bench.report import write_bench_report
@@ -59,9 +58,9 @@ def test_every_case_does_a_round_of_work(case, recipe, tmp_path):
 
 @pytest.mark.parametrize("case", EPOCHS)
 def test_a_round_trains_what_its_name_says(case, recipe, tmp_path):
-    if "compiled" in case and case not in epoch_cases():
-        pytest.skip("torch.compile does not work on this machine")
     setting = Setting(recipe, tmp_path)
+    if case not in epoch_cases(setting.bare()):
+        pytest.skip("torch.compile does not work on this machine")
     kept = {}
     original = setting.attached
     setting.attached = lambda case: kept.setdefault("model", original(case))
@@ -71,7 +70,7 @@ def test_a_round_trains_what_its_name_says(case, recipe, tmp_path):
     moved = {n for n, p in kept["model"].named_parameters() if not torch.equal(p, before[n])}
     assert any("classifier" in n for n in moved)
     assert any(".lora_" in n for n in moved) == case.startswith("LoRA")
-    assert any(".layer_fusion." in n for n in moved) == ("DWAtt" in case or "dwconcat" in case)
+    assert any(".layer_fusion." in n for n in moved) == any(name in case for name in ("DWAtt", "dwconcat", "Concat"))
     assert all(any(part in n for part in (".lora_", ".layer_fusion.", "classifier")) for n in moved)
     assert run() > 0, "a second round"
 
@@ -161,7 +160,7 @@ def test_bars_and_report(summary, tmp_path):
 def test_the_whole_benchmark_from_the_command_line(recipe, tmp_path, capsys):
     main(["bench", str(tmp_path / "bench.yaml"), "--output", str(tmp_path / "out")])
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert set(summary["seconds"]) >= {*epoch_cases(), *FORWARDS, *EXTRACTIONS}
+    assert set(summary["seconds"]) >= {*epoch_cases(Setting(recipe, tmp_path).bare()), *FORWARDS, *EXTRACTIONS}
     assert all(len(s["rounds"]) == recipe.repeats for s in summary["seconds"].values())
     found = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert found == ["epochs.png", "memory.png", "results.csv", "run.json", "scaling.png", "summary.json", "summary.md"]
@@ -190,11 +189,21 @@ def test_denormal_numbers_are_as_before_after_a_round(recipe, tmp_path):
     assert bool(tiny * 1 == tiny)
 
 
-def test_a_backbone_whose_head_the_bare_loop_cannot_call_is_refused_first(recipe, tmp_path):
-    tiny("llama").save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"LlamaForTokenClassification of .* has no such head"):
-        run_bench(recipe, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("case", ["LoRA", "Concat 20 %, cached", "Concat 20 % on 40 % of the blocks", "extraction"])
+def test_a_decoder_runs_all_but_the_bare_loop(case, recipe, tmp_path):
+    save_decoder(tmp_path / "model")
+    recipe = recipe.model_copy(update={"lora": {"r": 2, "target_modules": ["q_proj"]}})
+    setting = Setting(recipe, tmp_path)
+    cases = epoch_cases(setting.bare())
+    assert "LoRA" in cases and not any("loop" in name for name in cases)
+    assert begin(setting, CASES[case])() > 0
+
+
+def test_bars_without_the_bare_loop(summary):
+    seconds = {name: s for name, s in summary["seconds"].items() if "loop" not in name}
+    bars = {b["bar"] for b in compare_with_bars({**summary, "seconds": seconds})}
+    assert "LoRA epoch / cached Concat epoch at 20 % of the budget" in bars
+    assert not any("loop" in name for name in bars)
 
 
 def test_exponents_are_those_of_the_fit():

@@ -10,7 +10,7 @@ class Scaled(nn.Module):
 
     A step of Adam is as long as the learning rate says, whatever the gradient's size. One at rate `x` therefore moves what the
     module computes with as one at `alpha x` moves a module whose parameters are stored as they are. Weight decay stays that of
-    `x`.
+    `x`. With plain SGD, whose steps grow with the gradient, it is `alpha^2`.
 
     A subclass passes through `scaled` each of its own parameters, or what is linear in all of those that it takes (a linear map with
     its bias, a norm with its gain and bias).

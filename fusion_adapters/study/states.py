@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from peft import get_peft_model
 from torch import nn
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from ..backbone.blocks import find_backbones
-from ..fusions import resolve_layers
+from ..fusions import fusion_class, resolve_layers
 from ..runs.files import written_aside
 from ..runs.loading import check_lengths, load_model, settle_label_at
 from ..runs.pretrained import load_pretrained, locate
@@ -21,15 +22,17 @@ from ..runs.training import adapter_config
 from ..states import cache_layer_states
 from ..states.key import made_by_other_versions
 from ..states.storage import has_manifest, read_manifest
+from ..tuner.config import FusionConfig
 from ..tuner.lower import lower_backbones
 from .examples import splits_of
 from .recipe import StudyRecipe
 
 
 def states_folder(study: StudyRecipe, data: str, method: str, root: Path) -> Path:
-    """Where the layer states of a data set are, for the quantisation of a method."""
+    """Where the layer states of a data set are, for the quantisation of a method: those of tokens, or one mean a text."""
     bits = study.methods[method].bits or study.backbone.bits
-    return root / (data if bits is None else f"{data}-{bits}bit")
+    name = data if bits is None else f"{data}-{bits}bit"
+    return root / (f"{name}-means" if _reads_means(adapter_config(study.recipe_of(data, method))) else name)
 
 
 def with_local_backbone(study: StudyRecipe, root: Path) -> StudyRecipe:
@@ -67,9 +70,9 @@ def prepare_states(study: StudyRecipe, root: Path) -> None:
                 folders.setdefault(states_folder(study, data, method, root), []).append(method)
         for folder, methods in folders.items():
             recipe = study.recipe_of(data, methods[0])
+            config = adapter_config(recipe)
             tokenizer = load_tokenizer(recipe.backbone, recipe.task)
-            fresh = adapter_config(recipe).modules_to_save or ()
-            model = load_model(recipe.backbone, recipe.task, splits.labels, fresh)
+            model = load_model(recipe.backbone, recipe.task, splits.labels, config.modules_to_save or ())
             if recipe.backbone.bits is None:  # a quantised model is where it was loaded
                 model.to(PartialState().device)
             layers = {i for m in methods for i in _layers(study.recipe_of(data, m), model)}
@@ -84,7 +87,9 @@ def prepare_states(study: StudyRecipe, root: Path) -> None:
                 else:  # methods were added that read more; the states of the others come out as before
                     layers |= there
                     shutil.rmtree(folder)
-            settle_label_at(recipe.data, recipe.task, model, adapter_config(recipe))
+            settle_label_at(recipe.data, recipe.task, model, config)
+            if _reads_means(config):  # whatever its fusion
+                model = get_peft_model(model, _pooling(config))
             encoded = splits.encoded(recipe.task, tokenizer, recipe.data)
             rows = [row for part in encoded.values() for row in part.rows]
             check_lengths(model, rows)
@@ -98,6 +103,23 @@ def prepare_states(study: StudyRecipe, root: Path) -> None:
                 tokenizer=tokenizer,
                 max_length=recipe.data.max_length,
             )
+
+
+def _reads_means(config: FusionConfig) -> bool:
+    """Whether a method reads one mean of each text, where its head allows it."""
+    return config.fusion_pool is not None and not config.has_lora and not fusion_class(config.fusion).mixes_positions
+
+
+def _pooling(config: FusionConfig) -> FusionConfig:
+    """An adapter that pools as a method's does and does nothing else."""
+    return FusionConfig(
+        fusion="last",
+        fusion_pool=config.fusion_pool,
+        task_type=config.task_type,
+        modules_to_save=config.modules_to_save,
+        fusion_blocks=config.fusion_blocks,
+        fusion_stack=config.fusion_stack,
+    )
 
 
 def _layers(recipe: Recipe, model: nn.Module) -> tuple[int, ...]:

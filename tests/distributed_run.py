@@ -23,7 +23,7 @@ head = "sequence"
 def train(output, size, family, lora, *options):
     """Trains, and writes history and adapter into a folder."""
     rows = [{k: v[i] for k, v in inputs(family, head, seed=seed).items()} for seed in range(8) for i in range(2)]
-    model = without_dropout(disturb(attach(family, head, lora == "lora")))
+    model = without_dropout(disturb(attach(family, head, lora == "lora", fusion_alpha=1.0)))
 
     def noted_save(tensors, path, *args, **kwargs):
         """Writes weights, and notes which process did."""

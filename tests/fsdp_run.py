@@ -32,7 +32,7 @@ if world > 1:
 
 def train(output, family, lora):
     """Trains, and writes history and adapter into a folder."""
-    model = without_dropout(disturb(attach(family, "sequence", lora == "lora")))
+    model = without_dropout(disturb(attach(family, "sequence", lora == "lora", fusion_alpha=1.0)))
     if mesh is not None:
         for layer in fusion_layers(model):
             for block in layer.backbone.blocks:

@@ -96,12 +96,15 @@ def attached(family="bert", head="token", model=None, **fields):
 
 
 def disturb(model, scale=0.1):
-    """Moves all trainable parameters off their start, so that an adapter has an effect."""
+    """Moves all trainable parameters off their start, so that an adapter has an effect: what they count for moves by `scale`."""
     torch.manual_seed(1)
+    alphas = {adapter: getattr(config, "alpha", 1) for adapter, config in getattr(model, "peft_config", {}).items()}
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.add_(scale * torch.randn_like(parameter))
+                counted = ".fusions." in name or ".modules_to_save." in name
+                alpha = next((a for adapter, a in alphas.items() if counted and f".{adapter}." in name), 1)
+                parameter.add_(scale / alpha * torch.randn_like(parameter))
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from .recipe import Recipe, chooses_depth
 STEPS = 6  # depths that are tried; the numbers of blocks of most backbones divide by it
 LEAST_DEV = 10  # development examples, with fewer no two depths can be told apart
 GROUPS = 20  # of development examples, each left out once for the standard error
+ROUNDING = 1e-9
 RULE = "the smallest depth whose development score is at most one standard error below the best"
 
 
@@ -73,15 +75,11 @@ def check_auto(recipe: Recipe, dev: int | None = None) -> None:
             "try), or train the fusion alone, without r, target_modules and the other options of LoRA."
         )
     if dev is not None and dev < LEAST_DEV:
-        cut = (
-            f"data.dev_fraction={recipe.data.dev_fraction} of the training examples"
-            if recipe.data.dev is None
-            else "data.dev"
-        )
+        there = f"data.dev_fraction={recipe.data.dev_fraction} cuts off" if recipe.data.dev is None else "data.dev holds"
         raise ValueError(
-            f"adapter.fusion_depth: auto compares depths on development data, and {cut} holds {dev} examples; at least {LEAST_DEV} are "
-            "needed to tell depths apart, and more are better. Raise data.dev_fraction, name a file or split in data.dev, or give a "
-            "number of blocks."
+            f"adapter.fusion_depth: auto compares depths on development examples, of which {there} {dev}; at least {LEAST_DEV} are "
+            "needed to tell depths apart, and more are better. Raise data.dev_fraction, name a larger file or split in data.dev, or give "
+            "a number of blocks."
         )
 
 
@@ -153,8 +151,8 @@ def sweep(
     task, tried = recipe.task, []
     for depth in depths:
         tried.append(Tried(depth))
+        fit = _fit(bare, at_depth(recipe, depth), splits, folder, cache, verify=len(tried) == 1)
         try:
-            fit = _fit(bare, at_depth(recipe, depth), splits, folder, cache, verify=len(tried) == 1)
             fit.train()
         except ValueError as error:
             tried[-1].failed = " ".join(str(error).split())
@@ -216,15 +214,18 @@ def choose(tried: Sequence[Tried], task: Task) -> dict[str, Any]:
                 "seconds": each.metrics["seconds"]["train"],
             }
         )
-    chosen = next(row["depth"] for row in rows if "failed" not in row and row["below_best"] <= row["standard_error"])
+    # one example more or less is an error of just one example
+    within = (row for row in rows if "failed" not in row and row["below_best"] <= row["standard_error"] + ROUNDING)
+    chosen = next(within)["depth"]
     return {"chosen": chosen, "best": best, "rule": RULE, "tried": rows}
 
 
 def _scores_without(task: Task, gold: Sequence[Any], predicted: Sequence[Any]) -> list[float]:
-    """The main score without each of up to `GROUPS` groups of examples."""
-    groups, found = min(GROUPS, len(gold)), []
+    """The main score without each of up to `GROUPS` groups of examples, drawn alike for every depth."""
+    order, groups, found = list(range(len(gold))), min(GROUPS, len(gold)), []
+    random.Random(0).shuffle(order)  # examples of a file may come in some order
     for group in range(groups):
-        kept = [i for i in range(len(gold)) if i % groups != group]
+        kept = [i for place, i in enumerate(order) if place % groups != group]
         found.append(task.watched([gold[i] for i in kept], [predicted[i] for i in kept])[task.main.name])
     return found
 

@@ -52,6 +52,7 @@ class Fit:
         self.checkpoints = folder / "checkpoints"
         self.trainer = make_trainer(model, tokenizer, recipe, self.sets["train"], self.sets["dev"], self.checkpoints)
         self.seconds = 0.0
+        self._compared: dict[str, tuple[list[Any], list[Any]]] = {}
 
     def train(self) -> None:
         """Trains.
@@ -71,8 +72,10 @@ class Fit:
         _check_finite(self.model, self.trainer.args.learning_rate)
 
     def compared(self, split: str) -> tuple[list[Any], list[Any]]:
-        """Gold and predicted values of a split, in the order of its examples."""
-        return self.sets[split].predictions(self.trainer)
+        """Gold and predicted values of a split, in the order of its examples; predicted once, so after the training."""
+        if split not in self._compared:
+            self._compared[split] = self.sets[split].predictions(self.trainer)
+        return self._compared[split]
 
     def metrics(self, scored: Sequence[str] = ("dev", "test")) -> dict[str, Any]:
         """Scores of these splits, where they are there, counts, times, memory and versions, as in `metrics.json`."""

@@ -50,13 +50,15 @@ def train(
 ) -> None:
     """Train an adapter and write adapter/, metrics.json and run.json."""
     from .runs.recipe import load_recipe
-    from .runs.tables import beside_table, metrics_table, zero_notes
+    from .runs.tables import beside_table, depths_table, metrics_table, zero_notes
     from .runs.training import run_recipe
 
     chosen = load_recipe(recipe, settings)
     metrics = run_recipe(chosen, output, overwrite, cache_folder)
     console = Console()
     console.print(metrics_table(metrics, chosen.task, f"{recipe.name}, seed {metrics['seed']}"))
+    if "depths" in metrics:
+        console.print(depths_table(metrics, chosen.task))
     if metrics.get("beside"):
         console.print(beside_table(metrics, chosen.task, f"this run ({chosen.adapter.get('fusion', 'dwatt')})"))
     for name, other in metrics.get("beside", {}).items():

@@ -60,12 +60,16 @@ class Evaluation:
 
     def predicted_scores(self, trainer: Trainer) -> dict[str, Any]:
         """All scores of a trainer's model."""
+        return self.task.score(*self.predictions(trainer))
+
+    def predictions(self, trainer: Trainer) -> tuple[list[Any], list[Any]]:
+        """Gold and predicted values of a trainer's model, in the order of the examples."""
         watching, trainer.compute_metrics = trainer.compute_metrics, None  # it scores the development set
         try:
             result = trainer.predict(self.dataset)
         finally:
             trainer.compute_metrics = watching
-        return self.scores(result.predictions, result.label_ids)
+        return self._compared(result.predictions, result.label_ids)
 
     def _compared(self, predictions: Any, label_ids: Any) -> tuple[list[Any], list[Any]]:
         """Gold and predicted values in the order of the examples."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,7 @@ def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
 # Fields of transformers' TrainingArguments; what must stay secret is in no file.
 TrainingFields = Annotated[dict[str, Any], PlainSerializer(_without_secrets)]
 SECRETS = ("hub_token",)
+AUTO = "auto"  # of adapter.fusion_depth: the run chooses
 
 
 class BackboneRecipe(_Section):
@@ -110,6 +112,11 @@ def parse_recipe(values: dict[str, Any], source: str, finished: bool = False) ->
     _check_types(source, "adapter", recipe.adapter, only)
     if not finished:
         _check_training(recipe, source)
+        if chooses_depth(recipe.adapter) and recipe.task.vocabulary_head:
+            raise ValueError(
+                f"The recipe {source!r} sets adapter.fusion_depth: auto with task: {recipe.task.name}, whose head over the vocabulary was "
+                "made for the last block and cannot read a state below it. Leave fusion_depth out."
+            )
         for name in recipe.beside:
             recipe_beside(recipe, name, source)
     return recipe
@@ -118,9 +125,19 @@ def parse_recipe(values: dict[str, Any], source: str, finished: bool = False) ->
 def recipe_beside(recipe: Recipe, name: str, source: str = "") -> Recipe:
     """The recipe of what is trained beside a run under that name. Raises ValueError if it does not fit."""
     other = recipe.beside[name]
+    if chooses_depth(other.adapter):
+        raise ValueError(
+            f"The recipe {source!r} sets beside.{name}.adapter.fusion_depth: auto, and a depth is chosen for the run itself alone. Give "
+            "a number of blocks there, or leave it out for all blocks."
+        )
     values = recipe.model_dump(exclude={"beside", "adapter"})
     values |= {"adapter": other.adapter, "training": {**recipe.training, **other.training}}
     return parse_recipe(values, f"{source}, beside.{name}")
+
+
+def chooses_depth(adapter: Mapping[str, Any]) -> bool:
+    """Whether the fields of an adapter leave its depth to the run: `fusion_depth: auto`."""
+    return adapter.get("fusion_depth") == AUTO
 
 
 def _check_training(recipe: Recipe, source: str) -> None:

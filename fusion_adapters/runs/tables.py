@@ -50,6 +50,24 @@ def beside_table(metrics: dict[str, Any], task: Task, name: str) -> Table:
     return table
 
 
+def depths_table(metrics: dict[str, Any], task: Task) -> Table:
+    """The depths that `fusion_depth: auto` compared, from the content of `metrics.json`."""
+    record, main = metrics["depths"], task.main
+    table = Table(title=f"fusion_depth: auto, {main.name.replace('_', ' ')}, {main.unit}", title_justify="left")
+    for title in ("blocks", "dev", "below the best", "its standard error", "trainable parameters", "training"):
+        table.add_column(title, justify="right")
+    for row in record["tried"]:
+        if "failed" in row:
+            table.add_row(str(row["depth"]), "failed", "", "", "", "")
+            continue
+        shown = [main.shown(row[name]) for name in (main.name, "below_best", "standard_error")]
+        chosen = row["depth"] == record["chosen"]
+        name = f"chosen: {row['depth']}" if chosen else str(row["depth"])
+        style = "bold" if chosen else None
+        table.add_row(name, *shown, f"{row['parameters']:,}", f"{row['seconds']:.1f} s", style=style)
+    return table
+
+
 def zero_notes(metrics: dict[str, Any], task: Task) -> list[str]:
     """A line for each split whose main score is 0, with the likeliest reasons."""
     count, epochs = metrics["examples"]["train"], len(metrics["dev_by_epoch"])

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..runs.recipe import BackboneRecipe, Recipe, TrainingFields, parse_recipe
+from ..runs.recipe import BackboneRecipe, Recipe, TrainingFields, chooses_depth, parse_recipe
 from ..runs.yaml import apply_settings, read_yaml, validated
 from ..tasks.data import DataRecipe
 from ..tasks.registry import NamedTask
@@ -126,6 +126,13 @@ def load_study(path: str | Path, settings: list[str] | None = None, quick: bool 
                 "baseline and reference to methods of the recipe."
             )
     _check_lists(study, str(path))
+    for name, own in study.methods.items():
+        if chooses_depth(own.adapter):
+            raise ValueError(
+                f"The recipe {str(path)!r} sets methods.{name}.adapter.fusion_depth: auto, which `fusion-adapters train` chooses for one "
+                "run. In a comparison write a method for each depth, with a number of blocks in its fusion_depth: all of them read the "
+                "same layer states."
+            )
     sections = {"training": study.training, **{f"methods.{n}.training": m.training for n, m in study.methods.items()}}
     for where, given in sections.items():
         taken = sorted(set(given) & set(SET_BY_STUDY))

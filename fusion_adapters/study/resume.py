@@ -16,9 +16,9 @@ from ..backbone.blocks import find_backbones
 from ..backbone.fingerprint import weights_signature
 from ..backbone.sampled import sampled_signature
 from ..backbone.settings import settings
+from ..runs.attaching import adapter_config
 from ..runs.loading import load_model
 from ..runs.tokenizers import load_tokenizer
-from ..runs.training import adapter_config
 from ..runs.yaml import validated
 from ..states.key import tokenizer_signature
 from .examples import splits_of

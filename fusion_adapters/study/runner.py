@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 
 from ..backbone.atomic import write_text_whole
 from ..fusions import fusion_class, fusion_options
+from ..runs.attaching import adapter_config
 from ..runs.environment import cores
 from ..runs.loading import settle_label_at
 from ..runs.pretrained import locate
-from ..runs.training import adapter_config
 from ..tuner.budget import settle_budget
 from ..tuner.config import FusionConfig
 from ..tuner.counts import skeleton

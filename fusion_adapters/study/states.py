@@ -13,12 +13,12 @@ from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from ..backbone.blocks import find_backbones
 from ..fusions import fusion_class, resolve_layers
+from ..runs.attaching import adapter_config
 from ..runs.files import written_aside
 from ..runs.loading import check_lengths, load_model, settle_label_at
 from ..runs.pretrained import load_pretrained, locate
 from ..runs.recipe import Recipe
 from ..runs.tokenizers import load_tokenizer
-from ..runs.training import adapter_config
 from ..states import cache_layer_states
 from ..states.key import made_by_other_versions
 from ..states.storage import has_manifest, read_manifest

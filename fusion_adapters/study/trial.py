@@ -16,12 +16,13 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
 from ..backbone.atomic import written_whole
+from ..runs.attaching import adapter_config, load_attached
 from ..runs.environment import denormals_flushed, versions
 from ..runs.evaluation import evaluations
+from ..runs.fitting import not_finite
 from ..runs.loading import check_lengths
 from ..runs.memory import PeakMemory
 from ..runs.trainers import TRAINING_DEFAULTS, make_trainer
-from ..runs.training import adapter_config, load_attached, not_finite
 from ..states import LayerStateCache
 from ..tasks.base import Measure
 from ..tuner import FusionConfig

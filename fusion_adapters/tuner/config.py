@@ -75,7 +75,7 @@ class FusionConfig(_MethodOptions):
         fusion_depth: Where the backbone ends for this adapter: the fusion reads no state above that block, and its result stands
             for the block's output; blocks above do not run, and need not be loaded (`load_cut`). A number from 1, or a fraction
             of the blocks in (0, 1), which becomes the number when attached. None means the last. `fusion_layers` then counts
-            from there: None means `1 .. fusion_depth`, -1 that block.
+            from there: None means `1 .. fusion_depth`, -1 that block. In recipes also `auto`: the run chooses on development data.
         fusion_budget: How many parameters fusion and LoRA may train together: a number, `"1M"`, `"dwatt-paper"` (what the
             paper's DWAtt would train) or `"lora:r=16"` (what that LoRA would). When attached, the method's free width (see
             `fit_budget`) is set to the largest that fits, and this field to None.

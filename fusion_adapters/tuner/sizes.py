@@ -63,6 +63,12 @@ def check_depth(depth: Any) -> int | float:
     number = not isinstance(depth, bool) and isinstance(depth, (int, float))
     if number and (0 < depth < 1 or (depth >= 1 and depth == depth // 1 and not (isinstance(depth, float) and depth == 1))):
         return float(depth) if depth < 1 else int(depth)
+    if depth == "auto":
+        raise ValueError(
+            "fusion_depth='auto' is for recipes: `fusion-adapters train` compares depths on development data, and the adapter gets the "
+            "number. In a script train several depths, score each on development data, and give FusionConfig the number of blocks; the "
+            "layer states of all blocks need to be computed only once (docs/depth.md)."
+        )
     raise ValueError(
         f"fusion_depth={depth!r} is no depth. Give a number of blocks from 1 on (6), or a fraction of them between 0 and 1 (0.5); leave "
         "it unset for all blocks."
@@ -71,6 +77,11 @@ def check_depth(depth: Any) -> int | float:
 
 def read_depth(text: str) -> int | float:
     """Reads a number of blocks or a fraction of them. Raises ValueError if it is none."""
+    if text.strip() == "auto":
+        raise ValueError(
+            "'auto' is chosen on development data, when a recipe is trained, and parameters are counted without any. Give a number of "
+            "blocks from 1 on (6), or a fraction between 0 and 1 (0.5)."
+        )
     try:
         return check_depth(float(text) if "." in text else int(text))
     except ValueError as error:

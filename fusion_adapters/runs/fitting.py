@@ -1,0 +1,115 @@
+"""One training of an attached model with transformers' Trainer, and what is measured of it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..states import LayerStateCache
+from ..tasks.splits import Splits
+from ..tuner.counts import count_trainable
+from .environment import versions
+from .evaluation import evaluations
+from .loading import check_lengths
+from .memory import peak_of_process
+from .recipe import Recipe
+from .trainers import make_trainer
+
+
+class Fit:
+    """Trains an attached model on the splits, keeps the best epoch by the development score, and measures.
+
+    Args:
+        model: The attached model.
+        tokenizer: Its tokenizer.
+        recipe: Training arguments, task and seed.
+        splits: The data.
+        folder: Where checkpoints go while training; they are removed at the end.
+        cache: Layer states to train and score from, instead of running the backbone.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        recipe: Recipe,
+        splits: Splits,
+        folder: Path,
+        cache: LayerStateCache | None = None,
+    ) -> None:
+        self.model = model
+        self.recipe = recipe
+        self.encoded = splits.encoded(recipe.task, tokenizer, recipe.data)
+        self.sets = evaluations(model, recipe.task, splits, self.encoded, cache)
+        check_lengths(model, [row for part in self.encoded.values() for row in part.rows])
+        self.checkpoints = folder / "checkpoints"
+        self.trainer = make_trainer(model, tokenizer, recipe, self.sets["train"], self.sets["dev"], self.checkpoints)
+        self.seconds = 0.0
+        self._compared: dict[str, tuple[list[Any], list[Any]]] = {}
+
+    def train(self) -> None:
+        """Trains.
+
+        Raises:
+            ValueError: If the training diverged.
+        """
+        begun = time.perf_counter()
+        try:
+            with warnings.catch_warnings():
+                # peft looks beside a backbone whether its vocabulary has grown; beside a GGUF file there is no configuration to tell
+                warnings.filterwarnings("ignore", message="Could not find a config file in")
+                self.trainer.train()
+        finally:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+        self.seconds = time.perf_counter() - begun
+        _check_finite(self.model, self.trainer.args.learning_rate)
+
+    def compared(self, split: str) -> tuple[list[Any], list[Any]]:
+        """Gold and predicted values of a split, in the order of its examples; predicted once, so after the training."""
+        if split not in self._compared:
+            self._compared[split] = self.sets[split].predictions(self.trainer)
+        return self._compared[split]
+
+    def metrics(self, scored: Sequence[str] = ("dev", "test")) -> dict[str, Any]:
+        """Scores of these splits, where they are there, counts, times, memory and versions, as in `metrics.json`."""
+        task = self.recipe.task
+        scores = {name: task.score(*self.compared(name)) for name in scored if name in self.sets}
+        name = task.main.name
+        history = [
+            {"epoch": round(entry["epoch"], 2), "loss": entry["eval_loss"], name: entry[f"eval_{name}"]}
+            for entry in self.trainer.state.log_history
+            if f"eval_{name}" in entry
+        ]
+        return {
+            "scores": scores,
+            "dev_by_epoch": history,
+            "parameters": count_trainable(self.model),
+            "examples": {name: len(s.examples) for name, s in self.sets.items()},
+            "notes": {name: part.notes for name, part in self.encoded.items()},
+            "seconds": {"train": round(self.seconds, 2)},
+            "peak_memory_mib": peak_of_process(),
+            "device": str(self.trainer.args.device),
+            "seed": self.recipe.seed,
+            "versions": versions(),
+        }
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """The names of trained tensors that hold values which are not finite: the training diverged."""
+    return [n for n, p in model.named_parameters() if p.requires_grad and not bool(p.detach().isfinite().all())]
+
+
+def _check_finite(model: nn.Module, rate: float) -> None:
+    if broken := not_finite(model):
+        trained = sum(p.requires_grad for p in model.parameters())
+        raise ValueError(
+            f"The training diverged: {len(broken)} of {trained} trained tensors hold values that are not finite. Lower "
+            f"training.learning_rate ({rate:g}), or give more training.warmup_steps."
+        )

@@ -4,10 +4,11 @@ import pytest
 from safetensors.torch import load_file
 from support_masked import TASK, write_files, write_study
 
+from fusion_adapters.runs.attaching import adapter_config, load_attached
 from fusion_adapters.runs.evaluation import Evaluation
 from fusion_adapters.runs.recipe import load_recipe
 from fusion_adapters.runs.trainers import make_trainer
-from fusion_adapters.runs.training import adapter_config, load_attached, run_recipe
+from fusion_adapters.runs.training import run_recipe
 from fusion_adapters.study import load_study
 from fusion_adapters.study.states import prepare_states
 from fusion_adapters.study.trial import Trial, run_trial

@@ -10,8 +10,9 @@ from support_text import save_model, tokenizer, write_recipe
 
 from fusion_adapters import load_run, predict
 from fusion_adapters.cli import main
+from fusion_adapters.runs.attaching import adapter_config, load_attached
 from fusion_adapters.runs.recipe import load_recipe
-from fusion_adapters.runs.training import adapter_config, cache_recipe, load_attached, run_recipe
+from fusion_adapters.runs.training import cache_recipe, run_recipe
 from fusion_adapters.tuner import fusion_layers
 
 

@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import pytest
 
+from fusion_adapters.runs.attaching import adapter_config
 from fusion_adapters.runs.recipe import load_recipe, parse_recipe
-from fusion_adapters.runs.training import adapter_config
 
 GOOD = """
 task: token_classification

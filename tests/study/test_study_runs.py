@@ -12,9 +12,9 @@ from support_text import save_model
 
 from fusion_adapters import depth_weights
 from fusion_adapters.cli import main
+from fusion_adapters.runs.attaching import adapter_config, load_attached
 from fusion_adapters.runs.evaluation import Evaluation, positions_for
 from fusion_adapters.runs.trainers import make_trainer
-from fusion_adapters.runs.training import adapter_config, load_attached
 from fusion_adapters.states import LayerStateCache
 from fusion_adapters.study import load_study
 from fusion_adapters.study.depth import depth_by_label

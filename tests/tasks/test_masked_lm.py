@@ -14,11 +14,12 @@ from support_text import WORDS, save_model, tokenizer
 from torch.nn.functional import cross_entropy, log_softmax
 
 from fusion_adapters.cli import main
+from fusion_adapters.runs.attaching import adapter_config, load_attached
 from fusion_adapters.runs.evaluation import Evaluation
 from fusion_adapters.runs.loading import load_model
 from fusion_adapters.runs.recipe import BackboneRecipe, load_recipe
 from fusion_adapters.runs.trainers import labelled_logits, make_trainer
-from fusion_adapters.runs.training import adapter_config, cache_recipe, load_attached, run_recipe
+from fusion_adapters.runs.training import cache_recipe, run_recipe
 from fusion_adapters.study import load_study
 from fusion_adapters.study.report import write_report
 from fusion_adapters.study.statistics import summarise

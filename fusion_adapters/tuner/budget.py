@@ -90,7 +90,7 @@ def resolve_budget(config: FusionConfig, model: nn.Module) -> int | None:
             f"fusion_budget={budget!r}: peft knows no usual modules for LoRA in a {model_type!r}. Set target_modules (then "
             "LoRA trains beside the fusion), or give the budget as a number of parameters."
         )
-    lora = LoraConfig(r=rank, target_modules=modules)
+    lora = LoraConfig(r=rank, target_modules=modules, task_type=config.task_type, modules_to_save=config.modules_to_save)
     return count_lora_below(lora, model, lower_backbones(config, model))["lora"]
 
 

@@ -236,13 +236,17 @@ def beside_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[A
 
 def cached_positions(named: dict[str, Any]) -> int:
     """How many positions the caches among a backbone's arguments hold; 1 for a state-space model's that has seen some."""
-    return max(_positions_in(named.get(name)) for name in CACHES)
+    return max(positions_in(named.get(name)) for name in CACHES)
 
 
-def _positions_in(cache: Any) -> int:
+def positions_in(cache: Any) -> int:
+    """How many positions a cache holds, see `cached_positions`; 0 for what is none, and for one that does not tell."""
     if cache is None or not hasattr(cache, "get_seq_length"):
         return 0
-    try:
-        return int(cache.get_seq_length())
-    except ValueError:  # no attention layer in it, and the others do not count
-        return int(cache.has_previous_state())
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
+    if layers is None:
+        return int(cache.get_seq_length() or 0)
+    # each layer: under fusion_depth the first with attention may lie above the blocks that have written
+    lengths = [int(layer.get_seq_length()) for layer in layers if hasattr(layer, "get_seq_length")]
+    states = [any(layer.has_previous_state.values()) for layer in layers if hasattr(layer, "has_previous_state")]
+    return max([*lengths, *map(int, states)], default=0)

@@ -15,6 +15,7 @@ from ..fusions import Context
 from .calls import Frame, Opener, SkippedForward, WrappedForward
 from .families import ENCODED, beside_state, cached_positions, state_in, state_out, with_state_in, with_state_out
 from .fuse import Fuses
+from .kvcache import check_written, note_skipped
 from .replay import GivenStates, LayerStates, StandIns, fuse_given
 from .shapes import check_state
 
@@ -135,20 +136,21 @@ class Taps:
     def open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Begins a call of the backbone."""
         frame, frames = Frame(self.fuses.begin(), [None] * (self.depth + 1), Context()), self._frames
+        # no zip: torch 2.8 cannot trace one over unequal lengths
+        named = {self._parameters[i]: value for i, value in enumerate(args)}
+        named.update(kwargs)
+        check_written(named, self.depth if frame.fuse is None else frame.fuse.depth, self.depth)
         if frame.fuse is not None:
             frame.depth = frame.fuse.depth
             if frames.given is not None:
                 frame.given, frames.given = frames.given, None
-            kwargs = self._prepare(frame, args, kwargs)
+            kwargs = self._prepare(frame, named, kwargs)
         frames.stack.append(frame)
         if frame.given is not None:
             self._stand_ins.put()
         return args, kwargs
 
-    def _prepare(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        # no zip: torch 2.8 cannot trace one over unequal lengths
-        named = {self._parameters[i]: value for i, value in enumerate(args)}
-        named.update(kwargs)
+    def _prepare(self, frame: Frame, named: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         fuse = frame.fuse
         assert fuse is not None
         cuts = fuse.cuts_graph()
@@ -211,6 +213,7 @@ class Taps:
             return None
         frame.reached += 1
         if frame.answer is not None:
+            note_skipped(args, kwargs, frame.depth)
             return self._pass(frame, state_in(args, kwargs))
         state = state_out(output)
         check_state(state, self.width)

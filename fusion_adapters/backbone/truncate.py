@@ -35,28 +35,32 @@ def load_cut(auto_class: Any, name: str, depth: int | float, **options: Any) -> 
         **options: Those of `auto_class.from_pretrained`. With `output_loading_info=True` the result is a pair, as there.
 
     Raises:
-        ValueError: If the model has fewer blocks, an output layer over the vocabulary, two stacks, or blocks that cannot be
-            had without those above them; or the checkpoint lacks weights of a block.
+        ValueError: If the model has fewer blocks, two stacks, or blocks that cannot be had without those above them; if there are
+            blocks above, and an output layer over the vocabulary; or the checkpoint lacks weights of a block.
         OSError: If there is no such model.
     """
     with_info = options.pop("output_loading_info", False)
-    config, rest = cut_config(auto_class, name, depth, **options)
+    config, rest, (blocks, whole) = cut_config(auto_class, name, depth, **options)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report would list every tensor of the blocks above
     try:
         model, info = auto_class.from_pretrained(name, config=config, output_loading_info=True, **rest)
     finally:
         transformers_logging.set_verbosity(verbosity)
-    if output_embeddings(model) is not None:
-        raise ValueError(vocabulary_refusal(f"depth={depth}", type(model).__name__, text_config(model).num_hidden_layers))
-    blocks = text_config(model).num_hidden_layers
+    if blocks < whole and output_embeddings(model) is not None:
+        raise ValueError(vocabulary_refusal(f"depth={depth}", type(model).__name__, blocks, whole))
     absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == blocks]
     lacking = sorted(key for key in absent if any(key.startswith(f"{name}.") for name in lists))
     if lacking:
         raise ValueError(
             f"The checkpoint {name!r} lacks {len(lacking)} tensors of the first {blocks} blocks of {type(model).__name__}, "
-            f"{lacking[0]!r} for example, or has them in other shapes. Load the whole model: the blocks above are skipped there too."
+            f"{lacking[0]!r} for example, or has them in other shapes. "
+            + (
+                "Load the whole model: the blocks above are skipped there too."
+                if blocks < whole
+                else "Load a checkpoint that is whole and of this class."
+            )
         )
     if absent and not with_info and verbosity <= transformers_logging.WARNING:
         logger.warning("Not in the checkpoint %s, and new: %s.", name, ", ".join(sorted(absent)))
@@ -84,8 +88,10 @@ class CutClass:
         return load_cut(self.auto_class, name, self.depth, **options)
 
 
-def cut_config(auto_class: Any, name: str, depth: int | float, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """The configuration of a model's first blocks, and those of the options that are not for the configuration.
+def cut_config(
+    auto_class: Any, name: str, depth: int | float, **options: Any
+) -> tuple[Any, dict[str, Any], tuple[int, int]]:
+    """The configuration of a model's first blocks, the options that are not for it, and how many blocks of how many these are.
 
     Args:
         auto_class: See `load_cut`.
@@ -101,12 +107,12 @@ def cut_config(auto_class: Any, name: str, depth: int | float, **options: Any) -
     if config is None:
         config, options = loader.from_pretrained(name, return_unused_kwargs=True, **hub, **options)
     config = copy.deepcopy(config)
-    truncate(config, depth)
-    return config, {**options, **trust, **hub, **kept}
+    counts = truncate(config, depth)
+    return config, {**options, **trust, **hub, **kept}, counts
 
 
-def truncate(config: Any, depth: int | float) -> int:
-    """Makes a configuration in place that of the first blocks; returns their number.
+def truncate(config: Any, depth: int | float) -> tuple[int, int]:
+    """Makes a configuration in place that of the first blocks; returns their number, and that of all of them.
 
     Raises:
         UncuttableError: If the blocks of this kind of model depend on how many there are.
@@ -140,7 +146,7 @@ def truncate(config: Any, depth: int | float) -> int:
         if not key.startswith("_") and is_per_block(key, value, blocks):
             setattr(text, key, value[:wanted])
     setattr(text, COUNT, wanted)
-    return wanted
+    return wanted, blocks
 
 
 def cut_model(model: nn.Module, depth: int | float) -> nn.Module:
@@ -156,7 +162,7 @@ def cut_model(model: nn.Module, depth: int | float) -> nn.Module:
         )
     (backbone,) = find_backbones(model)
     config: Any = model.config
-    wanted = truncate(copy.deepcopy(config), depth)
+    wanted, _ = truncate(copy.deepcopy(config), depth)
     if output_embeddings(model) is not None and wanted < backbone.num_layers:
         raise ValueError(vocabulary_refusal(f"depth={depth}", type(model).__name__, wanted, backbone.num_layers))
     blocks: Any = backbone.base.get_submodule(backbone.path)
@@ -176,10 +182,10 @@ def blocks_of_fraction(depth: int | float, blocks: int) -> int:
     return max(1, round(depth * blocks)) if isinstance(depth, float) and depth < 1 else int(depth)
 
 
-def vocabulary_refusal(given: str, kind: str, depth: int, blocks: int | None = None) -> str:
+def vocabulary_refusal(given: str, kind: str, depth: int, blocks: int) -> str:
     """Why a language model has no fusion of its lower blocks."""
     return (
-        f"{given}: {kind} predicts tokens, and an output layer over the vocabulary was made for the last block"
-        f"{'' if blocks is None else f' ({blocks})'}: it cannot read the state after block {depth}. Use a model with a head that is "
+        f"{given}: {kind} predicts tokens, and an output layer over the vocabulary was made for the last block "
+        f"({blocks}): it cannot read the state after block {depth}. Use a model with a head that is "
         "trained (token or sequence classification), or fuse all blocks (leave the depth unset)."
     )

@@ -17,8 +17,9 @@ from ..fusions import Budget, BudgetTooSmallError, fusion_class
 from ..fusions.numerics import undrawn
 from .build import build_for
 from .config import FusionConfig
-from .counts import count_lora, empty_copy
-from .lower import lora_below, lower_backbones
+from .counts import empty_copy
+from .lower import lower_backbones
+from .lower_lora import count_lora_below
 from .sizes import DWATT_PAPER, lora_rank, read_count
 
 __all__ = ["BudgetTooSmallError", "fit_budget", "has_own_width", "resolve_budget", "settle_budget", "warn_if_large"]
@@ -89,8 +90,8 @@ def resolve_budget(config: FusionConfig, model: nn.Module) -> int | None:
             f"fusion_budget={budget!r}: peft knows no usual modules for LoRA in a {model_type!r}. Set target_modules (then "
             "LoRA trains beside the fusion), or give the budget as a number of parameters."
         )
-    below = lora_below(LoraConfig(r=rank, target_modules=modules), model, lower_backbones(config, model))
-    return count_lora(below, model)["lora"]
+    lora = LoraConfig(r=rank, target_modules=modules, task_type=config.task_type, modules_to_save=config.modules_to_save)
+    return count_lora_below(lora, model, lower_backbones(config, model))["lora"]
 
 
 def settle_budget(config: FusionConfig, model: nn.Module) -> None:
@@ -130,7 +131,7 @@ def _parameters(config: FusionConfig, backbones: list[Backbone], **widths: int) 
 
 def _lora_and_biases(config: FusionConfig, model: nn.Module) -> int:
     """What LoRA trains: its matrices, and biases where `bias` asks for them."""
-    counts = count_lora(lora_below(config, model, lower_backbones(config, model)), model)
+    counts = count_lora_below(config, model, lower_backbones(config, model))
     return counts["lora"] + counts["other"]
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft import LoraConfig, PeftType, get_peft_model
+from peft import LoraConfig, PeftType, inject_adapter_in_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from ..backbone.blocks import LAYER_NAME
+from .heads import task_heads
 
 
 def count_trainable(model: nn.Module) -> dict[str, int]:
@@ -39,6 +40,8 @@ def count_trainable(model: nn.Module) -> dict[str, int]:
 def count_lora(config: LoraConfig, model: nn.Module) -> dict[str, int]:
     """What the LoRA of a config would train on a model, split as in `count_trainable`; a fusion is left out.
 
+    As beside a fusion, it does not go into the heads of the config's task, which train as a whole.
+
     It is injected into a copy without weights, so that the count holds for every option of LoRA and every model.
 
     Args:
@@ -47,9 +50,11 @@ def count_lora(config: LoraConfig, model: nn.Module) -> dict[str, int]:
     """
     config = copy.deepcopy(config)
     config.peft_type = PeftType.LORA  # peft's own method, whatever the class of the config
+    # "all-linear" takes the heads too, and peft excludes those of a task only if they are named before
+    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *task_heads(config)])) or None
     config.init_lora_weights = True  # others refuse some ranks, or compute with weights that are not there
     with init_empty_weights(), torch.device("meta"):
-        return count_trainable(get_peft_model(empty_copy(model), config, low_cpu_mem_usage=True))  # type: ignore[arg-type]
+        return count_trainable(inject_adapter_in_model(config, empty_copy(model), low_cpu_mem_usage=True))
 
 
 def skeleton(model: str | PreTrainedConfig, model_class: Any = AutoModel, **options: Any) -> nn.Module:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ TASK_CLASSES = {
 }
 
 
-def task_heads(config: FusionConfig) -> list[str]:
+def task_heads(config: LoraConfig) -> list[str]:
     """The names of the heads that peft trains for the config's task, which may be given as text or as peft's enum."""
     return TASK_HEADS.get(getattr(config.task_type, "value", config.task_type) or "", [])
 

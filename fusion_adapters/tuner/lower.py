@@ -1,23 +1,12 @@
-"""A fusion of the lower blocks alone (`fusion_depth`): how many they are, and that nothing trains in those above, which do not run."""
+"""A fusion of the lower blocks alone (`fusion_depth`): how many they are, and what has no such fusion."""
 
 from __future__ import annotations
 
-import contextlib
-import re
-import warnings
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
-
-from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..backbone.blocks import Backbone, find_backbones
 from ..backbone.families import output_embeddings
 from ..backbone.truncate import blocks_of_fraction, vocabulary_refusal
-from ..backbone.walk import modules_of
 from .config import FusionConfig
 
 
@@ -95,55 +84,3 @@ def depth_of(fusion: nn.Module) -> int | None:
     """The block that ends the backbone of a fusion; None for the last. Set by `build_for`."""
     depth: int | None = fusion.__dict__.get("depth")
     return depth
-
-
-def lora_below(config: Any, model: nn.Module, backbones: list[Backbone]) -> LoraConfig:
-    """A copy of a config whose LoRA leaves out the blocks that do not run."""
-    copy: LoraConfig = replace(config)
-    if pattern := _above(model, backbones):
-        copy.exclude_modules = _joined(config.exclude_modules, pattern)
-    return copy
-
-
-@contextlib.contextmanager
-def without_above(config: FusionConfig, model: nn.Module, backbones: list[Backbone]) -> Iterator[None]:
-    """In the body, LoRA leaves out the blocks that do not run; not in what is saved, which fits a model without them too."""
-    own = config.exclude_modules
-    if config.has_lora and (pattern := _above(model, backbones)):
-        config.exclude_modules = _joined(own, pattern)
-    try:
-        with warnings.catch_warnings():
-            if not own:  # all of LoRA may be below by itself
-                warnings.filterwarnings("ignore", message="You have passed exclude_modules")
-            yield
-    finally:
-        config.exclude_modules = own
-
-
-def check_nothing_above(backbones: list[Backbone], adapter_name: str) -> None:
-    """Raises ValueError if an adapter has parts in blocks that do not run: those would be saved, and never train."""
-    for backbone in backbones:
-        unreached = backbone.unreached
-        for module in modules_of(*(block for block in backbone.above if id(block) in unreached)):
-            if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                continue
-            if adapter_name in module._get_available_adapters():
-                raise ValueError(
-                    f"fusion_depth={backbone.depth}: blocks {backbone.num_layers + 1} to {backbone.whole.num_layers} do not run, but the "
-                    f"config puts trained weights into one of them ({type(module).__name__}; target_parameters or modules_to_save), "
-                    "which would never get a gradient. Name modules below, with the number of their block."
-                )
-
-
-def _above(model: nn.Module, backbones: list[Backbone]) -> str:
-    """A pattern of the names of the modules in blocks that do not run; empty if there are none."""
-    unreached = {i for backbone in backbones for i in backbone.unreached}
-    names = [name for name, module in model.named_modules() if id(module) in unreached] if unreached else []
-    return rf"(?:{'|'.join(map(re.escape, names))})\..*" if names else ""
-
-
-def _joined(own: list[str] | str | None, pattern: str) -> str:
-    """What somebody excluded, in peft's two forms, and the pattern."""
-    if not own:
-        return pattern
-    return rf"(?:{own})|{pattern}" if isinstance(own, str) else rf"(?:.*\.)?(?:{'|'.join(map(re.escape, own))})|{pattern}"

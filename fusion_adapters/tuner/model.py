@@ -35,7 +35,8 @@ from .labels import check_labels, labels_to_save, set_labels
 from .layer import FusionLayer, fusion_layers
 from .load import Load, current_load
 from .lora import choose_targets
-from .lower import check_nothing_above, settle_depth, without_above
+from .lower import settle_depth
+from .lower_lora import check_nothing_above, without_above
 from .offloaded import check_values as check_offloaded
 from .offloaded import fill_heads, in_memory, is_offloaded
 from .refill import check_same_options

@@ -88,6 +88,33 @@ def test_what_cannot_be_cut_is_refused(tmp_path):
             cut_model(FAMILIES["bart"].build(head), 2)
 
 
+@pytest.mark.parametrize(
+    ("family", "auto"),
+    [("bert", "MaskedLM"), ("bert", "PreTraining"), ("bert", "CausalLM"), ("bert", "NextSentencePrediction"), ("bert", "MultipleChoice"),
+     ("albert", "MaskedLM"), ("distilbert", "MaskedLM"), ("modernbert", "MaskedLM"), ("electra", "PreTraining"), ("llama", "CausalLM"),
+     ("mamba", "CausalLM"), ("llama", "QuestionAnswering"), ("vit", "MaskedImageModeling"), ("wav2vec2", "CTC"),
+     ("wav2vec2", "AudioFrameClassification")],
+)  # fmt: skip
+def test_all_blocks_are_the_whole_model(family, auto, tmp_path, caplog):
+    auto_class = getattr(transformers, f"AutoModelFor{auto}")
+    settings = FAMILIES[family].settings
+    whole = auto_class.from_config(getattr(transformers, FAMILIES[family].config)(**settings))
+    whole.save_pretrained(tmp_path)
+    expected = whole.state_dict()
+    for depth in (DEPTH, 0.9):
+        with caplog.at_level(logging.WARNING):
+            loaded = load_cut(auto_class, str(tmp_path), depth)
+        for model in (loaded, cut_model(auto_class.from_pretrained(tmp_path), depth)):
+            state = model.state_dict()
+            assert type(model) is type(whole) and state.keys() == expected.keys()
+            assert all(torch.equal(value, expected[name]) for name, value in state.items())
+    assert not [record for record in caplog.records if record.name == "fusion_adapters"]
+    heads = transformers.AutoModelForMaskedLM, transformers.AutoModelForPreTraining, AutoModelForCausalLM
+    if auto_class in heads and family != "electra":  # which of Electra's tokens were replaced is no vocabulary
+        with pytest.raises(ValueError, match=r"made for the last block \(4\): it cannot read the state after block 3"):
+            load_cut(auto_class, str(tmp_path), 3)
+
+
 def test_a_refused_cut_changes_nothing():
     model = FAMILIES["albert"].build("token", num_hidden_groups=2)
     with pytest.raises(ValueError, match="num_hidden_groups"):
@@ -114,6 +141,8 @@ def test_a_checkpoint_that_lacks_weights_of_a_block_is_refused(tmp_path):
     load_cut(AutoModelForTokenClassification, str(tmp_path), 1)
     with pytest.raises(ValueError, match=r"lacks 1 tensors of the first 2 blocks .*layers\.1\.mlp\.up_proj"):
         load_cut(AutoModelForTokenClassification, str(tmp_path), 2)
+    with pytest.raises(ValueError, match=r"lacks 1 tensors of the first 4 blocks .* Load a checkpoint that is whole"):
+        load_cut(AutoModelForTokenClassification, str(tmp_path), 4)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])

@@ -147,6 +147,14 @@ def begun_elsewhere(folder):
     backbone(input_ids=torch.tensor([[7]]), past_key_values=begun)
 
 
+def begun_lower(folder):
+    model = attach("llama", "token", fusion_depth=2)
+    backbone = model.get_base_model().model
+    begun = backbone(input_ids=torch.tensor([[1, 5, 6]]), use_cache=True).past_key_values
+    with model.disable_adapter():
+        backbone(input_ids=torch.tensor([[7]]), past_key_values=begun)
+
+
 # the heading of each message in the page, words of the message itself
 CASES = {
     "KeyError: 'FUSION'": without_the_plug_in,
@@ -208,6 +216,7 @@ CASES = {
         input_ids=torch.tensor([[1, 5, 6]]), max_new_tokens=3, do_sample=False
     ),
     "fusion_pool='mean' takes means over the positions of a text": begun_elsewhere,
+    "... was written in a call of an adapter with fusion_depth=": begun_lower,
     "The backbone skips each block with probability": lambda f: attach(
         "wav2vec2", "audio", lora=True, model=plain("wav2vec2", "audio", layerdrop=0.1)
     ),

@@ -283,3 +283,26 @@ def test_a_width_of_any_name_is_solved():
         fitted(100, lambda inner_rank: 100 + inner_rank)
     with pytest.raises(ValueError, match="'narrow' trains 3 parameters whatever its fusion_inner_rank"):
         fitted(100, lambda inner_rank: 3)
+
+
+@pytest.mark.parametrize("fields", [{}, {"fusion": "last"}, {"bias": "lora_only"}, {"fusion_depth": 2}], ids=str)
+@pytest.mark.parametrize("budget", [60_000, "lora:r=16"])
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [("bert", "token"), ("bert", "qa"), ("bert", "sequence"), ("llama", "token"), ("gpt2", "token"), ("vit", "image")],
+)
+def test_all_linear_leaves_out_the_head(family, head, budget, fields):
+    spec = FAMILIES[family]
+    fields = spec.fields(head, target_modules="all-linear", r=2, **fields)
+    limit = resolve_budget(FusionConfig(**fields, fusion_budget=budget), spec.build(head))
+    if budget == "lora:r=16":  # what that LoRA trains beside a head
+        plain = {**fields, "fusion": "last", "r": 16, "bias": "none"}
+        assert limit == count_trainable(attach(family, head, **plain))["lora"]
+    model = attach(family, head, **fields, fusion_budget=budget)
+    assert not any("lora_" in name for name, _ in model.named_parameters() if name.split(".")[2] in ("classifier", "score"))
+    counts, config = count_trainable(model), model.peft_config["default"]
+    free = {"r": config.r + 1} if config.fusion == "last" else {"fusion_bottleneck": config.fusion_bottleneck + 1}
+    wider = count_trainable(attach(family, head, **{**fields, **free}))
+    fitted, next_one = (c["fusion"] + c["lora"] + c["other"] for c in (counts, wider))
+    assert fitted <= limit < next_one
+    assert count_config(FusionConfig(**fields, fusion_budget=budget), spec.build(head)) == counts

@@ -31,10 +31,10 @@ class Fuse(Protocol):
         """Whether `absorb` and `finish` may take the place of a call where no gradient is needed, see `Fusion.absorb`."""
         ...
 
-    def absorb(self, kept: Any, layer: int, state: Tensor) -> Any:
+    def absorb(self, kept: Any, layer: int, state: Tensor, context: Context) -> Any:
         """Takes in the state `(B, T, d)` of a layer; `kept` is what the call for the layer before returned, at first None."""
 
-    def finish(self, kept: Any, last: Tensor) -> Tensor:
+    def finish(self, kept: Any, last: Tensor, context: Context) -> Tensor:
         """The fused state `(B, T, d)` from what was absorbed and from `z_L`."""
         ...
 

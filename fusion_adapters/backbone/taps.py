@@ -249,7 +249,7 @@ class Taps:
         if frame.fuse is None or layer not in frame.fuse.wanted:
             return
         if frame.absorbs:
-            frame.kept = frame.fuse.absorb(frame.kept, layer, state)
+            frame.kept = frame.fuse.absorb(frame.kept, layer, state, frame.context)
         else:
             frame.states[layer] = state
 
@@ -259,7 +259,7 @@ class Taps:
         assert fuse is not None
         if frame.absorbs:
             kept, frame.kept = frame.kept, None
-            return fuse.finish(kept, last)
+            return fuse.finish(kept, last, frame.context)
         frame.context.block_args, frame.context.block_kwargs = beside_state(args, kwargs)
         if frame.given is not None:
             return fuse_given(fuse, frame.depth, frame.given, last, frame.context)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..fusions import Context, Fusion
+from ..fusions.pooling import Means
 
 
 @dataclass(eq=False)
@@ -22,6 +23,7 @@ class Fusing:
         mixes_positions: Whether its result at a position depends on others.
         depth: The number of the block whose output it replaces.
         recording: Where its weights over depth go; None if nobody asked for them.
+        means: Of a fusion that pools and absorbs, what takes the means of this call's states; None before the first.
     """
 
     layer: Any
@@ -30,6 +32,7 @@ class Fusing:
     mixes_positions: bool
     depth: int
     recording: list[Tensor] | None = None
+    means: Means | None = None
 
     def cuts_graph(self) -> bool:
         """Whether nothing below the fusion trains, so that states are kept without the graph behind them."""
@@ -41,24 +44,32 @@ class Fusing:
 
         A hook, a wrapper or a compiled form of the fusion waits for the call, and the weights over depth come from it.
         """
-        if self.recording is not None or self.fusion.pools or not getattr(self.fusion, "absorbs", False):
+        if self.recording is not None or not getattr(self.fusion, "absorbs", False):
             return False
         return not any(
             m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl is not None or "forward" in m.__dict__
             for m in (self.layer, self.fusion)
         )
 
-    def absorb(self, kept: Any, layer: int, state: Tensor) -> Any:
+    def absorb(self, kept: Any, layer: int, state: Tensor, context: Context) -> Any:
         """Takes in the state of a layer, see `Fusion.absorb`."""
         fusion: Any = self.fusion
         # a backbone spread over devices: the fusion sits where the last block computes
         state = state.to(next(fusion.parameters()).device)
-        return fusion.absorb(kept, fusion.layers.index(layer), state)
+        return fusion.absorb(kept, fusion.layers.index(layer), self._pooled(state, context))
 
-    def finish(self, kept: Any, last: Tensor) -> Tensor:
+    def finish(self, kept: Any, last: Tensor, context: Context) -> Tensor:
         """The fused state from what was absorbed, see `Fusion.finish`."""
         fusion: Any = self.fusion
-        return fusion.finish(kept, last)
+        return fusion.finish(kept, self._pooled(last, context))
+
+    def _pooled(self, state: Tensor, context: Context) -> Tensor:
+        """A state as the fusion reads it, see `Fusion.pools`; the means of one do not wait for the others."""
+        if not self.fusion.pools:
+            return state
+        if self.means is None:
+            self.means = Means(context, state)
+        return self.means(state)
 
     def __call__(self, states: Sequence[Tensor | None], last: Tensor, context: Context) -> Tensor:
         """The fused state `(B, T, d)`, by the layer's own call."""

@@ -1,5 +1,8 @@
 """`fusion_pool="mean"`: layer states averaged over the text before the fusion, in every method and on both sides of padding."""
 
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from families import FAMILIES, answer, attach, inputs
@@ -8,6 +11,7 @@ from support import METHODS, WIDTH, attached, batch, disturb, layer_of, logits, 
 from transformers import Wav2Vec2Config, Wav2Vec2ForAudioFrameClassification
 
 from fusion_adapters import FUSIONS, FusionConfig
+from fusion_adapters.backbone.families import state_out
 from fusion_adapters.backbone.record import recorded
 from fusion_adapters.fusions import Context
 from fusion_adapters.fusions.pooling import Means
@@ -83,6 +87,51 @@ def test_a_fusion_gets_the_means(family, method):
         with torch.no_grad():
             expected = fusion([states[i] for i in fusion.layers], states[-1], Context(mask, causal))
     torch.testing.assert_close(fused_in(model, **call)[real], expected[real], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_answers_without_a_graph_are_those_with_one(family, method, dtype):
+    fields = {**METHODS[method], "fusion_pool": "mean"}
+    model = disturb(attached(family, "sequence", tiny(family, "sequence", dtype=dtype), **fields)).eval()
+    for lower in (False, True):
+        if lower:
+            model.add_adapter(
+                "lower", FusionConfig(task_type="SEQ_CLS", fusion_depth=3, **{**fields, "fusion_layers": None})
+            )
+            model.set_adapter("lower")
+            disturb(model)
+        with_graph = model(**batch("sequence")).logits
+        assert torch.equal(logits(model, "sequence"), with_graph)
+        fused_in(model, **batch("sequence"))  # waits for the fusion's call, which gets whole states
+        assert torch.equal(logits(model, "sequence"), with_graph)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inference_keeps_what_the_fusion_needs_of_the_means_and_not_the_states(family, method):
+    model = pooled(family, method)
+    layer, alive, counted = layer_of(model), [], []
+    blocks = layer.backbone.blocks
+    for block in blocks[:-2]:
+        block.register_forward_hook(lambda b, args, output: alive.append(weakref.ref(state_out(output))))
+    blocks[-1].register_forward_pre_hook(lambda *_: counted.append(sum(state() is not None for state in alive)))
+    logits(model, "sequence")
+    wanted = set(layer.active_fusion.layers) & set(range(1, len(blocks) - 1))
+    assert counted == [0 if layer.active_fusion.absorbs else len(wanted)]
+    assert layer.taps.held == 0
+
+
+def test_compiled_and_in_threads(family):
+    model = disturb(pooled(family, "concat"))
+    expected = logits(model, "sequence")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        call = {name: value for name, value in batch("sequence").items() if name != "labels"}
+        torch.testing.assert_close(compiled(**call).logits, expected, rtol=1e-5, atol=1e-5)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: logits(model, "sequence"), range(16)):
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", FUSIONS)

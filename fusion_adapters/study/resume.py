@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import yaml
+from torch import nn
 
 from ..backbone.atomic import temporary_of, write_text_whole
 from ..backbone.blocks import find_backbones
@@ -21,12 +22,15 @@ from ..runs.loading import load_model
 from ..runs.tokenizers import load_tokenizer
 from ..runs.yaml import validated
 from ..states.key import tokenizer_signature
+from ..tuner.lower import lower_backbones
 from .examples import splits_of
 from .recipe import StudyRecipe
 
 STUDY_FILE = "study.yaml"
 DATA_FILE = "data.json"
 BACKBONE_FILE = "backbone.json"
+# What parameters and states count for in adapters that do not say, those of 0.1.0.
+OF_0_1_0: dict[str, Any] = {"fusion_alpha": 1.0, "fusion_norm": "none"}
 # What may differ between two calls on one folder: a run belongs to its method, size, seed and rate, and stays as it is.
 GROWING = ("methods", "sizes", "seeds", "rate_seeds", "rate_sizes", "rates", "baseline", "reference")
 
@@ -62,19 +66,26 @@ def begin_or_resume(study: StudyRecipe, output: Path) -> None:
     write_text_whole(output / BACKBONE_FILE, json.dumps(backbone, indent=1) + "\n")
 
 
-def settle_alpha(study: StudyRecipe, output: Path) -> None:
-    """Writes `fusion_alpha` into every method that leaves it out, so that a comparison does not change when the default does.
+def settle_scales(study: StudyRecipe, output: Path, model: nn.Module) -> None:
+    """Writes `fusion_alpha` and `fusion_norm` into every method that leaves them out: a comparison stays when a default changes.
 
-    In one that was begun by 0.1.0, which knew none, parameters count once, those of methods that are added today too.
+    One that was begun by 0.1.0, which knew neither, goes on without them, in methods that are added today too.
+
+    Args:
+        study: The comparison, whose methods are changed.
+        output: Its folder.
+        model: Its backbone, with or without weights.
     """
     path = output / STUDY_FILE
     begun: dict[str, Any] = {}
     if path.is_file() and any((output / "runs").rglob("*.json")):
         begun = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("methods") or {}
-    old = any("fusion_alpha" not in (method.get("adapter") or {}) for method in begun.values())
     for name, method in study.methods.items():
         config = adapter_config(study.recipe_of(next(iter(study.data)), name))
-        method.adapter.setdefault("fusion_alpha", 1.0 if old else config.alpha)
+        norm = config.norm_on(all(b.causal for b in lower_backbones(config, model)))
+        for field, today in (("fusion_alpha", config.alpha), ("fusion_norm", norm)):
+            old = any(field not in (other.get("adapter") or {}) for other in begun.values())
+            method.adapter.setdefault(field, OF_0_1_0[field] if old else today)
 
 
 def _remove_unfinished(output: Path) -> None:
@@ -127,7 +138,8 @@ def _check_same(
         if began.task.of_words and "label_at" not in data.model_fields_set:
             data.label_at = "first"  # of 0.1.0, which had no other
     for method in began.methods.values():
-        method.adapter.setdefault("fusion_alpha", 1.0)  # of 0.1.0, which had none
+        for field, value in OF_0_1_0.items():
+            method.adapter.setdefault(field, value)
     there = json.loads(began.model_dump_json(exclude={"quick"}))
     before, known = _read(output / DATA_FILE), _read(output / BACKBONE_FILE)
     # where the files are does not matter, what is in them does

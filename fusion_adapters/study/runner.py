@@ -31,7 +31,7 @@ from ..tuner.counts import skeleton
 from .examples import count_examples, forget, training_sizes
 from .recipe import StudyRecipe
 from .report import write_report
-from .resume import begin_or_resume, settle_alpha
+from .resume import begin_or_resume, settle_scales
 from .states import prepare_states, with_local_backbone
 from .statistics import summarise
 from .trial import Trial, run_trial
@@ -69,7 +69,7 @@ def run_study(study: StudyRecipe, output: str | Path, workers: int | None = None
     output = Path(output)
     forget()
     sizes = training_sizes(study)
-    settle_alpha(study, output)
+    settle_scales(study, output, _without_weights(study))
     check_budgets(study)
     check_starts(study)
     settle_labels(study)
@@ -296,7 +296,7 @@ def check_starts(study: StudyRecipe) -> None:
 
 
 def _setting(config: FusionConfig, field: str) -> Any:
-    value = {"fusion_alpha": config.alpha, "fusion_norm": config.fusion_norm or "none"}.get(field, getattr(config, field))
+    value = getattr(config, field)
     return fusion_options(config.fusion).get(field.removeprefix("fusion_")) if value is None else value
 
 

@@ -33,7 +33,7 @@ def bind(config: FusionConfig, backbones: list[Backbone], signatures: Mapping[st
         config.fusion_lora = config.has_lora
         file = gguf_file_of(backbones[0].base)
         config.fusion_gguf = None if file is None else str(file)
-        config.settle_options()
+        config.settle_options(causal=all(b.causal for b in backbones))
         return
     made_for = (config.fusion_model_type, _as_list(config.fusion_hidden_size), _as_list(config.fusion_num_layers))
     # of the lower blocks alone, it fits a model that was cut to these, and one that was not

@@ -85,7 +85,8 @@ class FusionConfig(_MethodOptions):
             that picks one position picks the mean (see `fusions.pooling.Means`). For heads over whole texts. None or `"last"`: nothing
             is pooled, and a decoder's head reads the last token.
         fusion_norm: `"rms"`: the fusion computes in units of each state's root mean square, and adds in those of `z_L`, so that
-            layers of very different scale (decoders) weigh alike; None or `"none"`: on the states as they are.
+            layers of very different scale weigh alike; `"none"`: on the states as they are. None is `"rms"` on decoders, `"none"` on
+            other backbones and in the papers' forms.
         fusion_alpha: How many times a parameter of the fusion, or of the task head, counts for what is stored: Adam moves both as a
             learning rate so many times as high would, so that their best rate lies where LoRA's does. None means 8, in the
             papers' forms 1.
@@ -211,13 +212,20 @@ class FusionConfig(_MethodOptions):
         """Those options of the method that say its size, without the prefix; None where they were not set."""
         return {name: getattr(self, f"fusion_{name}") for name in fusion_class(self.fusion).widths}
 
-    def settle_options(self) -> None:
-        """Writes the method's defaults into the fields, so that a saved adapter does not change when a default does."""
+    def settle_options(self, causal: bool) -> None:
+        """Writes the defaults for an encoder or a (causal) decoder, so that a saved adapter does not change when a default does."""
         for name, default in fusion_options(self.fusion).items():
             if getattr(self, f"fusion_{name}") is None:
                 setattr(self, f"fusion_{name}", default)
-        self.fusion_norm = self.fusion_norm or "none"
+        self.fusion_norm = self.norm_on(causal)
         self.fusion_alpha = self.alpha
+
+    def norm_on(self, causal: bool) -> str:
+        """`fusion_norm`, or its default: `"rms"` on decoders; none in papers' forms, copies of a block, and adapters saved without it."""
+        if self.fusion_norm is not None:
+            return self.fusion_norm
+        plain = self.bound or self.options.get("init") == "paper" or self.options.get("copy_last", False)
+        return "rms" if causal and not plain else "none"
 
     @property
     def alpha(self) -> float:

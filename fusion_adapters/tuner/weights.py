@@ -57,10 +57,9 @@ def saved_config(config: FusionConfig, load: Load | None) -> tuple[FusionConfig 
         saved = FusionConfig.from_pretrained(load.folder, **load.where)
     if saved is not None:
         check_options(saved, load.source or config.source)
-        if (
-            saved.bound and config.fusion_alpha is None
-        ):  # left out of a config of one's own: what the weights were saved with
-            config.fusion_alpha = saved.alpha
+        if saved.bound:  # what a config of one's own leaves out is as the weights were saved with
+            config.fusion_alpha = saved.alpha if config.fusion_alpha is None else config.fusion_alpha
+            config.fusion_norm = config.fusion_norm or saved.fusion_norm or "none"
     return saved, load
 
 

@@ -18,12 +18,12 @@ def alphas(out):
     return {name: method["adapter"]["fusion_alpha"] for name, method in methods.items()}
 
 
-def without_alpha(out):
+def without_scales(out):
     """Writes the folder's recipe as 0.1.0 did."""
     path = out / "study.yaml"
     values = yaml.safe_load(path.read_text())
     for method in values["methods"].values():
-        del method["adapter"]["fusion_alpha"]
+        del method["adapter"]["fusion_alpha"], method["adapter"]["fusion_norm"]
     path.write_text(yaml.safe_dump(values, sort_keys=False))
 
 
@@ -41,11 +41,12 @@ def test_a_comparison_of_0_1_0_goes_on_as_it_was_begun(tmp_path):
     path, out = write_study(tmp_path, **{**FEW, "methods": once}), tmp_path / "out"
     compare(path, out)
     before = scores(out)
-    without_alpha(out)
-    more = {**FEW["methods"], "mlp": {"adapter": {"fusion": "mlp", "fusion_bottleneck": 4}}}
+    without_scales(out)
+    more = {**FEW["methods"], "mix": {"adapter": {"fusion": "scalar_mix"}}}
     compare(write_study(tmp_path, **{**FEW, "methods": more}), out)
-    assert alphas(out) == {"deeper": 1.0, "concat": 1.0, "mlp": 1.0}
-    now = [row for row in scores(out) if row["method"] != "mlp"]
+    assert alphas(out) == {"deeper": 1.0, "concat": 1.0, "mix": 1.0}
+    assert yaml.safe_load((out / "study.yaml").read_text())["methods"]["mix"]["adapter"]["fusion_norm"] == "none"
+    now = [row for row in scores(out) if row["method"] != "mix"]
     assert [row["test"] for row in now] == [row["test"] for row in before]
     # what is there was trained so, and is not what a recipe that says otherwise asks for
     eight = {n: {"adapter": {**m["adapter"], "fusion_alpha": 8}} for n, m in FEW["methods"].items()}

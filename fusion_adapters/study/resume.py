@@ -82,8 +82,8 @@ def settle_scales(study: StudyRecipe, output: Path, model: nn.Module) -> None:
         begun = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("methods") or {}
     for name, method in study.methods.items():
         config = adapter_config(study.recipe_of(next(iter(study.data)), name))
-        norm = config.norm_on(all(b.causal for b in lower_backbones(config, model)))
-        for field, today in (("fusion_alpha", config.alpha), ("fusion_norm", norm)):
+        causal = all(b.causal for b in lower_backbones(config, model))
+        for field, today in (("fusion_alpha", config.alpha_on(causal)), ("fusion_norm", config.norm_on(causal))):
             old = any(field not in (other.get("adapter") or {}) for other in begun.values())
             method.adapter.setdefault(field, OF_0_1_0[field] if old else today)
 

@@ -35,8 +35,8 @@ _CHECKS: dict[frozenset[Any], tuple[Any, str]] = {
 }
 
 
-# The best learning rates of fusions lie between 1e-3 and 3e-3, those of LoRA about 2e-4 (docs/decoders.md).
-ALPHA = 8.0
+# How far the best learning rates of fusions lie above LoRA's, 2e-4, on encoders and on decoders (docs/decoders.md).
+ALPHA, ALPHA_OF_DECODERS = 8.0, 2.0
 
 
 def _optional(text: str) -> Any:
@@ -88,8 +88,8 @@ class FusionConfig(_MethodOptions):
             layers of very different scale weigh alike; `"none"`: on the states as they are. None is `"rms"` on decoders, `"none"` on
             other backbones and in the papers' forms.
         fusion_alpha: How many times a parameter of the fusion, or of the task head, counts for what is stored: Adam moves both as a
-            learning rate so many times as high would, so that their best rate lies where LoRA's does. None means 8, in the
-            papers' forms 1.
+            learning rate so many times as high would, so that their best rate lies where LoRA's does. None means 2 on
+            decoders and 8 on other backbones, in the papers' forms 1.
         fusion_lora: Whether there is LoRA in the backbone; None: if an option of LoRA or its modules are given. True or
             False in a saved adapter.
         fusion_blocks: Name of the backbone's list of blocks, for models where it is not found.
@@ -118,7 +118,7 @@ class FusionConfig(_MethodOptions):
     )
     fusion_pool: str | None = _optional("'mean': means over a text's positions in the place of its layer states.")
     fusion_norm: str | None = _optional("'rms' to fuse the states in units of their root mean square; 'none'.")
-    fusion_alpha: float | None = _optional("How many times the parameters of fusion and head count; None means 8.")
+    fusion_alpha: float | None = _optional("How many times the parameters of fusion and head count; None: 8, on decoders 2.")
     fusion_lora: bool | None = _optional("Whether there is LoRA in the backbone; None: if an option of LoRA is given.")
     fusion_blocks: str | None = _optional("Name of the backbone's list of blocks.")
     fusion_stack: str | None = _optional("Stack of an encoder-decoder: 'encoder', 'decoder' or 'both'.")
@@ -218,7 +218,7 @@ class FusionConfig(_MethodOptions):
             if getattr(self, f"fusion_{name}") is None:
                 setattr(self, f"fusion_{name}", default)
         self.fusion_norm = self.norm_on(causal)
-        self.fusion_alpha = self.alpha
+        self.fusion_alpha = self.alpha_on(causal)
 
     def norm_on(self, causal: bool) -> str:
         """`fusion_norm`, or its default: `"rms"` on decoders; none in papers' forms, copies of a block, and adapters saved without it."""
@@ -227,12 +227,16 @@ class FusionConfig(_MethodOptions):
         plain = self.bound or self.options.get("init") == "paper" or self.options.get("copy_last", False)
         return "rms" if causal and not plain else "none"
 
+    def alpha_on(self, causal: bool) -> float:
+        """`fusion_alpha`, or its default for an encoder or a decoder; the papers' forms, and adapters saved without it, have 1."""
+        if self.fusion_alpha is not None or self.bound or self.options.get("init") == "paper":
+            return self.alpha
+        return ALPHA_OF_DECODERS if causal else ALPHA
+
     @property
     def alpha(self) -> float:
-        """`fusion_alpha`, or its default; the papers' forms and adapters that were saved without it have 1."""
-        if self.fusion_alpha is not None:
-            return float(self.fusion_alpha)
-        return 1.0 if self.bound or self.options.get("init") == "paper" else ALPHA
+        """`fusion_alpha` as it is settled; 1 where it is not."""
+        return 1.0 if self.fusion_alpha is None else float(self.fusion_alpha)
 
     @property
     def has_lora(self) -> bool:
@@ -286,7 +290,7 @@ class FusionConfig(_MethodOptions):
         alpha = self.fusion_alpha
         if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha < float("inf")):
             raise ValueError(
-                f"fusion_alpha={alpha!r} must be a number above 0. The default, 8, suits the learning rates of LoRA."
+                f"fusion_alpha={alpha!r} must be a number above 0. Left out, it suits the learning rates of LoRA."
             )
         if self.options.get("init") == "paper" and (self.fusion_norm == "rms" or alpha not in (None, 1)):
             raise ValueError(

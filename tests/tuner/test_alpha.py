@@ -101,21 +101,26 @@ def test_a_head_over_the_vocabulary_stays_as_it_is():
 
 
 @pytest.mark.parametrize(
-    ("config", "alpha"),
+    ("family", "config", "norm", "alpha"),
     [
-        (FusionConfig(task_type="TOKEN_CLS"), 8.0),
-        (FusionConfig.paper("dwatt", task_type="TOKEN_CLS"), 1.0),
-        (FusionConfig(fusion="concat", fusion_init="paper", task_type="TOKEN_CLS"), 1.0),
+        ("bert", FusionConfig(task_type="TOKEN_CLS"), "none", 8.0),
+        ("llama", FusionConfig(task_type="TOKEN_CLS"), "rms", 2.0),
+        ("llama", FusionConfig(fusion_norm="none", fusion_alpha=3, task_type="TOKEN_CLS"), "none", 3.0),
+        ("llama", FusionConfig(fusion="deeper", fusion_copy_last=True, task_type="TOKEN_CLS"), "none", 2.0),
+        ("bert", FusionConfig.paper("dwatt", task_type="TOKEN_CLS"), "none", 1.0),
+        ("llama", FusionConfig(fusion="concat", fusion_init="paper", task_type="TOKEN_CLS"), "none", 1.0),
     ],
 )
-def test_by_default_parameters_count_eight_times_and_in_the_papers_forms_once(config, alpha):
+def test_defaults_are_those_of_encoders_of_decoders_and_of_the_papers(family, config, norm, alpha):
+    given = (config.fusion_norm, config.fusion_alpha)
     for _ in range(2):  # one config for two models
-        model = get_peft_model(tiny(), config)
-        head = model.get_base_model().classifier
-        assert (layer_of(model).active_fusion.norm, layer_of(model).active_fusion.alpha) == ("none", alpha)
+        model = get_peft_model(tiny(family), config)
+        settled = model.peft_config["default"]
+        assert (layer_of(model).active_fusion.norm, layer_of(model).active_fusion.alpha) == (norm, alpha)
+        assert (settled.fusion_norm, settled.fusion_alpha) == (norm, alpha)
+        head = model.get_base_model().classifier if family == "bert" else model.get_base_model().score
         torch.testing.assert_close(alpha * head.modules_to_save["default"].weight, head.original_module.weight)
-        assert model.peft_config["default"].fusion_alpha == alpha
-    assert config.fusion_alpha is None
+    assert (config.fusion_norm, config.fusion_alpha) == given
 
 
 @pytest.mark.parametrize("change", [{"fusion_alpha": 4.0}, {"fusion_norm": "none"}])

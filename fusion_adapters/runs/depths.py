@@ -26,7 +26,10 @@ STEPS = 6  # depths that are tried; the numbers of blocks of most backbones divi
 LEAST_DEV = 10  # development examples, with fewer no two depths can be told apart
 GROUPS = 20  # of development examples, each left out once for the standard error
 ROUNDING = 1e-9
-RULE = "the smallest depth whose development score is at most one standard error below the best"
+GIVEN_UP = 0.05  # of the best score at most: few development examples have large errors
+RULE = (
+    "the smallest depth whose development score is at most one standard error, and a twentieth of the best, below the best"
+)
 
 
 @dataclass
@@ -215,7 +218,10 @@ def choose(tried: Sequence[Tried], task: Task) -> dict[str, Any]:
             }
         )
     # one example more or less is an error of just one example
-    within = (row for row in rows if "failed" not in row and row["below_best"] <= row["standard_error"] + ROUNDING)
+    most = GIVEN_UP * abs(scores[best])
+    within = (
+        row for row in rows if "failed" not in row and row["below_best"] <= min(row["standard_error"], most) + ROUNDING
+    )
     chosen = next(within)["depth"]
     return {"chosen": chosen, "best": best, "rule": RULE, "tried": rows}
 

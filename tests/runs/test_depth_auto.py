@@ -224,6 +224,13 @@ def test_the_error_is_that_of_the_difference_on_the_same_examples():
     assert standard_error([0.5]) == 0
 
 
+def test_a_large_error_gives_up_no_more_than_a_twentieth_of_the_best():
+    gold = ["x"] * 20
+    wide = choose([found(1, right(0.75, 20, shift=10), gold), found(2, right(0.85, 20), gold)], TEXTS)
+    assert wide["tried"][0]["standard_error"] > wide["tried"][0]["below_best"] and wide["chosen"] == 2
+    assert choose([found(1, right(0.9, 20, shift=10), gold), found(2, right(0.9, 20), gold)], TEXTS)["chosen"] == 1
+
+
 def test_one_example_in_a_hundred_is_within_its_error():
     gold = ["x"] * 100
     assert choose([found(1, right(0.89), gold), found(2, right(0.9), gold)], TEXTS)["chosen"] == 1

@@ -36,7 +36,7 @@ def load(family, folder, quantization, dtype=torch.float32):
 
 def learns(model):
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     history = []
     for _ in range(8):
         optimizer.zero_grad()

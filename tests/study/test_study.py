@@ -206,7 +206,7 @@ def test_settings_of_the_quick_form(tmp_path):
         ({"use_rslora": True}, "use_rslora is True here and False there"),
         ({"fusion_heads": 2}, "fusion_heads is 2 here and 8 there"),
         ({"fusion_scale": False}, "fusion_scale is False here and True there"),
-        ({"fusion_alpha": 2}, "fusion_alpha is 2.0 here and 8.0 there"),
+        ({"fusion_alpha": 2}, "fusion_alpha is 2 here and 8.0 there"),
         ({"fusion_norm": "rms"}, "fusion_norm is rms here and none there"),
     ],
 )

@@ -55,7 +55,7 @@ def test_a_comparison_with_a_method_in_8_bits(tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra: quantised)")
     methods = {name: METHODS[name] for name in ("deeper", "concat")}
     methods["concat8"] = {**METHODS["concat"], "bits": 8}
-    path = write_study(tmp_path, methods=methods, sizes=["all"], rates=[1e-2])
+    path = write_study(tmp_path, methods=methods, sizes=["all"], rates=[1.25e-3])
     run("compare", path, "--output", tmp_path / "out", "--workers", 1)
     assert {r["method"]: r["regime"] for r in scores(tmp_path / "out")} == {
         "deeper": "frozen",

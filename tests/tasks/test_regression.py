@@ -66,7 +66,7 @@ def test_scores_against_values_worked_out_by_hand():
 def trained(tmp_path_factory):
     """A run that has learned something, its folder and its metrics."""
     folder = tmp_path_factory.mktemp("regression")
-    changes = {"data": {"text": BOTH}, "training": {"num_train_epochs": 3, "learning_rate": 1e-2}}
+    changes = {"data": {"text": BOTH}, "training": {"num_train_epochs": 3, "learning_rate": 1.25e-3}}
     recipe = load_recipe(write_recipe(folder, "regression", **changes))
     return folder, recipe, run_recipe(recipe, folder / "run")
 

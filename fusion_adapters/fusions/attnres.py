@@ -39,9 +39,8 @@ class AttnRes(Fusion):
     def forward(
         self, states: Sequence[Tensor], last: Tensor, context: Context | None = None, return_weights: bool = False
     ) -> Any:
-        probe = (
-            self.scaled(self.query) * self.scaled(self.key_norm_weight)
-        ).float()  # the norm's gain and the query meet in one product
+        # the norm's gain and the query meet in one product
+        probe = (self.scaled(self.query) * self.scaled(self.key_norm_weight)).float()
         scores = torch.stack([F.rms_norm(z.float(), (self.hidden_size,), eps=EPSILON) @ probe for z in states], dim=-1)
         weights = F.softmax(scores, dim=-1)  # (B, T, N)
         mixed = torch.zeros_like(last, dtype=torch.float32)

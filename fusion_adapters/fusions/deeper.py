@@ -47,9 +47,8 @@ class EncoderBlock(Scaled):
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, T, d / H)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None)
         x = x + self._linear(attended.transpose(1, 2).flatten(-2), self.out_weight, self.out_bias)  # (B, T, d)
-        hidden = F.gelu(
-            self._linear(self.scaled(layer_norm(x, *second)), self.up_weight, self.up_bias)
-        )  # (B, T, feedforward)
+        normed = self.scaled(layer_norm(x, *second))
+        hidden = F.gelu(self._linear(normed, self.up_weight, self.up_bias))  # (B, T, feedforward)
         return x + self._linear(hidden, self.down_weight, self.down_bias)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def cache(
     recipe: RecipeFile,
     output: Annotated[Path, typer.Option(help="Folder of the cache; an extraction that was stopped goes on there.")],
     settings: Settings = None,
-    dtype: Annotated[str, typer.Option(help="float16, bfloat16, float32, or int8 (half the bytes).")] = "float16",
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16, float32, float8 or int8 (half the bytes).")] = "float16",
 ) -> None:
     """Compute the layer states of a recipe's data once; train --cache then runs without the backbone."""
     from .runs.recipe import load_recipe
@@ -196,6 +196,36 @@ def budget(
         print(json.dumps(rows))
     else:
         Console().print(budget_table(rows, f"{model}, at most {read_count(parameters):,} parameters"))
+
+
+@app.command()
+def estimate(
+    recipe: RecipeFile,
+    settings: Settings = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Tokens of a row; by default data.max_length, the most.")] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=0, help="GiB of the card; by default that of the GPU here, if there is one.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what a recipe needs, without loading anything: memory of a step, disk of a cache, bytes of the adapter."""
+    import torch
+
+    from .runs.estimating import estimate_recipe
+    from .runs.recipe import load_recipe
+    from .runs.tables import estimate_tables
+
+    if memory is None and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    found = estimate_recipe(load_recipe(recipe, settings), length)
+    if as_json:
+        print(json_line(found))
+        return
+    console = Console()
+    for table in estimate_tables(found, memory):
+        console.print(table)
+    for note in found["assumed"]:
+        console.print(escape(visible(f"Assumed: {note}.")), style="yellow", highlight=False, soft_wrap=True)
 
 
 def _lines_of_input() -> list[str]:

@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fusion_adapters.states.storage import DTYPES, manifest_text
+from fusion_adapters.states.formats import DTYPES
+from fusion_adapters.states.storage import manifest_text
 
 MANIFEST, INDEX = "manifest.json", "index.safetensors"
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from .contract import Context, Fusion, resolve_layers
+from .contract import Context, Fusion
+from .layers import read_layers, resolve_layers
 from .options import Option, joint_options, options_of
 from .widths import Budget, BudgetTooSmallError
 
@@ -25,6 +26,7 @@ __all__ = [
     "build_fusion",
     "fusion_class",
     "fusion_options",
+    "read_layers",
     "resolve_layers",
 ]
 
@@ -77,7 +79,7 @@ def build_fusion(
     name: str,
     hidden_size: int,
     num_layers: int,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] | str | None = None,
     last_block: nn.Module | None = None,
     **options: Any,
 ) -> Fusion:
@@ -87,7 +89,7 @@ def build_fusion(
         name: A name in `FUSIONS`.
         hidden_size: Hidden size `d` of the backbone.
         num_layers: Number of blocks `L` of the backbone.
-        layers: Indices of the states to fuse, negatives allowed; None means `1 .. L`.
+        layers: Indices of the states to fuse, negatives allowed, or a rule, see `read_layers`; None means `1 .. L`.
         last_block: The backbone's last block, for methods that copy it.
         **options: The method's own options, see `fusion_options`.
 

@@ -1,4 +1,4 @@
-"""What a layer fusion is: the contract, and the rule for indices of layers."""
+"""What a layer fusion is: the contract."""
 
 from __future__ import annotations
 
@@ -141,31 +141,3 @@ class Fusion(Scaled):
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, layers={list(self.layers)}"
-
-
-def resolve_layers(layers: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
-    """Turns a choice of layers into ascending indices of the states `z_0 .. z_L`.
-
-    Args:
-        layers: Indices into the `L + 1` states, negatives count from the end (`-1` is `z_L`); None means `1 .. L`.
-        num_layers: The number of blocks `L`.
-
-    Raises:
-        ValueError: If the choice is empty, names a state twice, or names one that does not exist.
-    """
-    if layers is None:
-        return tuple(range(1, num_layers + 1))
-    count = num_layers + 1
-    wrong = [i for i in layers if not -count <= i < count]
-    if wrong:
-        raise ValueError(
-            f"fusion_layers={list(layers)}: {wrong} out of range. A backbone of {num_layers} blocks has the layer "
-            f"states 0 (embeddings) to {num_layers} (last block), or {-count} to -1 from the end. Choose among these."
-        )
-    resolved = sorted(i % count for i in layers)
-    if len(set(resolved)) != len(resolved) or not resolved:
-        raise ValueError(
-            f"fusion_layers={list(layers)} means the layer states {resolved}: name at least one state, and each "
-            "only once (a negative index counts from the end, -1 is the last block)."
-        )
-    return tuple(resolved)

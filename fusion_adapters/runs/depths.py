@@ -120,7 +120,7 @@ def depths_to_try(config: FusionConfig, model: nn.Module) -> list[int]:
     return depths
 
 
-def _fits(layers: list[int] | None, depth: int) -> bool:
+def _fits(layers: list[int] | str | None, depth: int) -> bool:
     try:
         resolve_layers(layers, depth)
     except ValueError:  # one above, or two that mean the same

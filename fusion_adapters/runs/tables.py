@@ -92,3 +92,49 @@ def budget_table(rows: list[dict[str, Any]], title: str) -> Table:
         size = f"{row['bytes'] / 2**20:,.1f} MiB"
         table.add_row(row["method"], choice or "-", f"{row['parameters']:,}", size, f"{row['flops_percent']:.2f} %")
     return table
+
+
+def estimate_tables(found: dict[str, Any], memory: float | None) -> list[Table]:
+    """What a recipe needs, from `estimate_recipe`.
+
+    Args:
+        found: Its answer.
+        memory: GiB of the card; None for no column that says what fits.
+    """
+    backbone, adapter, batch, cache = (found[part] for part in ("backbone", "adapter", "batch", "cache"))
+    title = (
+        f"{backbone['model']}, {backbone['parameters']:,} parameters; batches of {batch['rows']} x {batch['tokens']} tokens"
+    )
+    steps = Table(title=title, title_justify="left")
+    steps.add_column("a training step, GiB")
+    for name in (
+        "weights",
+        "gradients, Adam",
+        "kept for backward",
+        "peak",
+        *(() if memory is None else (f"of {memory:.0f}",)),
+    ):
+        steps.add_column(name, justify="right")
+    for kind, step in found["steps"].items():
+        shown = [f"{step[part] / 2**30:,.2f}" for part in ("weights", "optimizer", "kept", "peak")]
+        fits = [] if memory is None else ["fits" if step["peak"] <= memory * 2**30 else "too large"]
+        steps.add_row(kind, *shown, *fits)
+    weights = Table(title="weights of the backbone, and the adapter", title_justify="left", show_header=False)
+    weights.add_column()
+    weights.add_column(justify="right")
+    for form, size in backbone["bytes"].items():
+        weights.add_row(form, f"{size / 2**30:,.2f} GiB")
+    parts = ", ".join(f"{part} {adapter[part]:,}" for part in ("fusion", "lora", "head", "other") if adapter[part])
+    weights.add_row(f"adapter ({parts})", f"{adapter['bytes'] / 1e6:,.1f} MB")
+    disk = Table(title="layer states on disk", title_justify="left")
+    if "refused" in cache:
+        disk.add_column(cache["refused"])
+        return [steps, weights, disk]
+    disk.add_column(f"{cache['layers']} layers")
+    count = cache["count"] or 10**6
+    of_data = f"{count:,} {cache['unit']}s{'' if cache['count'] is None else ' of the data'}, GiB"
+    for name in (f"bytes a {cache['unit']}", of_data):
+        disk.add_column(name, justify="right")
+    for form, size in cache["bytes"].items():
+        disk.add_row(form, f"{size:,}", f"{count * size / 2**30:,.2f}")
+    return [steps, weights, disk]

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .dataset import CachedCollator, CachedDataset
+from .formats import DTYPES, has_scales, widened
 from .key import LABELS, cache_key, key_differences, row_signature, uncached_inputs
 from .means import check_means
 from .source import Source, base_of, source_of
-from .storage import DTYPES, StaleCacheError, open_shard, read_index, read_manifest, shard_is_whole
+from .storage import StaleCacheError, open_shard, read_index, read_manifest, shard_is_whole
 
 
 def columns_of(model: nn.Module | Source | None) -> frozenset[str] | None:
@@ -37,7 +38,7 @@ class LayerStateCache:
 
     Attributes:
         layers: Indices of the cached layer states, ascending; the last is `L`.
-        dtype: How they are stored: `float32`, `float16`, `bfloat16` or `int8`.
+        dtype: How they are stored: `float32`, `float16`, `bfloat16`, `float8` or `int8`.
 
     Raises:
         FileNotFoundError: If the folder holds no cache, or shards are missing.
@@ -175,7 +176,7 @@ class LayerStateCache:
         Args:
             numbers: Numbers of rows, see `find`.
             layers: Which layers; None means all of the cache.
-            dtype: Of the result; None keeps the stored one (float32 for int8).
+            dtype: Of the result; None keeps the stored one (float32 for float8 and int8).
             keep: For each row which of its positions to read, int64, ascending; None means all.
 
         Returns:
@@ -183,7 +184,7 @@ class LayerStateCache:
         """
         columns = [self.layers.index(i) for i in (self.layers if layers is None else layers)]
         if dtype is None:
-            dtype = torch.float32 if self.dtype == "int8" else DTYPES[self.dtype]
+            dtype = torch.float32 if has_scales(self.dtype) else DTYPES[self.dtype]
         starts, total = [], 0
         for i, number in enumerate(numbers):
             starts.append(total)
@@ -198,7 +199,7 @@ class LayerStateCache:
             if not everything:
                 states = states[:, columns]
             if "scales" in reader:
-                states = states * reader["scales"][first : first + count][:, columns].unsqueeze(-1)
+                states = widened(states, reader["scales"][first : first + count][:, columns])
             if keep is not None:
                 states = states.index_select(0, keep[i])
             result[:, starts[i] : starts[i] + len(states)].copy_(states.transpose(0, 1))

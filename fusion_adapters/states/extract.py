@@ -21,13 +21,13 @@ from ..backbone.blocks import Backbone
 from ..backbone.record import recorded, run
 from .cache import LayerStateCache, columns_of
 from .claim import Claim, claimed
+from .formats import DTYPES, has_scales, narrowed
 from .key import check_rows, key_differences
 from .means import check_lengths, means_of_texts
 from .plan import BATCH_SIZE, Plan, plan_cache
 from .seen import check_seen, padded_right
 from .source import Source, source_of
 from .storage import (
-    DTYPES,
     StaleCacheError,
     has_manifest,
     is_only_begun,
@@ -40,7 +40,6 @@ from .storage import (
     write_shard,
 )
 
-INT8_MAX = 127
 PADDING_TOLERANCE = 0.05  # of the states' norm: above what 16 bits and quantisation change, far below what a position does
 POSITIVE_INFINITY, NEGATIVE_INFINITY = 0x7C00, 0xFC00  # bits of float16
 
@@ -71,7 +70,7 @@ def cache_layer_states(
         rows: Tokenised rows; labels are not needed.
         folder: New, empty, or with the same cache begun.
         collator: Pads a list of rows to a batch, the task's own for example; may be left out if all rows have one length.
-        dtype: `float16`, `bfloat16`, `float32`, or `int8` (half the bytes of 16 bits, one scale per token and layer).
+        dtype: `float16`, `bfloat16`, `float32`, `float8` or `int8` (half the bytes of 16 bits, one scale per token and layer).
         layers: Layer states to keep; None means those that the attached fusion reads, without one `1 .. L`. `z_L` is always
             among them.
         means: Keep one mean for each text where the model reads nothing else (`fusion_pool="mean"`); False keeps every position, for
@@ -189,7 +188,7 @@ def _prepare(folder: Path, plan: Plan, tell: bool) -> None:
     if plan.bytes - done > free:
         raise OSError(
             f"The layer states need {(plan.bytes - done) / 2**20:,.1f} MiB ({plan}), and the disk of {str(folder)!r} has "
-            f"{free / 2**20:,.1f} MiB free. Nothing was written. Choose another folder, dtype='int8', fewer layers "
+            f"{free / 2**20:,.1f} MiB free. Nothing was written. Choose another folder, dtype='float8', fewer layers "
             "(fusion_layers), or fewer rows."
         )
     if tell:
@@ -244,7 +243,7 @@ def _extract(
     m = plan.manifest
     layers, dtype, tokens = m["layers"], m["dtype"], m["shards"][number]["tokens"]
     result = {"states": torch.empty(tokens, len(layers), m["hidden_size"], dtype=DTYPES[dtype])}
-    if dtype == "int8":
+    if has_scales(dtype):
         result["scales"] = torch.empty(tokens, len(layers))
     start, row = 0, sum(shard["rows"] for shard in m["shards"][:number])
     for batch in plan.batches[number]:
@@ -261,7 +260,7 @@ def _extract(
                 kept = means_of_texts(state, mask, backbone.causal)
             else:
                 kept = state.flatten(0, 1) if real is None else state.flatten(0, 1).index_select(0, real)
-            _store(result, where, layers.index(layer), kept)  # (states, d)
+            _store(result, dtype, where, layers.index(layer), kept)  # (states, d)
 
         with recorded(backbone, layers, take):
             run(backbone, inputs)
@@ -312,20 +311,17 @@ def _check_left_padding(backbone: Backbone, left: dict[str, Any], right: dict[st
         )
 
 
-def _store(result: dict[str, Tensor], where: slice, column: int, states: Tensor) -> None:
+def _store(result: dict[str, Tensor], dtype: str, where: slice, column: int, states: Tensor) -> None:
     """Writes states `(tokens, d)` into a column of a shard."""
     if len(states) != where.stop - where.start:
         raise ValueError(
             f"A batch has {len(states)} positions, but its rows have {where.stop - where.start}. Give a collator that pads rows "
             "and makes an attention_mask, and does not cut them."
         )
-    target = result["states"]
-    if target.dtype == torch.int8:
-        scales = states.float().abs().amax(-1).clamp_min(1e-12) / INT8_MAX  # (tokens,)
+    if has_scales(dtype):
+        states, scales = narrowed(states, dtype)
         result["scales"][where, column] = scales.cpu()
-        target[where, column] = (states.float() / scales[:, None]).round().to(torch.int8).cpu()
-    else:
-        target[where, column].copy_(states)
+    result["states"][where, column].copy_(states)
 
 
 def _write(folder: Path, manifest: Mapping[str, Any], number: int, tensors: dict[str, Tensor], claim: Claim) -> None:

@@ -12,10 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ..backbone.blocks import Backbone
 from ..backbone.record import recorded, run
+from .formats import DTYPES, state_bytes
 from .key import cache_key, check_rows, input_names, known_inputs, row_signature
 from .means import holds_means, padding_token, text_length
 from .source import Source, source_of
-from .storage import DTYPES, index_checksum
+from .storage import index_checksum
 
 BATCH_SIZE = 32
 # Small shards are cheap to make again; large caches should not fall into thousands of files.
@@ -99,7 +100,7 @@ def plan_cache(
     means = means and holds_means(source, names, [rows[i] for i in order])
     if means:  # from here on a text has one state a layer
         lengths = dict.fromkeys(lengths, 1)
-    token_bytes = len(chosen) * (backbone.hidden_size * DTYPES[dtype].itemsize + (4 if dtype == "int8" else 0))
+    token_bytes = len(chosen) * state_bytes(dtype, backbone.hidden_size)
     if shard_bytes is None:
         shard_bytes = min(max(token_bytes * sum(lengths.values()) // SHARDS, SMALLEST_SHARD), LARGEST_SHARD)
     batches: list[list[list[int]]] = []

@@ -3,8 +3,8 @@
 manifest.json         key, layers, dtype, width, checksum of the index, shards with their rows and tokens, checksum of all that
 index.safetensors     for each row: signature, shard, first token, number of tokens
 shard-00000.safetensors ...
-states   (tokens, layers, d)  float16, bfloat16, float32 or int8; no padding
-scales   (tokens, layers)     float32, for int8 only: a state is states * scales
+states   (tokens, layers, d)  float16, bfloat16, float32, float8 or int8; no padding
+scales   (tokens, layers)     float32, for float8 and int8 only: a state is states * scales
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from torch import Tensor
 
 from ..backbone.atomic import temporary_of, write_text_whole
 from .claim import LOCK, Claim
+from .formats import SAFETENSORS_DTYPES, has_scales
 
 FORMAT = 4
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
-SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
 MANIFEST = "manifest.json"
 INDEX = "index.safetensors"
 CHECKSUM = "checksum"  # of the manifest's other values
@@ -162,7 +161,7 @@ def open_shard(folder: Path, manifest: Mapping[str, Any], number: int) -> tuple[
     path = folder / planned["file"]
     shape = [planned["tokens"], len(manifest["layers"]), manifest["hidden_size"]]
     expected = {"states": (shape, SAFETENSORS_DTYPES[manifest["dtype"]])}
-    if manifest["dtype"] == "int8":
+    if has_scales(manifest["dtype"]):
         expected["scales"] = (shape[:2], SAFETENSORS_DTYPES["float32"])
     remedy = "Run the extraction again with the same settings; it makes only this shard anew."
     try:

@@ -22,15 +22,18 @@ from ..runs.loading import load_model
 from ..runs.tokenizers import load_tokenizer
 from ..runs.yaml import validated
 from ..states.key import tokenizer_signature
+from ..tuner.budget import default_budget, has_own_width
+from ..tuner.config import FusionConfig
 from ..tuner.lower import lower_backbones
+from ..tuner.sizes import UNFITTED
 from .examples import splits_of
 from .recipe import StudyRecipe
 
 STUDY_FILE = "study.yaml"
 DATA_FILE = "data.json"
 BACKBONE_FILE = "backbone.json"
-# What parameters and states count for in adapters that do not say, those of 0.1.0.
-OF_0_1_0: dict[str, Any] = {"fusion_alpha": 1.0, "fusion_norm": "none"}
+# What parameters and states count for in adapters that do not say, those of 0.1.0; and their width, if they say none either.
+OF_0_1_0: dict[str, Any] = {"fusion_alpha": 1.0, "fusion_norm": "none", "fusion_budget": UNFITTED}
 # What may differ between two calls on one folder: a run belongs to its method, size, seed and rate, and stays as it is.
 GROWING = ("methods", "sizes", "seeds", "rate_seeds", "rate_sizes", "rates", "baseline", "reference")
 
@@ -67,7 +70,9 @@ def begin_or_resume(study: StudyRecipe, output: Path) -> None:
 
 
 def settle_scales(study: StudyRecipe, output: Path, model: nn.Module) -> None:
-    """Writes `fusion_alpha` and `fusion_norm` into every method that leaves them out: a comparison stays when a default changes.
+    """Writes `fusion_alpha`, `fusion_norm` and the budget into every method that leaves them out.
+
+    So a comparison stays when a default changes.
 
     One that was begun by 0.1.0, which knew neither, goes on without them, in methods that are added today too.
 
@@ -83,9 +88,18 @@ def settle_scales(study: StudyRecipe, output: Path, model: nn.Module) -> None:
     for name, method in study.methods.items():
         config = adapter_config(study.recipe_of(next(iter(study.data)), name))
         causal = all(b.causal for b in lower_backbones(config, model))
-        for field, today in (("fusion_alpha", config.alpha_on(causal)), ("fusion_norm", config.norm_on(causal))):
-            old = any(field not in (other.get("adapter") or {}) for other in begun.values())
-            method.adapter.setdefault(field, OF_0_1_0[field] if old else today)
+        today: dict[str, Any] = {"fusion_alpha": config.alpha_on(causal), "fusion_norm": config.norm_on(causal)}
+        if not has_own_width(config):
+            today["fusion_budget"] = default_budget(config, model) or UNFITTED
+        for field, value in today.items():
+            old = any(field in _unsaid(other.get("adapter") or {}) for other in begun.values())
+            method.adapter.setdefault(field, OF_0_1_0[field] if old else value)
+
+
+def _unsaid(adapter: dict[str, Any]) -> list[str]:
+    """The fields of `OF_0_1_0` that a method's adapter should say and does not."""
+    width = has_own_width(FusionConfig(**adapter))
+    return [field for field in OF_0_1_0 if field not in adapter and not (field == "fusion_budget" and width)]
 
 
 def _remove_unfinished(output: Path) -> None:
@@ -138,8 +152,7 @@ def _check_same(
         if began.task.of_words and "label_at" not in data.model_fields_set:
             data.label_at = "first"  # of 0.1.0, which had no other
     for method in began.methods.values():
-        for field, value in OF_0_1_0.items():
-            method.adapter.setdefault(field, value)
+        method.adapter.update({field: OF_0_1_0[field] for field in _unsaid(method.adapter)})
     there = json.loads(began.model_dump_json(exclude={"quick"}))
     before, known = _read(output / DATA_FILE), _read(output / BACKBONE_FILE)
     # where the files are does not matter, what is in them does

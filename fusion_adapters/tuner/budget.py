@@ -20,10 +20,22 @@ from .config import FusionConfig
 from .counts import empty_copy
 from .lower import lower_backbones
 from .lower_lora import count_lora_below
-from .sizes import DWATT_PAPER, lora_rank, read_count
+from .sizes import DWATT_PAPER, UNFITTED, lora_rank, read_count
 
-__all__ = ["BudgetTooSmallError", "fit_budget", "has_own_width", "resolve_budget", "settle_budget", "warn_if_large"]
+__all__ = [
+    "BudgetTooSmallError",
+    "default_budget",
+    "default_parameters",
+    "fit_budget",
+    "has_own_width",
+    "resolve_budget",
+    "settle_budget",
+    "warn_if_large",
+]
 
+# A fusion at its default width trains at most so many parameters for each block and each value of the hidden size: as many as a LoRA
+# of rank 8 on four square projections of attention, and in no decoder more than one of rank 16 on the query and the output alone.
+PER_BLOCK = 64
 LARGE = 50_000_000  # parameters of a fusion that should be somebody's choice
 
 
@@ -70,7 +82,7 @@ def resolve_budget(config: FusionConfig, model: nn.Module) -> int | None:
         model: The model, with or without weights.
 
     Returns:
-        The number; None if the config sets no budget.
+        The number; None if the config sets no budget, or `"none"`.
 
     Raises:
         ValueError: If peft knows no usual modules for LoRA in this model.
@@ -78,6 +90,8 @@ def resolve_budget(config: FusionConfig, model: nn.Module) -> int | None:
     budget = config.fusion_budget
     if budget is None or isinstance(budget, int):
         return budget
+    if budget == UNFITTED:
+        return None
     if budget == DWATT_PAPER:
         return _parameters(FusionConfig.paper("dwatt"), lower_backbones(config, model))
     rank = lora_rank(budget)
@@ -95,30 +109,60 @@ def resolve_budget(config: FusionConfig, model: nn.Module) -> int | None:
 
 
 def settle_budget(config: FusionConfig, model: nn.Module) -> None:
-    """Puts the widths that fit `config.fusion_budget` into the config, in the budget's place."""
-    parameters = resolve_budget(config, model)
+    """Puts the widths that fit `config.fusion_budget` into the config, in the budget's place; without one, those of the default size.
+
+    The default is `default_parameters`, or the method's own where that is less, or where even the smallest width is more.
+    """
+    parameters = resolve_budget(config, model) if has_own_width(config) else default_budget(config, model)
     if parameters is None:
+        config.fusion_budget = None
         return
     fitted = fit_budget(config, model, parameters)
     for name in ("fusion_budget", "r", *(f"fusion_{width}" for width in config.widths)):
         setattr(config, name, getattr(fitted, name))
 
 
+def default_parameters(backbones: Sequence[Backbone]) -> int:
+    """What a fusion may train where nobody chose its size: 64 for each block that it reads and each value of the hidden size."""
+    return sum(PER_BLOCK * backbone.hidden_size * backbone.num_layers for backbone in backbones)
+
+
 def has_own_width(config: FusionConfig) -> bool:
-    """Whether the size of the fusion was chosen: by a budget, a width, or when the adapter was made."""
+    """Whether the size of the fusion was chosen: by a budget, a width, a published form, or when the adapter was made."""
     # a copy of the backbone's block has that block's size
     chosen = (config.fusion_budget, config.fusion_copy_last, *config.widths.values())
-    return config.bound or any(value is not None for value in chosen)
+    return config.bound or config.options.get("init") == "paper" or any(value is not None for value in chosen)
+
+
+def default_budget(config: FusionConfig, model: nn.Module) -> int | None:
+    """The budget of a config that chooses no width: `default_parameters`, and what its LoRA trains.
+
+    Returns:
+        The number; None where the method's own width is less, or its smallest is more: it then keeps its own.
+    """
+    if not config.widths:
+        return None
+    backbones = lower_backbones(config, model)
+    limit = default_parameters(backbones)
+    if _parameters(config, backbones) <= limit:
+        return None
+    lora = _lora_and_biases(config, model) if config.has_lora else 0
+    try:
+        fit_budget(config, model, limit + lora)
+    except BudgetTooSmallError:
+        return None
+    return limit + lora
 
 
 def warn_if_large(config: FusionConfig, fusions: Sequence[nn.Module]) -> None:
-    """Warns of a default width that makes much of a large backbone."""
+    """Warns of a default or published size that is large on a large backbone."""
     count = sum(p.numel() for fusion in fusions for p in fusion.parameters())
     if count > LARGE and not any(p.is_meta for fusion in fusions for p in fusion.parameters()):
+        size = "in its published form" if config.options.get("init") == "paper" else "at its own width"
         warnings.warn(
-            f"fusion={config.fusion!r} at its default width trains {count:,} parameters on this backbone: {count / 2**28:.1f} GiB in "
-            "float32, four times that with gradients and Adam. Set fusion_budget, for example '10M', or the width itself "
-            f"({', '.join(f'fusion_{name}' for name in config.widths)}), which also says that it is meant.",
+            f"fusion={config.fusion!r} {size} trains {count:,} parameters on this backbone: {count / 2**28:.1f} GiB in float32, four times "
+            "that with gradients and Adam. Set fusion_budget, for example '10M', which chooses a width"
+            f"{''.join(f' (fusion_{name})' for name in config.widths)}; or choose a smaller method.",
             stacklevel=2,
         )
 

@@ -5,34 +5,22 @@ from __future__ import annotations
 import enum
 import textwrap
 from dataclasses import dataclass, field, make_dataclass
-from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 from peft import LoraConfig
 
-from ..fusions import all_options, fusion_class, fusion_options
+from ..fusions import fusion_class, fusion_options
 from .card import ModelClass, add_loading_section
+from .checks import METHOD_OPTIONS, check_fields
 from .digest import OPTIONS, options_digest
 from .lora import changes_lora, names_lora
-from .sizes import check_budget, check_depth
 
 
 class FusionPeftType(str, enum.Enum):  # noqa: UP042 - as peft has its own
     """Our key in peft's registry. peft's own enum is closed; its look-ups are by string value."""
 
     FUSION = "FUSION"
-
-
-# The options of all methods; each is a field of the config under the prefix fusion_.
-_OPTIONS = all_options()
-# How the values of an option are checked by its types, and the words for what fits. A text is left to the fusion.
-_CHECKS: dict[frozenset[Any], tuple[Any, str]] = {
-    frozenset({int, float}): (Real, "a width (a whole number) or a fraction of the hidden size"),
-    frozenset({float}): (Real, "a number"),
-    frozenset({int}): (Integral, "a whole number"),
-    frozenset({bool}): (bool, "true or false"),
-}
 
 
 # How far the best learning rates of fusions lie above LoRA's, 2e-4, on encoders and on decoders (docs/decoders.md).
@@ -53,7 +41,7 @@ else:
         "_MethodOptions",
         [
             (f"fusion_{name}", Optional[Union[option.kinds or (Any,)]], _optional(option.help))  # noqa: UP007, UP045
-            for name, option in _OPTIONS.items()
+            for name, option in METHOD_OPTIONS.items()
         ],
         bases=(LoraConfig,),
         namespace={"__module__": __name__, "__doc__": "LoRA's config with the options of all methods."},
@@ -70,15 +58,18 @@ class FusionConfig(_MethodOptions):
 
     Args:
         fusion: The method, a name in `FUSIONS`.
-        fusion_layers: The layer states to fuse, `0` (embeddings) to `L` (last block) or negative; None means `1 .. L`.
+        fusion_layers: The layer states to fuse, `0` (embeddings) to `L` (last block) or negative; `"every:4"`: the last block and each
+            fourth below it; `"last:8"`: the last eight blocks; None means `1 .. L`.
         fusion_OPTION: The options of the methods, which stand here by name in `help(FusionConfig)`.
         fusion_depth: Where the backbone ends for this adapter: the fusion reads no state above that block, and its result stands
             for the block's output; blocks above do not run, and need not be loaded (`load_cut`). A number from 1, or a fraction
             of the blocks in (0, 1), which becomes the number when attached. None means the last. `fusion_layers` then counts
             from there: None means `1 .. fusion_depth`, -1 that block. In recipes also `auto`: the run chooses on development data.
         fusion_budget: How many parameters fusion and LoRA may train together: a number, `"1M"`, `"dwatt-paper"` (what the
-            paper's DWAtt would train) or `"lora:r=16"` (what that LoRA would). When attached, the method's free width (see
-            `fit_budget`) is set to the largest that fits, and this field to None.
+            paper's DWAtt would train), `"lora:r=16"` (what that LoRA would) or `"none"` (the method's own width, whatever the
+            backbone). When attached, the method's free width (see `fit_budget`) is set to the largest that fits, and this field to
+            None. Left out, with no width given, the fusion trains at most what a LoRA of rank 8 on the attention projections
+            would (see `default_parameters`).
         fusion_stop_gradient: With LoRA: the fusion reads the layer states, but sends no gradient back through them, so that
             LoRA learns as it would without the fusion, by what reaches the last block's output directly.
         fusion_pool: `"mean"`: each layer state is replaced by a mean over the positions of the text, before the fusion, so that a head
@@ -108,7 +99,9 @@ class FusionConfig(_MethodOptions):
     """
 
     fusion: str = field(default="dwatt", metadata={"help": "The fusion method, a name in fusion_adapters.FUSIONS."})
-    fusion_layers: list[int] | None = _optional("Layer states to fuse; None means the outputs of all blocks.")
+    fusion_layers: list[int] | str | None = _optional(
+        "Layer states to fuse, a list, 'every:4' or 'last:8'; None means the outputs of all blocks."
+    )
     fusion_depth: int | float | None = _optional(
         "The block at which the backbone ends: a number, or a fraction of the blocks."
     )
@@ -154,10 +147,7 @@ class FusionConfig(_MethodOptions):
         self.attached = False
         # The class of the model that it is attached to, for the card; known when the adapter is saved.
         self.model_class: ModelClass | None = None
-        self._check_types()
-        self._check_method()
-        self._check_budget()
-        self._check_lora()
+        check_fields(self)
 
     @classmethod
     def paper(cls, fusion: str, **kwargs: Any) -> FusionConfig:
@@ -204,7 +194,7 @@ class FusionConfig(_MethodOptions):
     @property
     def options(self) -> dict[str, Any]:
         """The method's options that were set, without the prefix `fusion_`."""
-        given = {name: getattr(self, f"fusion_{name}") for name in _OPTIONS}
+        given = {name: getattr(self, f"fusion_{name}") for name in METHOD_OPTIONS}
         return {name: value for name, value in given.items() if value is not None}
 
     @property
@@ -247,100 +237,9 @@ class FusionConfig(_MethodOptions):
             return False
         return changes_lora(self) if self.fusion_lora is None else self.fusion_lora
 
-    def _check_types(self) -> None:
-        for option, value in self.options.items():
-            name, allowed = f"fusion_{option}", frozenset(_OPTIONS[option].kinds)
-            if allowed not in _CHECKS:
-                continue
-            kind, words = _CHECKS[allowed]
-            if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
-                raise ValueError(f"{name}={value!r} must be {words}.")
-        if self.fusion_depth is not None:
-            self.fusion_depth = check_depth(self.fusion_depth)
-        if isinstance(self.modules_to_save, str):
-            raise ValueError(
-                f"modules_to_save={self.modules_to_save!r} is a text, of which peft would take each letter for a name. Give a list, "
-                f"[{self.modules_to_save!r}]."
-            )
-
-    def _check_method(self) -> None:
-        known = fusion_options(self.fusion)
-        for name, value in self.options.items():
-            if name not in known:
-                offered = ", ".join(f"fusion_{option}" for option in known) or "none"
-                raise ValueError(
-                    f"fusion={self.fusion!r} has no option fusion_{name} (given: {value!r}). Its options are: {offered}. "
-                    "Remove the field, or choose another method."
-                )
-        dropout = self.options.get("dropout", 0)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"fusion_dropout={dropout} must be at least 0 and below 1.")
-        if self.fusion_stack not in (None, "encoder", "decoder", "both"):
-            raise ValueError(
-                f"fusion_stack={self.fusion_stack!r} is unknown. Use 'encoder', 'decoder', 'both', or leave it unset."
-            )
-        if self.fusion_pool not in (None, "last", "mean"):
-            raise ValueError(
-                f"fusion_pool={self.fusion_pool!r} is unknown. Use 'mean' (a mean over the text's positions), 'last', or leave it unset."
-            )
-        if self.fusion_pool == "last":  # one way to say it, in files and in comparisons of them
-            self.fusion_pool = None
-        if self.fusion_norm not in (None, "rms", "none"):
-            raise ValueError(f"fusion_norm={self.fusion_norm!r} is unknown. Use 'rms' or 'none', or leave it unset.")
-        alpha = self.fusion_alpha
-        if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha < float("inf")):
-            raise ValueError(
-                f"fusion_alpha={alpha!r} must be a number above 0. Left out, it suits the learning rates of LoRA."
-            )
-        if self.options.get("init") == "paper" and (self.fusion_norm == "rms" or alpha not in (None, 1)):
-            raise ValueError(
-                f"fusion_init='paper' is the published form of {self.fusion!r}, without fusion_norm={self.fusion_norm!r} or "
-                f"fusion_alpha={alpha!r}. Leave these out, or fusion_init."
-            )
-        if self.fusion_layers is not None:
-            if not isinstance(self.fusion_layers, (list, tuple, range)):
-                raise ValueError(
-                    f"fusion_layers={self.fusion_layers!r} is not a list of layers. Give one, for example [1, 2, 3]; negatives "
-                    "count from the end."
-                )
-            self.fusion_layers = [int(i) for i in self.fusion_layers]
-
-    def _check_budget(self) -> None:
-        if self.fusion_budget is None:
-            return
-        self.fusion_budget = check_budget(self.fusion_budget)
-        given = [f"fusion_{name}" for name, value in self.widths.items() if value is not None]
-        if given:
-            raise ValueError(
-                f"fusion_budget={self.fusion_budget!r} chooses the width of {self.fusion!r}, but {' and '.join(given)} "
-                "set it too. Give one of them."
-            )
-
-    def _check_lora(self) -> None:
-        if self.fusion_lora is False and self.has_lora:
-            raise ValueError(
-                "fusion_lora=False asks for a fusion alone, but target_modules or target_parameters name modules for LoRA. Leave "
-                "out one of them."
-            )
-        if self.fusion_stop_gradient and not self.has_lora:
-            raise ValueError(
-                "fusion_stop_gradient=True keeps the fusion's gradients from LoRA, but the config has no option of LoRA and asks "
-                "for a fusion alone. Set target_modules, or leave fusion_stop_gradient unset."
-            )
-        if self.layer_replication:
-            raise ValueError(
-                "layer_replication changes the number of blocks under the fusion, and the adapter would not fit the "
-                "backbone it was made for. Leave it unset; a deeper backbone has to be built before attaching."
-            )
-        if self.bias != "none" and not self.has_lora:
-            raise ValueError(
-                f"bias={self.bias!r} trains biases of the backbone, but fusion_lora=False asks for a fusion alone, which "
-                "trains nothing inside it. Leave one of them out."
-            )
-
 
 def _told_options() -> str:
-    lines = (f"        fusion_{name}: {option.help}" for name, option in _OPTIONS.items())
+    lines = (f"        fusion_{name}: {option.help}" for name, option in METHOD_OPTIONS.items())
     return "\n".join(textwrap.fill(line, 125, subsequent_indent=" " * 12) for line in lines)
 
 

@@ -70,7 +70,8 @@ def depth_in(config: FusionConfig, backbone: Backbone) -> int | None:
                 else f"Choose a number from 1 to {blocks}, or a fraction below 1."
             )
         )
-    above = [i for i in config.fusion_layers or () if i > depth]
+    chosen = config.fusion_layers
+    above = [] if chosen is None or isinstance(chosen, str) else [i for i in chosen if i > depth]
     if above:
         raise ValueError(
             f"fusion_layers={config.fusion_layers}: {above} lie above fusion_depth={given}, which ends at block {depth} of {blocks}; the "

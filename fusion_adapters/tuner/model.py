@@ -125,7 +125,7 @@ class FusionModel(LoraModel):
         filled, (saved, load) = load is not None, saved_config(config, load)
         if config.has_lora:
             choose_targets(config, model)
-        own_width = has_own_width(config)
+        published, own_width = config.options.get("init") == "paper", has_own_width(config)
         settle_budget(config, model)
         if config.has_lora:
             with as_lora(config):  # peft renames targets in models that transformers 5 built anew, for LoRA alone
@@ -148,7 +148,7 @@ class FusionModel(LoraModel):
         weights = None if load is None else weights_of(load)
         with init_empty_weights() if low_cpu_mem_usage else undrawn() if filled else contextlib.nullcontext():
             fusions = [build_for(backbone, config) for backbone in backbones]
-        if not own_width:
+        if (published and not config.bound) or not own_width:
             warn_if_large(config, fusions)
         there = [fusion for layer in layers.values() for fusion in layer.fusions.values()]
         check_saved_names(config.modules_to_save, [*fusions, *there])

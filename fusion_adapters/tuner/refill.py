@@ -9,6 +9,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
 from ..backbone.fingerprint import fingerprints, join_fingerprints
+from ..fusions import resolve_layers
 from .binding import bind
 from .config import FusionConfig
 from .digest import check_options
@@ -106,5 +107,4 @@ def _config_in(load: Load) -> Any:
 
 
 def _layers(config: FusionConfig, depth: int) -> list[int]:
-    chosen, depth = config.fusion_layers, int(config.fusion_depth or depth)
-    return list(range(1, depth + 1)) if chosen is None else sorted(i + depth + 1 if i < 0 else i for i in chosen)
+    return list(resolve_layers(config.fusion_layers, int(config.fusion_depth or depth)))

@@ -7,6 +7,7 @@ from typing import Any
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 DWATT_PAPER = "dwatt-paper"
+UNFITTED = "none"
 _LORA = re.compile(r"lora:r=([1-9][0-9]*)")
 
 
@@ -38,7 +39,7 @@ def check_budget(budget: Any) -> int | str:
         ValueError: If it is none of the forms; the message lists them.
     """
     if isinstance(budget, str):
-        if budget != DWATT_PAPER and lora_rank(budget) is None:
+        if budget not in (DWATT_PAPER, UNFITTED) and lora_rank(budget) is None:
             try:
                 read_count(budget)
             except ValueError as error:
@@ -93,5 +94,6 @@ def read_depth(text: str) -> int | float:
 def _no_budget(budget: Any) -> ValueError:
     return ValueError(
         f"fusion_budget={budget!r} is not a budget. Give a whole number of trainable parameters (1000000, '1M', '50k'), "
-        f"{DWATT_PAPER!r} (what the paper's DWAtt would train), or 'lora:r=16' (what that LoRA would train)."
+        f"{DWATT_PAPER!r} (what the paper's DWAtt would train), 'lora:r=16' (what that LoRA would train), or {UNFITTED!r} (the "
+        "method's own width, whatever the backbone)."
     )

@@ -18,6 +18,7 @@ from support_text import tokenizer
 
 from fusion_adapters.states import LayerStateCache, StaleCacheError, cache_layer_states, plan_cache
 from fusion_adapters.states.extract import _all_finite
+from fusion_adapters.states.formats import DTYPES, narrowed, widened
 from fusion_adapters.states.storage import manifest_text
 
 
@@ -33,7 +34,7 @@ def test_only_what_the_fusion_reads_is_stored_and_no_padding(tmp_path):
     assert cache.layers == [4]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("bfloat16", 8e-3), ("int8", 1e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("bfloat16", 8e-3), ("int8", 1e-2), ("float8", 4e-2)])
 def test_narrow_formats_are_near(dtype, tolerance, tmp_path):
     model = disturb(attached())
     rows = some_rows()
@@ -43,10 +44,24 @@ def test_narrow_formats_are_near(dtype, tolerance, tmp_path):
     wanted = exact.read(exact.find(rows))
     error = (cache.read(numbers, dtype=torch.float32) - wanted).norm() / wanted.norm()
     assert 0 < error < tolerance
-    names = {"float16": 2, "bfloat16": 2, "int8": 1 + 4 / 32}
+    names = {"float16": 2, "bfloat16": 2, "int8": 1 + 4 / 32, "float8": 1 + 4 / 32}
     ratio = sum(s["bytes"] for s in cache.manifest["shards"]) / sum(s["bytes"] for s in exact.manifest["shards"])
     assert ratio == pytest.approx(names[dtype] / 4)
     assert abs(model(**from_cache(cache, rows)).loss - model(**pad(rows)).loss) < 10 * tolerance
+
+
+def test_float8_keeps_small_values_beside_massive_ones():
+    states = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    states[:, 3] = 3000  # as a channel of a decoder
+    small = torch.arange(64) != 3
+    errors = {}
+    for dtype in ("int8", "float8"):
+        stored, scales = narrowed(states, dtype)
+        assert stored.dtype == DTYPES[dtype] and scales.shape == (5,)
+        found = widened(stored[:, None], scales[:, None])[:, 0]
+        torch.testing.assert_close(found[:, 3], states[:, 3])
+        errors[dtype] = float((found - states)[:, small].norm() / states[:, small].norm())
+    assert errors["float8"] < 0.04 and errors["int8"] == 1  # which keeps nothing of them
 
 
 def test_a_value_that_float16_cannot_hold_is_an_error(tmp_path):

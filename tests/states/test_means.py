@@ -76,7 +76,7 @@ def test_a_text_takes_the_bytes_of_one_token(tmp_path):
     assert plans[1].bytes < bytes_in(tmp_path / "means") < plans[0].bytes
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8", "int8"])
 def test_other_formats_are_near(dtype, tmp_path):
     model, rows = model_of(), texts()
     batch = from_cache(cached(model, rows, tmp_path / "means", dtype=dtype), rows)

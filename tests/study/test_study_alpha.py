@@ -55,6 +55,26 @@ def test_a_comparison_of_0_1_0_goes_on_as_it_was_begun(tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_a_comparison_keeps_the_width_with_which_it_was_begun(tmp_path):
+    """Methods that say no size: today's default goes into the folder, and the method's own into one of 0.1.0."""
+    free = {
+        **FEW,
+        "methods": {"concat": {"adapter": {"fusion": "concat"}}, "last": {"adapter": {"fusion": "last"}}},
+        "baseline": "last",
+    }
+    path, out = write_study(tmp_path, **free), tmp_path / "out"
+    compare(path, out)
+    said = yaml.safe_load((out / "study.yaml").read_text())
+    assert {n: m["adapter"]["fusion_budget"] for n, m in said["methods"].items()} == {"concat": "none", "last": "none"}
+    before = scores(out)
+    for method in said["methods"].values():
+        del method["adapter"]["fusion_budget"]
+    (out / "study.yaml").write_text(yaml.safe_dump(said, sort_keys=False))
+    compare(path, out)
+    assert [row["test"] for row in scores(out)] == [row["test"] for row in before]
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_a_method_may_have_fewer_steps_of_its_own(tmp_path):
     methods = {**FEW["methods"], "concat": {**FEW["methods"]["concat"], "max_steps": 1}}
     path, out = write_study(tmp_path, **{**FEW, "methods": methods}), tmp_path / "out"

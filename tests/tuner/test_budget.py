@@ -49,7 +49,7 @@ def test_counts_equal_those_of_the_built_adapter(family, method, lora):
 def test_closed_formulas_at_the_published_size():
     model = skeleton(LlamaConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12))
     assert count_config(FusionConfig.paper("dwatt"), model)["fusion"] == 7_729_824
-    assert count_config(FusionConfig(fusion="concat"), model)["fusion"] == 7_078_656
+    assert count_config(FusionConfig(fusion="concat", fusion_budget="none"), model)["fusion"] == 7_078_656
     assert count_config(FusionConfig(fusion="deeper"), model)["fusion"] == 7_087_872
     lora = FusionConfig(fusion="last", r=16, target_modules=["q_proj", "v_proj"])
     assert count_config(lora, model)["total"] == 12 * 2 * 16 * (768 + 768)
@@ -233,10 +233,16 @@ def test_a_large_fusion_that_nobody_chose_is_told():
     sizes = {"hidden_size": 2048, "num_hidden_layers": 13, "num_attention_heads": 2, "head_dim": 8, "intermediate_size": 8}
     model = LlamaModel(LlamaConfig(**sizes, vocab_size=50))
     with pytest.warns(
-        UserWarning, match=r"'concat' at its default width trains 54,528,000 parameters.*0\.2 GiB.*fusion_budget"
+        UserWarning, match=r"'concat' in its published form trains 54,528,000 parameters.*0\.2 GiB.*fusion_budget"
     ):
-        get_peft_model(model, FusionConfig(fusion="concat")).unload()
-    for chosen in ({"fusion_budget": "60M"}, {"fusion_bottleneck": 2048}, {"fusion_layers": [-1]}):
+        get_peft_model(model, FusionConfig.paper("concat")).unload()
+    for chosen in (
+        {},
+        {"fusion_budget": "none"},
+        {"fusion_budget": "60M"},
+        {"fusion_bottleneck": 2048},
+        {"fusion_layers": [-1]},
+    ):
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             get_peft_model(model, FusionConfig(fusion="concat", **chosen)).unload()
@@ -256,7 +262,7 @@ def test_a_budget_that_cannot_be_is_refused_early():
         with pytest.raises(ValueError, match="fusion_budget="):
             FusionConfig(fusion_budget=budget)
     assert FusionConfig(fusion_budget=1e6).fusion_budget == 10**6  # as YAML reads 1e6
-    with pytest.raises(ValueError, match=r"fusion_layers=3 is not a list of layers"):
+    with pytest.raises(ValueError, match=r"fusion_layers=3 is no choice of layers"):
         FusionConfig(fusion_layers=3)
     with pytest.raises(ValueError, match=r"fusion_budget='1M' chooses the width.*fusion_bottleneck set it too"):
         FusionConfig(fusion_budget="1M", fusion_bottleneck=8)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from peft import get_peft_model
 from torch import nn
@@ -63,12 +67,13 @@ def estimate_recipe(recipe: Recipe, length: int | None = None) -> dict[str, Any]
     training = {**TRAINING_DEFAULTS, **recipe.training}
     size, tokens = int(training["per_device_train_batch_size"]), length or recipe.data.max_length
     config = adapter_config(recipe)
-    model = _bare(recipe, config, labels)
-    dense, packed = _weights(model)
-    model = _attached(model, config)
-    layer, fusion = _fused(model)
-    counts = count_trainable(model)
-    found = _steps(model, config, recipe, training, size, tokens)
+    with _quiet():
+        model = _bare(recipe, config, labels)
+        dense, packed = _weights(model)
+        model = _attached(model, config)
+        layer, fusion = _fused(model)
+        counts = count_trainable(model)
+        found = _steps(model, config, recipe, training, size, tokens)
     if recipe.backbone.bits is not None:  # the step ran with weights of 16 or 32 bits in their place
         saved = round(packed * (_dtype(recipe).itemsize - BITS[recipe.backbone.bits]))
         found = {name: replace(each, weights=each.weights - saved, peak=each.peak - saved) for name, each in found.items()}
@@ -81,6 +86,19 @@ def estimate_recipe(recipe: Recipe, length: int | None = None) -> dict[str, Any]
         "cache": _cache(recipe, config, splits, len(read), layer.backbone.hidden_size, assumed),
         "assumed": assumed,
     }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what transformers and peft report of a model that is built: it is never used."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 def _dtype(recipe: Recipe) -> torch.dtype:

@@ -106,7 +106,7 @@ def estimate_tables(found: dict[str, Any], memory: float | None) -> list[Table]:
         f"{backbone['model']}, {backbone['parameters']:,} parameters; batches of {batch['rows']} x {batch['tokens']} tokens"
     )
     steps = Table(title=title, title_justify="left")
-    steps.add_column("a training step, GiB")
+    steps.add_column("a training step, GiB", no_wrap=True)
     for name in (
         "weights",
         "gradients, Adam",

@@ -40,6 +40,9 @@ class MethodRecipe(BaseModel):
     bits: Literal[4, 8] | None = Field(None, description="Quantise the backbone for this method.")
     rates: list[float] | None = Field(None, description="A grid of its own; the same for all methods is fairer.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps at most, of this method alone.")
+    evaluations: int | None = Field(
+        None, ge=1, description="Times that the development data are scored, of this method alone."
+    )
     start_from: str | None = Field(
         None, description="Begin with another method's trained weights, of the same size and seed, where they fit."
     )

@@ -141,7 +141,7 @@ def run_trial(
     for part in encoded.values():
         check_lengths(model, part.rows)
     sets = evaluations(model, task, replace(splits, train=chosen), encoded, cache)
-    keep = KeepBest(task.main, steps, study.evaluations)
+    keep = KeepBest(task.main, steps, study.methods[run.method].evaluations or study.evaluations)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(model, tokenizer, recipe, sets["train"], sets["dev"], Path(folder))
         trainer.add_callback(keep)

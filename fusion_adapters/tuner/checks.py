@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral, Real
 from typing import Any
 
@@ -76,7 +77,7 @@ def _check_method(config: Any) -> None:
     if config.fusion_norm not in (None, "rms", "none"):
         raise ValueError(f"fusion_norm={config.fusion_norm!r} is unknown. Use 'rms' or 'none', or leave it unset.")
     alpha = config.fusion_alpha
-    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha < float("inf")):
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < float(alpha) < math.inf):
         raise ValueError(f"fusion_alpha={alpha!r} must be a number above 0. Left out, it suits the learning rates of LoRA.")
     if config.options.get("init") == "paper" and (config.fusion_norm == "rms" or alpha not in (None, 1)):
         raise ValueError(

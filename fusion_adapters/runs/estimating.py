@@ -88,6 +88,10 @@ def estimate_recipe(recipe: Recipe, length: int | None = None) -> dict[str, Any]
     }
 
 
+def _first_sentence(error: Exception) -> str:
+    return " ".join(str(error).split()).partition(". ")[0].removesuffix(".")
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what transformers and peft report of a model that is built: it is never used."""
@@ -109,8 +113,9 @@ def _splits(recipe: Recipe, assumed: list[str]) -> Splits | None:
     try:
         return load_splits(recipe.data, recipe.task, recipe.seed)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        assumed.append(f"{ASSUMED_LABELS} labels, and an unknown number of tokens: the data cannot be read here ({reason})")
+        assumed.append(
+            f"{ASSUMED_LABELS} labels, and a million tokens: the data cannot be read here ({_first_sentence(error)})"
+        )
         return None
 
 
@@ -216,7 +221,7 @@ def _count(recipe: Recipe, splits: Splits, unit: str, assumed: list[str]) -> int
     try:
         tokenizer = load_tokenizer(recipe.backbone, recipe.task)
     except (OSError, ValueError, ImportError) as error:
-        assumed.append(f"an unknown number of tokens: the tokenizer is not here ({' '.join(str(error).split())})")
+        assumed.append(f"a million tokens: the tokenizer cannot be loaded here ({_first_sentence(error)})")
         return None
     total, at = 0.0, "first" if recipe.data.label_at == "auto" else recipe.data.label_at
     for part in parts:

@@ -107,17 +107,11 @@ def estimate_tables(found: dict[str, Any], memory: float | None) -> list[Table]:
     )
     steps = Table(title=title, title_justify="left")
     steps.add_column("a training step, GiB", no_wrap=True)
-    for name in (
-        "weights",
-        "gradients, Adam",
-        "kept for backward",
-        "peak",
-        *(() if memory is None else (f"of {memory:.0f}",)),
-    ):
+    for name in ("weights", "Adam", "kept", "peak", *(() if memory is None else (f"fits {memory:.0f}",))):
         steps.add_column(name, justify="right")
     for kind, step in found["steps"].items():
         shown = [f"{step[part] / 2**30:,.2f}" for part in ("weights", "optimizer", "kept", "peak")]
-        fits = [] if memory is None else ["fits" if step["peak"] <= memory * 2**30 else "too large"]
+        fits = [] if memory is None else ["yes" if step["peak"] <= memory * 2**30 else "no"]
         steps.add_row(kind, *shown, *fits)
     weights = Table(title="weights of the backbone, and the adapter", title_justify="left", show_header=False)
     weights.add_column()
@@ -126,10 +120,9 @@ def estimate_tables(found: dict[str, Any], memory: float | None) -> list[Table]:
         weights.add_row(form, f"{size / 2**30:,.2f} GiB")
     parts = ", ".join(f"{part} {adapter[part]:,}" for part in ("fusion", "lora", "head", "other") if adapter[part])
     weights.add_row(f"adapter ({parts})", f"{adapter['bytes'] / 1e6:,.1f} MB")
-    disk = Table(title="layer states on disk", title_justify="left")
     if "refused" in cache:
-        disk.add_column(cache["refused"])
-        return [steps, weights, disk]
+        return [steps, weights]
+    disk = Table(title="layer states on disk", title_justify="left")
     disk.add_column(f"{cache['layers']} layers")
     count = cache["count"] or 10**6
     of_data = f"{count:,} {cache['unit']}s{'' if cache['count'] is None else ' of the data'}, GiB"

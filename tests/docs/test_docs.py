@@ -9,17 +9,19 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
+from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, LlamaConfig
 
 from fusion_adapters import FUSIONS, FusionConfig
 from fusion_adapters.bench import load_bench
-from fusion_adapters.fusions import build_fusion, fusion_options
+from fusion_adapters.fusions import fusion_options
 from fusion_adapters.runs.pretrained import locate
 from fusion_adapters.runs.recipe import BackboneRecipe, load_recipe
 from fusion_adapters.runs.tokenizers import load_tokenizer
 from fusion_adapters.study import load_study
 from fusion_adapters.tasks.readers import READERS
 from fusion_adapters.tasks.registry import TASKS
+from fusion_adapters.tuner.costs import count_config
+from fusion_adapters.tuner.counts import skeleton
 
 ROOT = Path(__file__).parents[2]
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -189,8 +191,8 @@ def test_the_sizes_in_the_readme_are_those_of_the_code():
         told.update(zip(re.findall(r"`(\w+)`", names), sizes.split(";"), strict=True))
     assert told.keys() == set(FUSIONS)
     for name, size in told.items():
-        parameters = sum(p.numel() for p in build_fusion(name, 768, 12).parameters())
-        assert int(size.replace(",", "")) == parameters, name
+        model = skeleton(LlamaConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=64))
+        assert int(size.replace(",", "")) == count_config(FusionConfig(fusion=name), model)["fusion"], name
 
 
 def test_every_method_and_option_stands_in_the_docs():

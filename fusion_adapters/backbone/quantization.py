@@ -94,3 +94,9 @@ def keep_unpacked(modules: Iterable[nn.Module]) -> None:
             module.state_dict()  # unpacks the weight
             if not state.nested:  # bitsandbytes leaves these scales as they were packed: transposed, 16-bit
                 state.absmax = state.absmax.T.reshape(-1).float()
+
+
+def only_infers(model: nn.Module) -> bool:
+    """Whether a model is quantised in a format of which transformers says that it cannot be trained through (packed GGUF, fp8, HIGGS)."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    return quantizer is not None and not quantizer.is_trainable

@@ -20,6 +20,7 @@ from torch._dynamo import OptimizedModule
 
 from ..backbone.blocks import LAYER_NAME, find_backbones
 from ..backbone.fingerprint import fingerprints, join_fingerprints
+from ..backbone.quantization import only_infers
 from ..backbone.walk import modules_of
 from ..fusions.numerics import undrawn
 from .as_lora import as_lora, marked_lora_free
@@ -70,6 +71,13 @@ class FusionModel(LoraModel):
                 known.clear()
                 known.update(kept)
             raise
+
+    @property
+    def is_quantized(self) -> bool:
+        """For `Trainer`, which refuses formats that pass no gradient on. A fusion without LoRA needs none, and counts as not quantised."""
+        told = bool(getattr(self.model, "is_quantized", False))
+        configs: Any = self.peft_config.values()
+        return told and (not only_infers(self.model) or any(config.has_lora for config in configs))
 
     def inject_adapter(
         self,

@@ -6,7 +6,7 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from support import DEPTH, HEADS, LORA, attached, batch, disturb, layer_of, logits, tiny, without_dropout
 from support_cache import pad, rows_of
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 
 from fusion_adapters import FusionConfig, quantization_config
 from fusion_adapters.backbone.base_tensors import base_tensors
@@ -256,3 +256,25 @@ def test_torchao_weights_of_8_bits(family, checkpoint, tmp_path, lora):
     expected = logits(model)
     model.save_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(PeftModel.from_pretrained(load_ao(), tmp_path / "adapter")), expected)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("lora", [False, True], ids=["alone", "lora"])
+def test_a_fusion_trains_on_a_format_that_can_only_infer(family, checkpoint, tmp_path, lora, monkeypatch):
+    """As packed GGUF, fp8 and others: `Trainer` refuses them for LoRA, and takes a fusion alone, live and from the cache."""
+    base = load(family, checkpoint, quantization_config(8))
+    monkeypatch.setattr(type(base.hf_quantizer), "is_trainable", property(lambda self: False))
+    model = attached(family, model=base, **(LORA[family] if lora else {}))
+    arguments = TrainingArguments(str(tmp_path / "runs"), max_steps=2, report_to="none", use_cpu=True, learning_rate=1e-2)
+    rows = rows_of(batch())
+    if lora:
+        assert model.is_quantized
+        with pytest.raises(ValueError, match="do not support training"):
+            Trainer(model, arguments, pad, rows)
+        return
+    cache = cache_layer_states(model, rows, tmp_path / "states", pad, dtype="float32", progress=False)
+    for collator, dataset in ((pad, rows), (cache.collator(pad), cache.dataset(rows))):
+        before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        Trainer(model, arguments, collator, dataset).train()
+        assert any(not torch.equal(before[n], p) for n, p in model.named_parameters() if n in before)
+    assert model.get_base_model().is_quantized  # for everybody else it is

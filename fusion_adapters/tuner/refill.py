@@ -52,7 +52,10 @@ def check_refill(model: PeftModel, adapter_name: str, load: Load) -> None:
     if saved is not None:
         check_options(saved, load.source)
     base = model.get_base_model()
-    check_weights(base, saved, load, weights_of(load), tensors_in_file(model, adapter_name))
+    try:
+        check_weights(base, saved, load, weights_of(load), tensors_in_file(model, adapter_name))
+    except ValueError as error:
+        raise ValueError(f"{error}{_other_size(saved, config)}") from error
     if saved is None or not saved.bound:
         return
     layers = [layer for layer in fusion_layers(base) if adapter_name in layer.fusions]
@@ -63,6 +66,16 @@ def check_refill(model: PeftModel, adapter_name: str, load: Load) -> None:
     check_labels(saved, base)
     where = f"{adapter_name!r} has in the model"
     check_same_options(saved, config, layers[0].backbone.num_layers, where, load.folder)
+
+
+def _other_size(saved: Any, config: FusionConfig) -> str:
+    """A sentence on widths that differ, which is why tensors do; nothing if they do not."""
+    if not isinstance(saved, FusionConfig) or saved.fusion != config.fusion or saved.widths == config.widths:
+        return ""
+    pairs = ", ".join(
+        f"fusion_{name} is {saved.widths[name]} there and {width} here" for name, width in config.widths.items()
+    )
+    return f" The sizes differ: {pairs}. Give the config that size; the method's own, the default of 0.1.0, is fusion_budget='none'."
 
 
 def check_same_options(saved: FusionConfig, config: FusionConfig, depth: int, holder: str, folder: str | None) -> None:

@@ -105,3 +105,14 @@ def test_rules_for_layers_count_from_where_the_backbone_ends(tmp_path):
         loaded.unload()
     with pytest.raises(ValueError, match=r"fusion_layers='last:8', and there are 6 blocks"):
         get_peft_model(LlamaModel(DECODER), FusionConfig(fusion_layers="last:8"))
+
+
+def test_a_checkpoint_of_another_size_is_told(tmp_path):
+    """As one of 0.1.0, whose default was the method's own width."""
+    model = get_peft_model(LlamaModel(DECODER), FusionConfig(fusion="concat", fusion_budget="none"))
+    model.save_pretrained(str(tmp_path))
+    model = get_peft_model(model.unload(), FusionConfig(fusion="concat"))
+    with pytest.raises(
+        ValueError, match=r"another shape .* fusion_bottleneck is None there and 54 here\. .* fusion_budget='none'"
+    ):
+        model.load_adapter(str(tmp_path), "default")

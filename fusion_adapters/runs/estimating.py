@@ -73,7 +73,13 @@ def estimate_recipe(recipe: Recipe, length: int | None = None) -> dict[str, Any]
         model = _attached(model, config)
         layer, fusion = _fused(model)
         counts = count_trainable(model)
-        found = _steps(model, config, recipe, training, size, tokens)
+        try:
+            found = _steps(model, config, recipe, training, size, tokens)
+        except (RuntimeError, NotImplementedError) as error:
+            raise ValueError(
+                f"A step of {recipe.backbone.model!r} cannot be run without values ({_first_sentence(error)}): some operation of its asks "
+                "for them, or for another dtype. Of a mixture of experts try backbone.dtype=bfloat16; else measure a step of a small batch."
+            ) from error
     if recipe.backbone.bits is not None:  # the step ran with weights of 16 or 32 bits in their place
         saved = round(packed * (_dtype(recipe).itemsize - BITS[recipe.backbone.bits]))
         found = {name: replace(each, weights=each.weights - saved, peak=each.peak - saved) for name, each in found.items()}
@@ -170,7 +176,7 @@ def _steps(
         model.get_base_model().tie_weights()
         batch = _batch(model, recipe, size, tokens)
         found["live"] = footprint(model, batch, autocast)
-        if not config.has_lora:
+        if not config.has_lora and _fused(model)[0].backbone.stack is None:
             found["cached"] = footprint(model, {**batch, "layer_states": _states(model, size, tokens)}, autocast)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         found["live, gradient checkpointing"] = footprint(model, batch, autocast)

@@ -7,11 +7,14 @@ import sys
 
 import pytest
 import torch
+from families import FAMILIES, attach, first_head, inputs
 from support_text import SENTENCES, conll, tokenizer, write_recipe
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BertConfig, BertForTokenClassification, LlamaConfig, LlamaForTokenClassification
 
 from fusion_adapters.bench.workers import EXACT_MEMORY
 from fusion_adapters.cli import main
+from fusion_adapters.runs.dry import footprint
 from fusion_adapters.runs.estimating import estimate_recipe
 from fusion_adapters.runs.recipe import load_recipe
 
@@ -22,6 +25,7 @@ REAL = """
 import json, sys, torch
 from fusion_adapters.runs.attaching import adapter_config, load_attached
 from fusion_adapters.runs.dry import _step
+from fusion_adapters.runs.dry import footprint
 from fusion_adapters.runs.estimating import _batch, _states
 from fusion_adapters.runs.memory import PeakMemory
 from fusion_adapters.runs.recipe import load_recipe
@@ -91,6 +95,20 @@ def test_memory_of_a_step_is_within_a_tenth_of_what_is_measured(family, kind, ad
     moments = step["optimizer"] * 2 / 3
     measured = json.loads(done.stdout.splitlines()[-1]) + step["weights"] + moments
     assert step["peak"] == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_step_of_every_family_runs_without_values(family):
+    dtype = torch.bfloat16 if family == "mixtral" else torch.float32  # torch's product over experts
+    model = attach(family, first_head(family), fusion="dwatt").to(dtype).to("meta")
+    shapes = inputs(family, first_head(family))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        batch = {n: torch.empty_like(v, dtype=dtype if v.is_floating_point() else v.dtype) for n, v in shapes.items()}
+        found = footprint(model, batch)
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    assert found.optimizer == 3 * trained and found.kept > 0
+    assert found.peak > found.weights + found.optimizer
 
 
 def test_sizes_are_those_of_the_run(tmp_path, capsys):

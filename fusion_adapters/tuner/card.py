@@ -91,14 +91,14 @@ def class_of(model: nn.Module) -> ModelClass:
     names = getattr(config, "id2label", None) if LABELLED in cls.__name__ else None
     labels = tuple(names[i] for i in sorted(names)) if names else ()
     loads = issubclass(cls, PreTrainedModel)
-    auto = _auto_class(cls.__name__, getattr(config, "model_type", None)) if loads else None
+    auto = auto_class(cls.__name__, getattr(config, "model_type", None)) if loads else None
     if auto is None and getattr(transformers, cls.__name__, None) is not cls:
         return ModelClass(cls.__module__, cls.__qualname__, loads, labels)
     return ModelClass("transformers", auto or cls.__name__, loads, labels)
 
 
-def _auto_class(name: str, model_type: Any) -> str | None:
-    """The auto class that builds the class of that name for that type of model; None if there is none."""
+def auto_class(name: str, model_type: Any) -> str | None:
+    """The name of the auto class that builds the class of that name for that type of model; None if there is none."""
     mappings = {
         n: getattr(auto, "_model_mapping", None) for n, auto in vars(modeling_auto).items() if n.startswith("AutoModel")
     }

@@ -19,7 +19,9 @@ def metrics_table(metrics: dict[str, Any], task: Task, title: str) -> Table:
     for split, scores in metrics["scores"].items():
         for name, value in scores.items():
             if isinstance(value, float):
-                table.add_row(f"{split} {name.replace('_', ' ')}", task.measure(name).shown(value))
+                shown, between = task.measure(name).shown, metrics.get("intervals", {}).get(split, {}).get(name)
+                apart = f" (95 %: {' to '.join(map(shown, between))})" if between else ""
+                table.add_row(f"{split} {name.replace('_', ' ')}", shown(value) + apart)
     counts = metrics["parameters"]
     table.add_row("trainable parameters", f"{counts['total']:,}")
     table.add_row("", f"({_parts(counts)})")

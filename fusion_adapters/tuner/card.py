@@ -10,6 +10,7 @@ from pprint import pformat
 from typing import Any, Protocol
 
 import transformers
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
@@ -59,6 +60,7 @@ class AdapterConfig(Protocol):
     fusion: str
     fusion_num_layers: int | list[int] | None
     fusion_depth: int | float | None
+    fusion_gguf: str | None
     r: int
     revision: str | None
     base_model_name_or_path: str | None
@@ -79,6 +81,26 @@ class CardWriter:
         type(self.model).create_or_update_model_card(self.model, output_dir)
         config: Any = self.model.active_peft_config
         add_loading_section(output_dir, config)
+
+
+class CardKeeper:
+    """Uploads the files of one PeftModel's `push_to_hub`, the card among them as a save writes it.
+
+    transformers puts a card of its own over the one that was saved: that of the repository, or one without a word of the adapter.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
+
+    def __call__(self, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+        """Takes the place of the model's `_upload_modified_files`."""
+        path = Path(working_dir) / "README.md"
+        tags = set(ModelCard.load(path).data.tags or []) if path.is_file() else set()
+        CardWriter(self.model)(working_dir)
+        card = ModelCard.load(path)
+        card.data.tags = sorted(tags | set(card.data.tags or []))  # peft keeps its own alone
+        card.save(path)
+        return type(self.model)._upload_modified_files(self.model, working_dir, *args, **kwargs)
 
 
 def class_of(model: nn.Module) -> ModelClass:
@@ -145,6 +167,8 @@ def _backbone_lines(config: AdapterConfig) -> str:
         return f"\n# backbone: {base or 'the model it was trained on'}{f', a {model.name}' if model else ''}"
     arguments = [json.dumps(base or "path/or/id/of/the/backbone")]
     arguments += [f"revision={json.dumps(config.revision)}"] if config.revision else []
+    if config.fusion_gguf is not None:  # a file's name, and its hash in brackets
+        arguments.append(f"gguf_file={json.dumps(config.fusion_gguf.partition(' (')[0])}")
     lines = [f"from {model.module} import {model.name}", ""]
     if model.labels == tuple(f"LABEL_{i}" for i in range(len(model.labels))):  # nobody named them
         arguments += [f"num_labels={len(model.labels)}"] if model.labels else []

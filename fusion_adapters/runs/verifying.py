@@ -16,6 +16,7 @@ from transformers import GgufConfig
 
 from ..backbone.decoders import mark_gguf, settle_gguf
 from ..tuner import FusionConfig
+from ..tuner.card import LABELLED
 from ..tuner.counts import skeleton
 from ..tuner.digest import check_options
 from ..tuner.verify import (
@@ -225,6 +226,9 @@ def _backbone_recipe(config: FusionConfig, backbone: str | None, run: dict[str, 
     trained = {"model": config.base_model_name_or_path, "revision": config.revision}
     if run is not None:
         trained = {k: v for k, v in run["recipe"]["backbone"].items() if k in BackboneRecipe.model_fields and k != "bits"}
+    elif config.fusion_gguf is not None:
+        file = config.fusion_gguf.partition(" (")[0]  # its hash in brackets
+        trained["gguf_file"] = file if (Path(trained["model"] or "") / file).is_file() else None
     if backbone is not None and backbone != trained["model"]:
         trained = {"model": backbone}
     return BackboneRecipe.model_validate(trained) if trained["model"] else None
@@ -240,11 +244,13 @@ def _empty(
         return skeleton(name, cls, **where, **options)
 
     try:
-        build({})
+        empty = build({})
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:240]
         verdict.unchecked.append(f"head and LoRA: the configuration of {recipe.model!r} cannot be had here ({reason})")
         return None, None
+    if LABELLED not in cls.__name__:
+        return empty, {}
     options = verdict.attempt(None, lambda: labels_of(config, weights, build))
     return (None, None) if options is None else (build(options), options)
 

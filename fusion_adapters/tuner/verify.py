@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -77,7 +78,8 @@ def expected_tensors(config: FusionConfig, skeleton: nn.Module) -> dict[str, Ten
     """
     config = copy.deepcopy(config)
     config.source, config.init_lora_weights = None, True  # others compute with weights that are not there
-    with init_empty_weights(), torch.device("meta"):
+    with init_empty_weights(), torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the base model has another name
         attached = get_peft_model(skeleton, config, low_cpu_mem_usage=True)  # type: ignore[arg-type]
     return tensors_in_file(attached, "default")
 

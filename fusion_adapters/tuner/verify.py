@@ -6,7 +6,7 @@ import copy
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,9 @@ def expected_tensors(config: FusionConfig, skeleton: nn.Module) -> dict[str, Ten
     """
     config = copy.deepcopy(config)
     config.source, config.init_lora_weights = None, True  # others compute with weights that are not there
+    skeleton.__dict__["name_or_path"] = config.base_model_name_or_path  # peft would take the config's name from here
     with init_empty_weights(), torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the base model has another name
+        warnings.simplefilter("ignore")
         attached = get_peft_model(skeleton, config, low_cpu_mem_usage=True)  # type: ignore[arg-type]
     return tensors_in_file(attached, "default")
 
@@ -95,13 +96,17 @@ def labels_of(
         skeleton: Builds the model without values, of such options.
     """
     if config.fusion_labels is not None:
-        numbered = dict(enumerate(config.fusion_labels))
-        return {"id2label": numbered, "label2id": {label: i for i, label in numbered.items()}}
+        return _named(config.fusion_labels)
     given = _plain(weights)
-    for name, tensor in expected_tensors(config, skeleton({"num_labels": UNSEEN})).items():
+    for name, tensor in expected_tensors(config, skeleton(_named(range(UNSEEN)))).items():
         if tensor.dim() and tensor.shape[0] == UNSEEN and name in given:
-            return {"num_labels": given[name].shape[0]}
+            return _named(f"LABEL_{i}" for i in range(given[name].shape[0]))  # as transformers has them
     return {}
+
+
+def _named(labels: Iterable[Any]) -> dict[str, Any]:
+    numbered = dict(enumerate(labels))
+    return {"id2label": numbered, "label2id": {label: i for i, label in numbered.items()}}
 
 
 def own_tensors(weights: Mapping[str, Tensor], model: nn.Module | None, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,13 +12,14 @@ The names below load what they need when they are first used.
 from __future__ import annotations
 
 import importlib
-import importlib.abc
 import sys
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as typing has it, which takes as long to import as this package
 if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
+
     from .backbone.quantization import quantization_config
     from .backbone.truncate import cut_model, load_cut
     from .fusions import FUSIONS
@@ -89,7 +90,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
 
 
-class _AfterPeft(importlib.abc.MetaPathFinder):
+class _AfterPeft:
     """Registers the method as soon as peft has been imported: `import fusion_adapters` alone then needs neither it nor torch.
 
     It stays until peft is imported: libraries ask before whether there is one (`importlib.util.find_spec`).
@@ -101,12 +102,12 @@ class _AfterPeft(importlib.abc.MetaPathFinder):
         for finder in [f for f in sys.meta_path if f is not self and hasattr(f, "find_spec")]:
             spec = finder.find_spec(fullname, path, target)
             if spec is not None:
-                spec.loader = spec.loader and _ThenRegister(spec.loader, self)
+                spec.loader = spec.loader and _ThenRegister(spec.loader, self)  # type: ignore[assignment]
                 return spec
         return None
 
 
-class _ThenRegister(importlib.abc.Loader):
+class _ThenRegister:
     """Loads peft by its own loader, and registers the method."""
 
     def __init__(self, loader: Any, finder: _AfterPeft) -> None:

@@ -63,8 +63,10 @@ def data_name(path: str) -> str:
 def _metadata(recipe: Recipe, metrics: dict[str, Any], title: str) -> dict[str, Any]:
     """The card's metadata, with the scores as the hub reads them."""
     name = data_name(recipe.data.path)
-    data = {"type": name, "name": name, **({"config": recipe.data.config_name} if recipe.data.config_name else {})}
-    results = [
+    data = {"type": name, "name": name}
+    if recipe.data.config_name is not None:
+        data["config"] = recipe.data.config_name
+    results: list[dict[str, Any]] = [
         {
             "task": {"type": recipe.task.hub_task, "name": recipe.task.title},
             "dataset": {**data, "split": split},

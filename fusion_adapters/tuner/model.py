@@ -309,7 +309,7 @@ class FusionModel(LoraModel):
         # Trainer.push_to_hub writes the card anew after saving, by peft's method; this instance's then adds our section again.
         if isinstance(model, PeftModel) and not isinstance(model.create_or_update_model_card, CardWriter):
             model.create_or_update_model_card = CardWriter(model)  # type: ignore[method-assign]
-            model._upload_modified_files = CardKeeper(model)  # type: ignore[method-assign]
+            model._upload_modified_files = CardKeeper(model)  # type: ignore[method-assign,assignment]
         return super()._get_adapter_state_dict(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
         )

@@ -146,7 +146,8 @@ def fusion_differences(config: FusionConfig, own: Mapping[str, Tensor]) -> list[
         config: The saved config.
         own: The tensors of the file, see `own_tensors`.
     """
-    widths, depths = (v if isinstance(v, list) else [v] for v in (config.fusion_hidden_size, config.fusion_num_layers))
+    sizes: tuple[Any, ...] = (config.fusion_hidden_size, config.fusion_num_layers)
+    widths, depths = (size if isinstance(size, list) else [size] for size in sizes)
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in own.items():
         before, here, after = name.partition(f"{LAYER_NAME}.")

@@ -5,7 +5,7 @@ Python imports a `sitecustomize` at each start, the first on its path; the one t
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import sys
 from importlib.machinery import PathFinder
@@ -17,7 +17,7 @@ def _register() -> None:
     try:
         importlib.import_module("fusion_adapters")  # cheap: the method itself comes with peft
     except ImportError as error:
-        if importlib.util.find_spec("peft") is not None:
+        if PathFinder.find_spec("peft") is not None:
             print(
                 f"fusion-adapters exec: {sys.executable} has peft, and not the package fusion-adapters ({error}), so it will not load "
                 "fusion adapters. Install the package there (pip install fusion-adapters).",
@@ -30,7 +30,9 @@ def _run_next() -> None:
     spec = PathFinder.find_spec("sitecustomize", sys.path[folders.index(FOLDER) + 1 :] if FOLDER in folders else sys.path)
     if spec is None or spec.loader is None or spec.origin is None or os.path.dirname(spec.origin) == FOLDER:
         return
-    module = importlib.util.module_from_spec(spec)
+    from importlib.util import module_from_spec  # not at every start
+
+    module = module_from_spec(spec)
     sys.modules["sitecustomize"] = module
     spec.loader.exec_module(module)
 

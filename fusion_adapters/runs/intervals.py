@@ -10,7 +10,7 @@ import numpy as np
 from ..tasks.base import Task
 
 MOST, LEAST = 1000, 200  # resamples
-WORK = 200_000  # examples that are scored for one interval, but for the least number of resamples
+WORK = 40_000  # examples that are scored for one interval, but for the least number of resamples
 FEWEST = 20  # examples: of fewer, resamples say little of others
 
 

@@ -32,6 +32,7 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(backbone, "path/or/id/of/this/adapter")
 ```
 """
+WEIGHTS = "adapter_model.safetensors"
 LABELLED = "Classification"  # in the names of classes whose outputs have labels
 # Asked first, since others of transformers' auto classes list the same models.
 USUAL = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText")
@@ -80,7 +81,9 @@ class CardWriter:
         """Takes the place of the model's `create_or_update_model_card`."""
         type(self.model).create_or_update_model_card(self.model, output_dir)
         config: Any = self.model.active_peft_config
-        add_loading_section(output_dir, config)
+        # of an adapter that is being saved, the config comes after the weights, and adds the section with their sizes
+        if (Path(output_dir) / WEIGHTS).is_file() or self.model.active_adapter != "default":
+            add_loading_section(output_dir, config)
 
 
 class CardKeeper:
@@ -140,7 +143,7 @@ def add_loading_section(folder: str | Path, config: AdapterConfig) -> None:
         folder: Where the adapter was saved; the counts come from its `adapter_model.safetensors`.
         config: The adapter's config.
     """
-    card, weights = Path(folder) / "README.md", Path(folder) / "adapter_model.safetensors"
+    card, weights = Path(folder) / "README.md", Path(folder) / WEIGHTS
     if not card.is_file() or HEADING in (text := card.read_text(encoding="utf-8")):
         return
     depth, ends = config.fusion_num_layers, config.fusion_depth

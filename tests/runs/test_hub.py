@@ -66,6 +66,7 @@ def test_an_adapter_goes_to_the_hub_and_loads_from_there(saved, tmp_path):
         card = files["README.md"].decode()
         # transformers' own card names neither peft nor the import
         assert card.count("import fusion_adapters") == 1 and "library_name: peft" in card
+        assert f"| file | {len(files['adapter_model.safetensors']):,} bytes |" in card
         assert f"base_model: {tmp_path / 'base'}" in card and "- ours" in card and "- again" in card
         assert hub.cards[-1] == card
         python(LOAD, hub, tmp_path, tmp_path / "base", tmp_path / "answer.pt")

@@ -23,12 +23,11 @@ def test_the_script_trains_and_saves_a_fusion(lora, tmp_path, monkeypatch):
     flags = {"model_name_or_path": tmp_path / "model", "dataset_name": tmp_path / "data", "output_dir": tmp_path / "out"}
     flags |= {"max_steps": 1, "max_length": 16, "report_to": "none", "bf16": False, "save_strategy": "no", "use_cpu": True}
     flags |= {"fusion": "dwconcat", "fusion_budget": "4k"}
-    flags |= {"use_peft": True, "lora_r": 2, "lora_target_modules": "q_proj"} if lora else {}
+    flags |= {"use_peft": True, "lora_r": 2, "lora_target_modules": ["q_proj", "v_proj"]} if lora else {}
     flags |= {"pad_token": "<pad>", "eos_token": "<pad>"}
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(
-        sys, "argv", [str(SCRIPT), *(str(part) for key, value in flags.items() for part in (f"--{key}", value))]
-    )
+    given = [[f"--{key}", *(value if isinstance(value, list) else [value])] for key, value in flags.items()]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *(str(part) for parts in given for part in parts)])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     verdict = verify(tmp_path / "out", str(tmp_path / "model"))
     assert not verdict.problems

@@ -3,8 +3,10 @@
 import json
 import random
 import shutil
+from pathlib import Path
 
 import pytest
+from families import FAMILIES, first_head
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from support import LORA, attached, disturb, tiny
@@ -23,6 +25,8 @@ from support_damage import (
 
 from fusion_adapters.cli import main
 from fusion_adapters.runs.verifying import verify
+
+REGRESSION = Path(__file__).parents[1] / "regression" / "0.1"
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +172,27 @@ def test_heads_of_other_kinds_and_numbers(head, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     verdict = verify(tmp_path / "adapter", str(tmp_path / "base"))
     assert not verdict.problems and not verdict.unchecked
+
+
+@pytest.mark.parametrize(
+    ("case", "family"), [("dwatt-bert", "bert"), ("dwatt-lora-llama", "llama"), ("concat-both-t5", "t5-both")]
+)
+def test_the_adapters_of_the_first_version(case, family, tmp_path):
+    FAMILIES[family].build(first_head(family)).save_pretrained(tmp_path / "base")
+    for backbone in (None, str(tmp_path / "base")):
+        verdict = verify(REGRESSION / case, backbone)
+        assert not verdict.problems and any("as none did before version 0.2" in note for note in verdict.notes)
+        assert ("loading: PeftModel.from_pretrained takes it" in verdict.checked) is (backbone is not None)
+
+
+def test_embeddings_that_peft_saved_beside_an_adapter_are_no_problem(tmp_path):
+    tiny("llama", "lm").save_pretrained(tmp_path / "base")
+    model = attached(model=type(tiny("llama", "lm")).from_pretrained(tmp_path / "base"), head="lm", **LORA["llama"])
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    assert any("embed_tokens" in name for name in load_file(tmp_path / "adapter" / WEIGHTS))
+    assert not verify(tmp_path / "adapter", str(tmp_path / "base")).problems
+    shutil.rmtree(tmp_path / "base")
+    assert not verify(tmp_path / "adapter").problems
 
 
 def test_from_the_shell(adapter, saved, capsys):

@@ -12,15 +12,14 @@ The names below load what they need when they are first used.
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.util
 import sys
-from importlib.machinery import ModuleSpec
-from importlib.metadata import version
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as typing has it, which takes as long to import as this package
 if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
+
     from .backbone.quantization import quantization_config
     from .backbone.truncate import cut_model, load_cut
     from .fusions import FUSIONS
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
     from .states import LayerStateCache, StaleCacheError, cache_layer_states
     from .tuner import FusionConfig, FusionModel, depth_weights, use_adapter
     from .tuner.counts import count_trainable
+
+    __version__: str
 
 # Where each public name is defined.
 _HOME = {
@@ -50,9 +51,9 @@ _HOME = {
     "run_recipe": "runs.training",
     "use_adapter": "tuner",
 }
+PEFT = "peft"
 _TUNER = f"{__name__}.tuner"  # importing it registers the method
 
-__version__ = version("fusion-adapters")
 __all__ = [
     "FUSIONS",
     "FusionConfig",
@@ -74,6 +75,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # looking it up takes longer than all the rest
+        from importlib.metadata import version
+
+        return globals().setdefault(name, version("fusion-adapters"))
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
@@ -85,32 +90,43 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
 
 
-class _AfterPeft(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Registers the method as soon as peft has been imported: `import fusion_adapters` alone then needs neither it nor torch."""
+class _AfterPeft:
+    """Registers the method as soon as peft has been imported: `import fusion_adapters` alone then needs neither it nor torch.
 
-    def __init__(self) -> None:
-        self.loader: importlib.abc.Loader | None = None
+    It stays until peft is imported: libraries ask before whether there is one (`importlib.util.find_spec`).
+    """
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != "peft":
+        if fullname != PEFT:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            self.loader, spec.loader = spec.loader, self
-        return spec
+        for finder in [f for f in sys.meta_path if f is not self and hasattr(f, "find_spec")]:
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                spec.loader = spec.loader and _ThenRegister(spec.loader, self)  # type: ignore[assignment]
+                return spec
+        return None
+
+
+class _ThenRegister:
+    """Loads peft by its own loader, and registers the method."""
+
+    def __init__(self, loader: Any, finder: _AfterPeft) -> None:
+        self.loader, self.finder = loader, finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return None if self.loader is None else self.loader.create_module(spec)
+        module: ModuleType | None = self.loader.create_module(spec)
+        return module
 
     def exec_module(self, module: ModuleType) -> None:
-        assert self.loader is not None and module.__spec__ is not None
+        assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
         importlib.import_module(_TUNER)
 
 
-if "peft" in sys.modules:
+if PEFT in sys.modules:
     importlib.import_module(_TUNER)
 else:
     sys.meta_path.insert(0, _AfterPeft())

@@ -228,6 +228,48 @@ def estimate(
         console.print(escape(visible(f"Assumed: {note}.")), style="yellow", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder, or an adapter's.")],
+    backbone: Annotated[
+        str | None, typer.Option(help="The model that the adapter is for, a hub id or a folder; it is loaded.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a saved adapter: files, digest, tensors and, with --backbone, that it loads. Exit code 1: a list of what is wrong."""
+    from .runs.tables import contents_table
+    from .runs.verifying import verify as verify_adapter
+
+    verdict = verify_adapter(folder, backbone)
+    console = Console()
+    if as_json:
+        print(json.dumps(verdict.as_json()))
+    else:
+        if verdict.inside:
+            console.print(contents_table(verdict.inside, verdict.adapter))
+        marked = {
+            "[green]right[/]": verdict.checked,
+            "[dim]not checked[/]": verdict.unchecked,
+            "[yellow]note[/]": verdict.notes,
+            "[bold red]wrong[/]": verdict.problems,
+        }
+        for mark, texts in marked.items():
+            for text in texts:
+                console.print(f"{mark}: {escape(visible(text))}", highlight=False, soft_wrap=True)
+    if verdict.problems:
+        raise typer.Exit(1)
+
+
+@app.command(name="exec", context_settings={"allow_interspersed_args": False})
+def execute_program(
+    command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="A program and its arguments, after --.")],
+) -> None:
+    """Run a program that imports peft itself (lm_eval, trl, a script of yours) with the method registered."""
+    from .runs.launching import execute
+
+    raise typer.Exit(execute(command))
+
+
 def _lines_of_input() -> list[str]:
     try:
         return [line.rstrip("\n") for line in sys.stdin if line.strip()]

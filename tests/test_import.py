@@ -10,6 +10,8 @@ ORDERS = {
     "ours, then peft": "import fusion_adapters; from peft import mapping",
     "a room of ours alone": "from fusion_adapters.tuner.config import FusionConfig; from peft import mapping",
     "peft, then ours": "from peft import mapping; import fusion_adapters",
+    # as transformers does when it is imported
+    "ours, a look for peft, then peft": "import fusion_adapters, importlib.util as u; u.find_spec('peft'); from peft import mapping",
 }
 
 

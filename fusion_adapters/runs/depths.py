@@ -171,6 +171,7 @@ def sweep(
     fit.model.load_adapter(str(folder / str(chosen.depth)), ADAPTER, is_trainable=True)
     metrics = {**(chosen.metrics or {}), "depths": record}
     metrics["scores"] |= fit.metrics(["test"])["scores"]
+    metrics |= fit.details()
     metrics["peak_memory_mib"] = peak_of_process()
     return recipe, fit.model, metrics
 

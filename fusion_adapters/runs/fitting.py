@@ -17,6 +17,8 @@ from ..tasks.splits import Splits
 from ..tuner.counts import count_trainable
 from .environment import versions
 from .evaluation import evaluations
+from .intervals import interval
+from .label_depths import depth_by_label
 from .loading import check_lengths
 from .memory import peak_of_process
 from .recipe import Recipe
@@ -99,6 +101,18 @@ class Fit:
             "seed": self.recipe.seed,
             "versions": versions(),
         }
+
+    def details(self) -> dict[str, Any]:
+        """What a card says beyond the scores: `intervals`, where there are examples enough, and `weights_over_depth` by label.
+
+        The latter for fusions that have such weights, over the development data.
+        """
+        task, found = self.recipe.task, dict[str, Any]()
+        if "test" in self.sets:
+            between = interval(task, *self.compared("test"), len(self.sets["test"].examples))
+            found = {} if between is None else {"intervals": {"test": {task.main.name: between}}}
+        by_label, layers = depth_by_label(self.model, self.trainer, self.sets["dev"])
+        return found | ({"weights_over_depth": {"layers": layers, "by_label": by_label}} if by_label else {})
 
 
 def not_finite(model: nn.Module) -> list[str]:

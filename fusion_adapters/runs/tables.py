@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from ..tasks.base import Task
+from .terminal import visible
 
 
 def metrics_table(metrics: dict[str, Any], task: Task, title: str) -> Table:
@@ -17,11 +19,12 @@ def metrics_table(metrics: dict[str, Any], task: Task, title: str) -> Table:
     for split, scores in metrics["scores"].items():
         for name, value in scores.items():
             if isinstance(value, float):
-                table.add_row(f"{split} {name.replace('_', ' ')}", task.measure(name).shown(value))
+                shown, between = task.measure(name).shown, metrics.get("intervals", {}).get(split, {}).get(name)
+                apart = f" (95 %: {' to '.join(map(shown, between))})" if between else ""
+                table.add_row(f"{split} {name.replace('_', ' ')}", shown(value) + apart)
     counts = metrics["parameters"]
-    parts = ", ".join(f"{part} {counts[part]:,}" for part in ("fusion", "lora", "head", "other") if counts[part])
     table.add_row("trainable parameters", f"{counts['total']:,}")
-    table.add_row("", f"({parts})")
+    table.add_row("", f"({_parts(counts)})")
     table.add_row("adapter on disk", f"{sum(metrics['bytes'].values()) / 2**20:.2f} MiB")
     table.add_row("reloaded, largest difference", f"{metrics['reload_difference']:.1g}")
     table.add_row("training", f"{metrics['seconds']['train']:.1f} s")
@@ -76,6 +79,41 @@ def zero_notes(metrics: dict[str, Any], task: Task) -> list[str]:
         for split, scores in metrics["scores"].items()
         if scores[task.main.name] == 0 and task.why_zero
     ]
+
+
+def contents_table(inside: dict[str, Any], title: str) -> Table:
+    """What a saved adapter is, from `contents`."""
+    table = Table(title=escape(visible(title)), show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    backbone, counts, lora = inside["backbone"], inside["parameters"] or {}, inside["lora"]
+    rows: dict[str, Any] = {
+        "method": ", ".join([inside["method"], *(f"{name} {value}" for name, value in inside["options"].items())]),
+        "task": inside["task"],
+        "layers": inside["layers"] or "the outputs of all blocks",
+        "depth": inside["depth"],
+        "pool": inside["pool"],
+        "LoRA": lora and f"r {lora['r']}, alpha {lora['lora_alpha']}, in {lora['target_modules']}",
+        "backbone": ", ".join(str(backbone[k]) for k in ("name", "revision", "gguf", "type") if backbone[k] is not None),
+        "its shape": f"{backbone['blocks']} blocks of hidden size {backbone['hidden_size']}",
+        "its fingerprint": backbone["fingerprint"] or "none",
+        "budget": inside["budget"],
+        "parameters": counts and f"{counts['total']:,} ({_parts(counts)}), {', '.join(counts['dtypes'])}",
+        "weights on disk": inside["bytes"] and f"{inside['bytes']:,} bytes",
+        "labels": inside["labels"] and ", ".join(inside["labels"]),
+        "versions": ", ".join(f"{name} {value}" for name, value in inside["versions"].items() if value),
+    }
+    for split, scores in (inside["scores"] or {}).items():
+        numbers = (f"{name} {value:.4g}" for name, value in scores.items() if isinstance(value, float))
+        rows[f"{split} scores"] = ", ".join(numbers)
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, escape(visible(str(value))))
+    return table
+
+
+def _parts(counts: dict[str, Any]) -> str:
+    return ", ".join(f"{part} {counts[part]:,}" for part in ("fusion", "lora", "head", "other") if counts.get(part))
 
 
 def budget_table(rows: list[dict[str, Any]], title: str) -> Table:

@@ -105,7 +105,7 @@ def _trained(
         states = LayerStateCache(cache, model, tokenizer=tokenizer, max_length=recipe.data.max_length)
     fit = Fit(model, tokenizer, recipe, splits, folder, states)
     fit.train()
-    return model, tokenizer, fit.metrics()
+    return model, tokenizer, {**fit.metrics(), **fit.details()}
 
 
 def _swept(
@@ -143,7 +143,7 @@ def _save(
     config = model.active_peft_config
     base.name_or_path = base.config._name_or_path = config.base_model_name_or_path = recipe.backbone.model
     (folder / "adapter").mkdir()
-    (folder / "adapter" / "README.md").write_text(model_card(recipe, metrics, splits.labels), encoding="utf-8")
+    (folder / "adapter" / "README.md").write_text(model_card(recipe, metrics, splits.labels, config), encoding="utf-8")
     model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
     length = min(64, recipe.data.max_length)  # a look at the beginnings is enough
     metrics["reload_difference"] = reload_difference(model, folder / "adapter", tokenizer, splits.dev, recipe.task, length)

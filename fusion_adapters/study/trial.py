@@ -20,6 +20,7 @@ from ..runs.attaching import adapter_config, load_attached
 from ..runs.environment import denormals_flushed, versions
 from ..runs.evaluation import evaluations
 from ..runs.fitting import not_finite
+from ..runs.label_depths import depth_by_label
 from ..runs.loading import check_lengths
 from ..runs.memory import PeakMemory
 from ..runs.trainers import TRAINING_DEFAULTS, make_trainer
@@ -27,7 +28,6 @@ from ..states import LayerStateCache
 from ..tasks.base import Measure
 from ..tuner import FusionConfig
 from ..tuner.counts import count_trainable
-from .depth import depth_by_label
 from .examples import encoded_part, splits_of, subset
 from .recipe import StudyRecipe
 from .states import states_folder

@@ -99,6 +99,7 @@ class Task(ABC):
         name: The value of `task` in recipes.
         title: The task in prose.
         peft_type: peft's task type; None where peft has none.
+        hub_task: The hub's name of the task, for model cards.
         auto_model: The class of transformers that loads the model with its head.
         text_columns: Usual names of the text column, the first that is there is taken.
         label_columns: Usual names of the label column; empty where the task reads no labels.
@@ -116,6 +117,7 @@ class Task(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     peft_type: ClassVar[str | None]
+    hub_task: ClassVar[str] = "other"
     auto_model: ClassVar[Any]
     text_columns: ClassVar[tuple[str, ...]]
     label_columns: ClassVar[tuple[str, ...]]

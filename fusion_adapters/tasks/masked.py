@@ -25,6 +25,7 @@ class MaskedLM(Task):
 
     name: ClassVar[str] = "masked_lm"
     title: ClassVar[str] = "masked language modelling"
+    hub_task: ClassVar[str] = "fill-mask"
     # peft has none. Without one, the adapter's config names the model's class, and AutoPeftModel loads head and adapter;
     # FEATURE_EXTRACTION would make it load a model without head.
     peft_type: ClassVar[str | None] = None

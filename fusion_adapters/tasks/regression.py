@@ -28,6 +28,7 @@ class Regression(Task):
 
     name: ClassVar[str] = "regression"
     title: ClassVar[str] = "regression"
+    hub_task: ClassVar[str] = "text-classification"
     peft_type: ClassVar[str | None] = "SEQ_CLS"
     auto_model: ClassVar[Any] = AutoModelForSequenceClassification
     text_columns: ClassVar[tuple[str, ...]] = ("text", "sentence")

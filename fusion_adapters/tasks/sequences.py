@@ -22,6 +22,7 @@ class SequenceClassification(Task):
 
     name: ClassVar[str] = "sequence_classification"
     title: ClassVar[str] = "sequence classification"
+    hub_task: ClassVar[str] = "text-classification"
     peft_type: ClassVar[str | None] = "SEQ_CLS"
     auto_model: ClassVar[Any] = AutoModelForSequenceClassification
     text_columns: ClassVar[tuple[str, ...]] = ("text", "sentence")

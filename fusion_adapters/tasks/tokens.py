@@ -27,6 +27,7 @@ class TokenClassification(Task):
 
     name: ClassVar[str] = "token_classification"
     title: ClassVar[str] = "token classification"
+    hub_task: ClassVar[str] = "token-classification"
     peft_type: ClassVar[str | None] = "TOKEN_CLS"
     auto_model: ClassVar[Any] = AutoModelForTokenClassification
     text_columns: ClassVar[tuple[str, ...]] = ("tokens", "words")

@@ -10,6 +10,7 @@ from pprint import pformat
 from typing import Any, Protocol
 
 import transformers
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
@@ -31,6 +32,7 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(backbone, "path/or/id/of/this/adapter")
 ```
 """
+WEIGHTS = "adapter_model.safetensors"
 LABELLED = "Classification"  # in the names of classes whose outputs have labels
 # Asked first, since others of transformers' auto classes list the same models.
 USUAL = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText")
@@ -59,6 +61,7 @@ class AdapterConfig(Protocol):
     fusion: str
     fusion_num_layers: int | list[int] | None
     fusion_depth: int | float | None
+    fusion_gguf: str | None
     r: int
     revision: str | None
     base_model_name_or_path: str | None
@@ -78,7 +81,29 @@ class CardWriter:
         """Takes the place of the model's `create_or_update_model_card`."""
         type(self.model).create_or_update_model_card(self.model, output_dir)
         config: Any = self.model.active_peft_config
-        add_loading_section(output_dir, config)
+        # of an adapter that is being saved, the config comes after the weights, and adds the section with their sizes
+        if (Path(output_dir) / WEIGHTS).is_file() or self.model.active_adapter != "default":
+            add_loading_section(output_dir, config)
+
+
+class CardKeeper:
+    """Uploads the files of one PeftModel's `push_to_hub`, the card among them as a save writes it.
+
+    transformers puts a card of its own over the one that was saved: that of the repository, or one without a word of the adapter.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
+
+    def __call__(self, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+        """Takes the place of the model's `_upload_modified_files`."""
+        path = Path(working_dir) / "README.md"
+        tags = set(ModelCard.load(path).data.tags or []) if path.is_file() else set()
+        CardWriter(self.model)(working_dir)
+        card = ModelCard.load(path)
+        card.data.tags = sorted(tags | set(card.data.tags or []))  # peft keeps its own alone
+        card.save(path)
+        return type(self.model)._upload_modified_files(self.model, working_dir, *args, **kwargs)
 
 
 def class_of(model: nn.Module) -> ModelClass:
@@ -91,14 +116,14 @@ def class_of(model: nn.Module) -> ModelClass:
     names = getattr(config, "id2label", None) if LABELLED in cls.__name__ else None
     labels = tuple(names[i] for i in sorted(names)) if names else ()
     loads = issubclass(cls, PreTrainedModel)
-    auto = _auto_class(cls.__name__, getattr(config, "model_type", None)) if loads else None
+    auto = auto_class(cls.__name__, getattr(config, "model_type", None)) if loads else None
     if auto is None and getattr(transformers, cls.__name__, None) is not cls:
         return ModelClass(cls.__module__, cls.__qualname__, loads, labels)
     return ModelClass("transformers", auto or cls.__name__, loads, labels)
 
 
-def _auto_class(name: str, model_type: Any) -> str | None:
-    """The auto class that builds the class of that name for that type of model; None if there is none."""
+def auto_class(name: str, model_type: Any) -> str | None:
+    """The name of the auto class that builds the class of that name for that type of model; None if there is none."""
     mappings = {
         n: getattr(auto, "_model_mapping", None) for n, auto in vars(modeling_auto).items() if n.startswith("AutoModel")
     }
@@ -118,7 +143,7 @@ def add_loading_section(folder: str | Path, config: AdapterConfig) -> None:
         folder: Where the adapter was saved; the counts come from its `adapter_model.safetensors`.
         config: The adapter's config.
     """
-    card, weights = Path(folder) / "README.md", Path(folder) / "adapter_model.safetensors"
+    card, weights = Path(folder) / "README.md", Path(folder) / WEIGHTS
     if not card.is_file() or HEADING in (text := card.read_text(encoding="utf-8")):
         return
     depth, ends = config.fusion_num_layers, config.fusion_depth
@@ -145,6 +170,8 @@ def _backbone_lines(config: AdapterConfig) -> str:
         return f"\n# backbone: {base or 'the model it was trained on'}{f', a {model.name}' if model else ''}"
     arguments = [json.dumps(base or "path/or/id/of/the/backbone")]
     arguments += [f"revision={json.dumps(config.revision)}"] if config.revision else []
+    if config.fusion_gguf is not None:  # a file's name, and its hash in brackets
+        arguments.append(f"gguf_file={json.dumps(config.fusion_gguf.partition(' (')[0])}")
     lines = [f"from {model.module} import {model.name}", ""]
     if model.labels == tuple(f"LABEL_{i}" for i in range(len(model.labels))):  # nobody named them
         arguments += [f"num_labels={len(model.labels)}"] if model.labels else []

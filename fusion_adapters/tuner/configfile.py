@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import types
 import typing
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,18 @@ def check_values(values: Any, file: str | Path) -> None:
             f"peft_type={values.get('peft_type')!r} in {str(file)!r} stands in the config of a fusion adapter, whose type is "
             f"{FusionPeftType.FUSION.value!r}. The file is damaged or was edited: restore it, or save the adapter anew."
         )
+    for problem in wrong_types(values, file):
+        raise ValueError(problem)
+
+
+def wrong_types(values: dict[str, Any], file: str | Path) -> Iterator[str]:
+    """The fields of a fusion adapter's adapter_config.json that hold a value of a type that they do not take, a paragraph each."""
     for name, kinds in _kinds().items():
         if name not in values or (values[name] is None and dict in kinds):
             continue
         if not any(_fits(values[name], kind) for kind in kinds):
             words = ", ".join(dict.fromkeys(_WORDS.get(typing.get_origin(k) or k, "null") for k in kinds))
-            raise ValueError(
+            yield (
                 f"{name}={values[name]!r} in {str(file)!r} has a type that this field does not take ({words}). The file is damaged or "
                 "was edited: restore it, or save the adapter anew."
             )

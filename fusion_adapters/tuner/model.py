@@ -27,7 +27,7 @@ from .as_lora import as_lora, marked_lora_free
 from .binding import bind, check_adapter_name, check_layer_drop, check_saved_names, settle_file
 from .budget import has_own_width, settle_budget, warn_if_large
 from .build import build_for
-from .card import CardWriter, class_of
+from .card import CardKeeper, CardWriter, class_of
 from .config import FusionConfig
 from .digest import MODEL_PREFIX, is_wanted, no_digest, weights_digests
 from .heads import check_head, name_task_heads, warn_if_nothing_trains
@@ -317,6 +317,7 @@ class FusionModel(LoraModel):
         # Trainer.push_to_hub writes the card anew after saving, by peft's method; this instance's then adds our section again.
         if isinstance(model, PeftModel) and not isinstance(model.create_or_update_model_card, CardWriter):
             model.create_or_update_model_card = CardWriter(model)  # type: ignore[method-assign]
+            model._upload_modified_files = CardKeeper(model)  # type: ignore[method-assign,assignment]
         return super()._get_adapter_state_dict(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
         )

@@ -194,6 +194,25 @@ def check_finite(folder: str | None, own: dict[str, Tensor]) -> None:
 
 def compare_tensors(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
     """Raises ValueError, with the names, if tensors are missing, surplus, of another shape, or hold no numbers of training."""
+    found = tensor_differences(expected, given)
+    if not found:
+        return
+    shapes = any(k in expected and given[k].shape != expected[k].shape for k in given)
+    raise ValueError(
+        f"The adapter's file does not fit its config and this model: {'; '.join(found)}. Nothing was loaded. Check that "
+        "adapter_config.json and adapter_model.safetensors come from the same save, and that the model has the head "
+        "(class and number of labels) that the adapter was trained with."
+        + (" ignore_mismatched_sizes does not help here." if shapes else "")
+    )
+
+
+def tensor_differences(expected: dict[str, Tensor], given: dict[str, Tensor]) -> list[str]:
+    """What is wrong with the tensors of a file, a clause a kind, with their names.
+
+    Args:
+        expected: Those of the adapter in a model, with or without values.
+        given: Those of the file, under the same names.
+    """
     missing = sorted(expected.keys() - given.keys())
     surplus = sorted(given.keys() - expected.keys())
     shapes = [
@@ -206,9 +225,7 @@ def compare_tensors(expected: dict[str, Tensor], given: dict[str, Tensor]) -> No
         for k in sorted(expected.keys() & given.keys())
         if _trains(expected[k]) and not _trains(given[k])
     ]
-    if not (missing or surplus or shapes or kinds):
-        return
-    found = [
+    return [
         *([f"{len(missing)} of {len(expected)} tensors are missing ({_some(missing)})"] if missing else []),
         *([f"{len(surplus)} have no place in the model ({_some(surplus)})"] if surplus else []),
         *([f"{len(shapes)} have another shape ({_some(shapes)})"] if shapes else []),
@@ -218,12 +235,6 @@ def compare_tensors(expected: dict[str, Tensor], given: dict[str, Tensor]) -> No
             else []
         ),
     ]
-    raise ValueError(
-        f"The adapter's file does not fit its config and this model: {'; '.join(found)}. Nothing was loaded. Check that "
-        "adapter_config.json and adapter_model.safetensors come from the same save, and that the model has the head "
-        "(class and number of labels) that the adapter was trained with."
-        + (" ignore_mismatched_sizes does not help here." if shapes else "")
-    )
 
 
 def _trains(tensor: Tensor) -> bool:

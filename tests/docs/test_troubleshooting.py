@@ -46,7 +46,9 @@ def without_the_plug_in(folder):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode
-    raise KeyError(result.stderr.strip().splitlines()[-1])
+    kind, _, said = result.stderr.strip().splitlines()[-1].partition(": ")
+    assert kind == "KeyError"
+    raise KeyError(said)
 
 
 def cut_short(folder):

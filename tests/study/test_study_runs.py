@@ -14,10 +14,10 @@ from fusion_adapters import depth_weights
 from fusion_adapters.cli import main
 from fusion_adapters.runs.attaching import adapter_config, load_attached
 from fusion_adapters.runs.evaluation import Evaluation, positions_for
+from fusion_adapters.runs.label_depths import depth_by_label
 from fusion_adapters.runs.trainers import make_trainer
 from fusion_adapters.states import LayerStateCache
 from fusion_adapters.study import load_study
-from fusion_adapters.study.depth import depth_by_label
 from fusion_adapters.study.examples import subset, training_sizes
 from fusion_adapters.study.states import prepare_states
 from fusion_adapters.study.trial import Trial, scale_lora_rate

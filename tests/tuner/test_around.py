@@ -197,4 +197,6 @@ def test_a_card_is_written_once_and_survives_copies_of_the_model(tmp_path):
     pickle.loads(pickle.dumps(clone))
     card = (tmp_path / "README.md").read_text()
     assert card.count("## How to load this adapter") == card.count("import fusion_adapters") == 1
+    clone.save_pretrained(tmp_path / "later")  # as after a training, whose checkpoints were saves too
+    assert "| file |" in (tmp_path / "later" / "README.md").read_text()
     assert clone.create_or_update_model_card.model is clone

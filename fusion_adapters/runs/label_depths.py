@@ -1,4 +1,4 @@
-"""The mean weights over depth by label, for the picture of which layers a comparison's fusions read."""
+"""The mean weights over depth by label: which layers a fusion reads, for cards and the figures of comparisons."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..runs.evaluation import Evaluation
-from ..runs.trainers import labelled_logits
 from ..tasks.base import IGNORED
 from ..tuner import fusion_layers
+from .evaluation import Evaluation
+from .trainers import labelled_logits
 
 
 def depth_by_label(

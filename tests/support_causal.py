@@ -59,7 +59,13 @@ def model(seed=0, tied=True):
     torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(
-        **sizes, intermediate_size=64, vocab_size=330, pad_token_id=0, bos_token_id=None, eos_token_id=2, tie_word_embeddings=tied
+        **sizes,
+        intermediate_size=64,
+        vocab_size=330,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=2,
+        tie_word_embeddings=tied,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -86,7 +92,13 @@ def write_data(folder):
 FORMS = {
     "text": {"train": "train.txt", "test": "test.txt"},
     "packed": {"train": "train.txt", "test": "test.txt", "packing": True},
-    "completion": {"train": "train.jsonl", "test": "test.jsonl", "text": "question", "completion": "answer", "max_length": 48},
+    "completion": {
+        "train": "train.jsonl",
+        "test": "test.jsonl",
+        "text": "question",
+        "completion": "answer",
+        "max_length": 48,
+    },
     "chat": {
         **{"train": "train.jsonl", "test": "test.jsonl", "text": "question", "completion": "answer"},
         **{"chat": True, "max_length": 80},

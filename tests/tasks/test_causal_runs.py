@@ -90,7 +90,7 @@ def test_an_evaluation_is_exact_over_pieces(tmp_path, form):
     assert [p.ndim for p in trainer.predict(dev.dataset).predictions] == [2, 2], "logits of the vocabulary were kept"
 
 
-@pytest.mark.parametrize(("form", "fusion"), [("packed", "dwatt"), ("completion", "concat"), ("text", "deeper")])
+@pytest.mark.parametrize(("form", "fusion"), [("packed", "dwatt"), ("completion", "deeper")])
 def test_cached_training_gives_the_numbers_of_live_training(tmp_path, form, fusion):
     recipe = load_recipe(write_files(tmp_path, form, adapter={"fusion": fusion, "fusion_heads": None}))
     live = run_recipe(recipe, tmp_path / "live")
@@ -103,8 +103,7 @@ def test_cached_training_gives_the_numbers_of_live_training(tmp_path, form, fusi
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][0] > losses[0][1]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("lora", [{}, LORA], ids=["alone", "lora"])
+@pytest.mark.parametrize(("tied", "lora"), [(True, LORA), (False, {})], ids=["tied, lora", "alone"])
 def test_the_head_stays_frozen_and_is_not_saved(tmp_path, tied, lora):
     path = write_files(tmp_path, "completion", adapter=lora)
     save_model(tmp_path / "model", tied=tied)
@@ -130,8 +129,7 @@ PROMPTS = {
 }
 
 
-@pytest.mark.parametrize("form", PROMPTS)
-@pytest.mark.parametrize("fusion", ["dwatt", "deeper"])
+@pytest.mark.parametrize(("form", "fusion"), [("text", "deeper"), ("completion", "dwatt"), ("messages", "dwatt")])
 def test_predict_writes_what_generate_does(tmp_path, form, fusion, capsys):
     path = write_files(tmp_path, form, data={"max_new_tokens": 7}, adapter={"fusion": fusion, "fusion_heads": None})
     main(["train", str(path), "--output", str(tmp_path / "run"), "--set", "training.num_train_epochs=1"])
@@ -150,12 +148,11 @@ def test_predict_writes_what_generate_does(tmp_path, form, fusion, capsys):
 
 
 def test_a_completion_that_was_learnt_is_written_and_ends(tmp_path):
-    training = {"num_train_epochs": 40, "learning_rate": 1e-2, "eval_strategy": "no", "save_strategy": "no"}
-    path = write_files(
-        tmp_path, "completion", training={**training, "load_best_model_at_end": False}, adapter={**LORA, "r": 8}
-    )
+    training = {"max_steps": 60, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "weight_decay": 0.0}
+    quiet = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    path = write_files(tmp_path, "completion", training={**training, **quiet}, adapter={**LORA, "r": 8})
     metrics = run_recipe(load_recipe(path), tmp_path / "run")
-    assert metrics["scores"]["test"]["loss"] < 0.1
+    assert metrics["scores"]["test"]["loss"] < 0.3
     found = predict(load_run(tmp_path / "run"), [question for question, _ in PAIRS])
     assert [(p["completion"], p["ended"]) for p in found] == [(answer, True) for _, answer in PAIRS]
     with pytest.raises(ValueError, match=r"has no word pieces"):
@@ -223,7 +220,7 @@ def test_an_adapter_without_anything_to_train_scores_the_bare_model(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"adapter": {"fusion_depth": 2}}, r"fusion_depth"),
+        ({"adapter": {"fusion_depth": 2}}, r"made for the last block \(4\)"),
         ({"adapter": {"fusion_pool": "mean"}}, r"answers at every position"),
         ({"adapter": {"modules_to_save": ["lm_head"]}}, r"'lm_head', which covers the 10,560 embeddings"),
         ({"data": {"labels": ["a"]}}, r"has no label set"),

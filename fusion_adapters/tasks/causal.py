@@ -64,6 +64,7 @@ class CausalLM(LanguageTask):
             )
 
     def examples(self, table: Table, data: DataRecipe) -> list[Example]:
+        assert not isinstance(data.text, list)  # refused by check_data
         if data.chat and data.completion is None:
             return read_conversations(table, table.column(data.text, self.text_columns[::-1], "data.text"))
         name = self.text_column(table, data)

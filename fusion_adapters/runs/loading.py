@@ -177,11 +177,15 @@ def check_lengths(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         ValueError: If a row is longer; the message gives both numbers.
     """
-    longest = max((len(row["input_ids"]) for row in rows), default=0)
-    for name, table in model.named_modules():
-        positions = positions_of(name, table)
-        if positions is not None and longest > positions:
-            raise ValueError(
-                f"The longest of {len(rows)} rows has {longest} pieces, but the backbone has {positions} positions. Set "
-                f"data.max_length to {positions} or less."
-            )
+    longest, positions = max((len(row["input_ids"]) for row in rows), default=0), fewest_positions(model)
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"The longest of {len(rows)} rows has {longest} pieces, but the backbone has {positions} positions. Set "
+            f"data.max_length to {positions} or less."
+        )
+
+
+def fewest_positions(model: nn.Module) -> int | None:
+    """For how many positions a backbone has an embedding; None if it has none for single positions."""
+    found = (positions_of(name, table) for name, table in model.named_modules())
+    return min((positions for positions in found if positions is not None), default=None)

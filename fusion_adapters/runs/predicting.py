@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..tasks.data import DataRecipe
 from ..tuner import depth_weights, fusion_layers
-from .loading import check_lengths, load_lower
+from .loading import check_lengths, fewest_positions, load_lower
 from .recipe import Recipe, parse_recipe
 from .tokenizers import load_tokenizer, match_padding, pieces_as_text
 
@@ -55,7 +55,12 @@ class TrainedRun:
         Raises:
             ValueError: If the backbone has fewer positions than the row and `most` pieces more.
         """
-        check_lengths(self.model, [{"input_ids": [*pieces, *[0] * most]}])
+        positions = fewest_positions(self.model)
+        if positions is not None and len(pieces) + most > positions:
+            raise ValueError(
+                f"The text has {len(pieces)} pieces, and up to {most} more are to be written (data.max_new_tokens of the run's recipe), "
+                f"but the backbone has {positions} positions. Give a shorter text."
+            )
         own = self.model.generation_config.eos_token_id
         own = [] if own is None else own if isinstance(own, list) else [own]
         # a fusion over positions has no cache of its own

@@ -72,16 +72,16 @@ class KeepBest(TrainerCallback):
         self.curve: list[tuple[int, float]] = []
         self.losses: list[tuple[int, float]] = []
         self.cpu_seconds = 0.0  # of evaluations
-        self._begun = 0.0
+        self.begun = 0.0  # processor time at which an evaluation began
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Asks for an evaluation where one is due."""
         control.should_evaluate = state.global_step in self.moments
-        self._begun = time.process_time()
+        self.begun = time.process_time()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Notes the score, and the weights if it is the best so far."""
-        self.cpu_seconds += time.process_time() - self._begun
+        self.cpu_seconds += time.process_time() - self.begun
         score = float(kwargs["metrics"][f"eval_{self.measure.name}"])
         self.curve.append((state.global_step, score))
         self.losses.append((state.global_step, float(kwargs["metrics"]["eval_loss"])))
@@ -159,6 +159,7 @@ def run_trial(
             if trains:
                 trainer.train()
             else:
+                keep.begun = begun_cpu
                 trainer.evaluate()
         seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - begun_cpu
     if keep.best is None:

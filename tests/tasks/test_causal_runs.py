@@ -11,13 +11,14 @@ from support import attached, disturb
 from support_causal import PAIRS, TASK, TEXTS, model, save_model, tokenizer, write_files, write_study
 from support_text import save_model as save_bert
 from torch.nn.functional import cross_entropy
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from fusion_adapters.cli import main
 from fusion_adapters.runs.attaching import adapter_config, load_attached
 from fusion_adapters.runs.evaluation import Evaluation
 from fusion_adapters.runs.loading import load_model
-from fusion_adapters.runs.predicting import load_run, predict
-from fusion_adapters.runs.recipe import BackboneRecipe, load_recipe
+from fusion_adapters.runs.predicting import TrainedRun, load_run, predict
+from fusion_adapters.runs.recipe import BackboneRecipe, load_recipe, parse_recipe
 from fusion_adapters.runs.trainers import LabelledTrainer, labelled_logits, make_trainer
 from fusion_adapters.runs.training import cache_recipe, run_recipe
 from fusion_adapters.study import load_study
@@ -161,6 +162,17 @@ def test_a_completion_that_was_learnt_is_written_and_ends(tmp_path):
         predict(run, [""])
 
 
+def test_a_text_without_room_for_what_follows_is_refused():
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=16, vocab_size=330, bos_token_id=2, eos_token_id=2)
+    recipe = parse_recipe({"task": TASK.name, "backbone": {"model": "x"}, "data": {"path": ".", "max_new_tokens": 8}}, "x")
+    run = TrainedRun(attached("llama", "lm", model=GPT2LMHeadModel(config)).eval(), tokenizer(), recipe, [])
+    assert len(predict(run, ["anna lives"])) == 1
+    with pytest.raises(
+        ValueError, match=r"has 14 pieces, and up to 8 more are to be written.*has 16 positions. Give a shorter text"
+    ):
+        predict(run, ["anna lives " * 7])
+
+
 def test_a_comparison_has_the_bare_model_fusions_and_lora(tmp_path, capsys):
     out = tmp_path / "out"
     main(["compare", str(write_study(tmp_path)), "--output", str(out), "--workers", "1"])
@@ -170,6 +182,7 @@ def test_a_comparison_has_the_bare_model_fusions_and_lora(tmp_path, capsys):
     runs = [json.loads(p.read_text()) for p in out.glob("runs/toy/*/*.json")]
     reported = {run["method"]: run for run in runs if run["stage"] == "report"}
     assert reported["bare"]["steps"] == 0 and len(reported["bare"]["curve"]) == 1
+    assert 0 <= reported["bare"]["training_cpu_seconds"] < 1, "an evaluation counts as training"
     (rows,) = [json.loads((out / "summary.json").read_text())["rows"]]
     by_method = {row["method"]: row for row in rows}
     assert by_method["dwatt"]["test"]["mean"] < by_method["bare"]["test"]["mean"]

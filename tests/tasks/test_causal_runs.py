@@ -168,7 +168,7 @@ def test_a_text_without_room_for_what_follows_is_refused():
     run = TrainedRun(attached("llama", "lm", model=GPT2LMHeadModel(config)).eval(), tokenizer(), recipe, [])
     assert len(predict(run, ["anna lives"])) == 1
     with pytest.raises(
-        ValueError, match=r"has 14 pieces, and up to 8 more are to be written.*has 16 positions. Give a shorter text"
+        ValueError, match=r"has 15 pieces, and up to 8 more are to be written.*has 16 positions. Give a shorter text"
     ):
         predict(run, ["anna lives " * 7])
 

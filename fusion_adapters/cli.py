@@ -129,7 +129,7 @@ def predict(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Reload an adapter and print entities, classes, numbers, or filled masks."""
+    """Reload an adapter and print entities, classes, numbers, filled masks, or what follows a text."""
     texts = text or _lines_of_input()
     if not texts:
         raise ValueError("There is no text to predict. Give --text '...', or lines on standard input.")

@@ -57,11 +57,13 @@ class Fit:
         self._compared: dict[str, tuple[list[Any], list[Any]]] = {}
 
     def train(self) -> None:
-        """Trains.
+        """Trains; a model in which nothing trains stays as it is, to be scored.
 
         Raises:
             ValueError: If the training diverged.
         """
+        if not any(p.requires_grad for p in self.model.parameters()):
+            return
         begun = time.perf_counter()
         try:
             with warnings.catch_warnings():

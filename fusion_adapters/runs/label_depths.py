@@ -31,7 +31,7 @@ def depth_by_label(
     for batch in trainer.get_eval_dataloader(evaluation.dataset):
         with layers[-1].recorded() as found, torch.no_grad():
             if task.vocabulary_head:  # logits of a vocabulary at every position would fill the memory
-                labelled_logits(model, batch)
+                labelled_logits(model, batch, predicts_next=task.predicts_next)
             else:
                 model(**batch)
         weights = found[-1].cpu()

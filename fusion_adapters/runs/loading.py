@@ -45,7 +45,8 @@ def load_model(
         OSError: If the model is neither a folder nor to be had from a hub.
         ImportError: If quantisation is asked for without bitsandbytes.
         ValueError: If the checkpoint lacks weights of the backbone, which would stay at random values, or the model has no
-            head for the task, or `trained` covers embeddings that the head shares.
+            head for the task, or `trained` covers embeddings that the head shares, or the task predicts the next piece and the
+            backbone sees it.
     """
     options: dict[str, Any] = {"dtype": getattr(torch, recipe.dtype)}
     if recipe.bits is not None:
@@ -82,6 +83,8 @@ def load_model(
     if gguf is not None:
         settle_gguf(model)
         mark_gguf(model, path_of_gguf(recipe))
+    if task.predicts_next:
+        _check_causal(model, recipe)
     if task.vocabulary_head:
         _check_tied_head(model, trained)
     fresh = (*TASK_HEADS.get(task.peft_type or "", ()), *trained)
@@ -124,6 +127,19 @@ def _zero_output_bias(model: nn.Module, key: str) -> bool:
     return bias is not None and not bool(bias.any()) and model.state_dict(keep_vars=True).get(key) is bias
 
 
+def _check_causal(model: nn.Module, recipe: BackboneRecipe) -> None:
+    """Refuses to predict the next piece with a backbone that has read it."""
+    try:
+        backbone = find_backbones(model, None, None)[0]
+    except ValueError:  # its blocks are those that the adapter's config names, and found when it is attached
+        return
+    if not backbone.causal:
+        raise ValueError(
+            f"The backbone {recipe.model!r} ({type(model).__name__}) is not causal: each position has read the pieces after it, and would "
+            "know what it is to predict. Use a causal language model (Llama, Qwen, SmolLM2, ...), or task: masked_lm."
+        )
+
+
 def _check_tied_head(model: nn.Module, trained: Sequence[str]) -> None:
     """Refuses to train embeddings that the head shares: peft's copy would untie them, and be saved with the adapter."""
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
@@ -161,11 +177,15 @@ def check_lengths(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         ValueError: If a row is longer; the message gives both numbers.
     """
-    longest = max((len(row["input_ids"]) for row in rows), default=0)
-    for name, table in model.named_modules():
-        positions = positions_of(name, table)
-        if positions is not None and longest > positions:
-            raise ValueError(
-                f"The longest of {len(rows)} rows has {longest} pieces, but the backbone has {positions} positions. Set "
-                f"data.max_length to {positions} or less."
-            )
+    longest, positions = max((len(row["input_ids"]) for row in rows), default=0), fewest_positions(model)
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"The longest of {len(rows)} rows has {longest} pieces, but the backbone has {positions} positions. Set "
+            f"data.max_length to {positions} or less."
+        )
+
+
+def fewest_positions(model: nn.Module) -> int | None:
+    """For how many positions a backbone has an embedding; None if it has none for single positions."""
+    found = (positions_of(name, table) for name, table in model.named_modules())
+    return min((positions for positions in found if positions is not None), default=None)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..tasks.data import DataRecipe
 from ..tuner import depth_weights, fusion_layers
-from .loading import check_lengths, load_lower
+from .loading import check_lengths, fewest_positions, load_lower
 from .recipe import Recipe, parse_recipe
 from .tokenizers import load_tokenizer, match_padding, pieces_as_text
 
@@ -48,6 +48,35 @@ class TrainedRun:
             with torch.no_grad():
                 found.append(self.model(**batch).logits[0].float().cpu())
         return found
+
+    def continued(self, pieces: Sequence[int], most: int, ends: Sequence[int]) -> list[int]:
+        """The likeliest continuation of a row, piece by piece, see `FinishedRun`; the model's own ends count too.
+
+        Raises:
+            ValueError: If the backbone has fewer positions than the row and `most` pieces more.
+        """
+        positions = fewest_positions(self.model)
+        if positions is not None and len(pieces) + most > positions:
+            raise ValueError(
+                f"The text has {len(pieces)} pieces, and up to {most} more are to be written (data.max_new_tokens of the run's recipe), "
+                f"but the backbone has {positions} positions. Give a shorter text."
+            )
+        own = self.model.generation_config.eos_token_id
+        own = [] if own is None else own if isinstance(own, list) else [own]
+        # a fusion over positions has no cache of its own
+        cached = not any(layer.mixes_positions for layer in fusion_layers(self.model))
+        greedy = GenerationConfig(
+            max_new_tokens=most,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=list(dict.fromkeys([*ends, *own])),
+            pad_token_id=self.tokenizer.pad_token_id,
+            use_cache=cached,
+        )
+        row = torch.tensor([list(pieces)], device=self.model.device)
+        with torch.no_grad():
+            written = self.model.generate(input_ids=row, attention_mask=torch.ones_like(row), generation_config=greedy)
+        return written[0, len(pieces) :].tolist()
 
 
 def load_run(folder: str | Path) -> TrainedRun:
@@ -88,7 +117,7 @@ def predict(run: TrainedRun, texts: Sequence[str]) -> list[dict[str, Any]]:
 
     Returns:
         For each text a dictionary that begins with `text`; what follows is the task's: `entities`, `label` and
-        `probability`, `filled` and `masks`, or `value`.
+        `probability`, `filled` and `masks`, `value`, or `completion` and `ended`.
 
     Raises:
         ValueError: If a text does not fit the task, or is longer than the backbone has positions.

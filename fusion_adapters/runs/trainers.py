@@ -51,7 +51,7 @@ def make_trainer(
         "use_cpu": not torch.accelerator.is_available(),  # transformers wants to be told before it takes bf16 there
     }
     given = {key: value for key, value in recipe.training.items() if key not in SECRETS}  # a checkpoint holds the arguments
-    chosen = {**TRAINING_DEFAULTS, **machine, **given}
+    chosen = {**TRAINING_DEFAULTS, **task.training_defaults, **machine, **given}
     try:
         arguments = TrainingArguments(
             output_dir=str(folder),
@@ -68,7 +68,7 @@ def make_trainer(
     collator: Any = task.collator(tokenizer)
     if train_set.cache is not None:
         collator = train_set.cache.collator(collator)
-    return (LabelledTrainer if task.vocabulary_head else OrderedTrainer)(
+    trainer = (LabelledTrainer if task.vocabulary_head else OrderedTrainer)(
         model=model,
         args=arguments,
         train_dataset=train_set.dataset,
@@ -77,6 +77,9 @@ def make_trainer(
         compute_metrics=lambda result: dev_set.watched_scores(result.predictions, result.label_ids),
         preprocess_logits_for_metrics=None if task.vocabulary_head else task.predicted,
     )
+    if isinstance(trainer, LabelledTrainer):
+        trainer.predicts_next = task.predicts_next
+    return trainer
 
 
 class OrderedTrainer(Trainer):
@@ -124,9 +127,13 @@ class LabelledTrainer(OrderedTrainer):
 
     The head, a product with the whole vocabulary, runs at labelled positions alone, also where a fusion that mixes
     positions, LoRA or a live backbone needs all of them. An evaluation keeps two numbers a position, not the logits.
+
+    Attributes:
+        predicts_next: Whether a label is predicted at the position before it, see `Task.predicts_next`.
     """
 
     divides_by_items = True
+    predicts_next = False
 
     def compute_loss(
         self,
@@ -139,7 +146,7 @@ class LabelledTrainer(OrderedTrainer):
 
         Args:
             model: The model, maybe wrapped by accelerate.
-            inputs: A batch with `labels`, `(B, T)`.
+            inputs: A batch with `labels`, `(B, T)`; those that nothing predicts count as -100.
             return_outputs: Also return the predictions.
             num_items_in_batch: Labelled pieces of all batches of this optimizer step.
 
@@ -147,8 +154,8 @@ class LabelledTrainer(OrderedTrainer):
             The loss; with `return_outputs` also `predicted` (the likeliest piece) and `nll`, both `(B, T)` and -100
             where there is no label.
         """
-        labels: Tensor = inputs["labels"]
-        logits = labelled_logits(model, inputs, self.accelerator.unwrap_model(model))
+        labels = _predictable(inputs["labels"], self.predicts_next)
+        logits = labelled_logits(model, inputs, self.accelerator.unwrap_model(model), self.predicts_next)
         nll = F.cross_entropy(logits.float(), labels[labels != IGNORED], reduction="none")
         if num_items_in_batch is None:
             loss = nll.mean()
@@ -165,22 +172,32 @@ class LabelledTrainer(OrderedTrainer):
         return loss, {"predicted": predicted, "nll": nlls}
 
 
-def labelled_logits(model: nn.Module, inputs: dict[str, Any], unwrapped: nn.Module | None = None) -> Tensor:
-    """The logits at labelled positions, in the order of the flattened batch.
+def labelled_logits(
+    model: nn.Module, inputs: dict[str, Any], unwrapped: nn.Module | None = None, predicts_next: bool = False
+) -> Tensor:
+    """The logits that predict the labelled pieces, in the order of the flattened batch.
 
     Args:
         model: An attached language model.
         inputs: A batch with `labels`, `(B, T)`, and `layer_states` if it comes from a cache.
         unwrapped: The model below a wrapper for several processes.
+        predicts_next: Whether they are those of the positions before the labels, not of the labels' own.
 
     Returns:
         `(labelled positions, V)`.
     """
     inputs = dict(inputs)
-    labelled = inputs.pop("labels") != IGNORED
+    labelled = _predictable(inputs.pop("labels"), predicts_next) != IGNORED
+    if predicts_next:
+        labelled = labelled.roll(-1, 1)  # the first of a row is none
     with _only_at(model if unwrapped is None else unwrapped, labelled) as cut:
         logits = model(**inputs).logits
     return logits[0] if cut else logits[labelled]
+
+
+def _predictable(labels: Tensor, predicts_next: bool) -> Tensor:
+    """Labels `(B, T)` without those that nothing predicts: the first of each row, where the position before would."""
+    return F.pad(labels[:, 1:], (1, 0), value=IGNORED) if predicts_next else labels
 
 
 @contextlib.contextmanager

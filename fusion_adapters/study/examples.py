@@ -21,7 +21,7 @@ def encoded_part(data_json: str, task: Task, tokenizer_json: str, name: str) -> 
     splits = _splits(data_json, task)
     tokenizer = load_tokenizer(BackboneRecipe.model_validate_json(tokenizer_json), task)
     data = DataRecipe.model_validate_json(data_json)
-    return task.encode(getattr(splits, name), tokenizer, splits.labels, data.max_length, data.label_at)
+    return task.encoded(getattr(splits, name), tokenizer, splits.labels, data)
 
 
 @functools.lru_cache(maxsize=8)

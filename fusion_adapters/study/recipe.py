@@ -129,6 +129,13 @@ def load_study(path: str | Path, settings: list[str] | None = None, quick: bool 
                 "baseline and reference to methods of the recipe."
             )
     _check_lists(study, str(path))
+    packed = [name for name, data in study.data.items() if data.packing]
+    if packed and study.sizes != [ALL]:
+        raise ValueError(
+            f"The recipe {str(path)!r} packs the texts of {packed[0]!r} (data.{packed[0]}.packing), and its sizes are {study.sizes}: rows "
+            "of joined texts are not parts of each other, and layer states are cached for one way to join them. Set sizes: [all], and "
+            "data.limit for fewer texts."
+        )
     for name, own in study.methods.items():
         if chooses_depth(own.adapter):
             raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..backbone.atomic import write_text_whole
 from ..runs.files import json_text
+from ..tasks.language import LARGEST_EXPONENT
 from .figures import draw_budget, draw_depth, draw_losses, draw_samples, draw_steps, trained_parameters
 from .recipe import StudyRecipe
 from .statistics import FEWEST_SEEDS
@@ -81,7 +82,7 @@ def _constant(depth: dict[str, list[float]]) -> bool:
 
 def summary_text(summary: dict[str, Any]) -> str:
     """The tables of a comparison as Markdown."""
-    rows = summary["rows"]
+    rows, digits = summary["rows"], summary["digits"]
     lines = ["# Comparison", ""]
     made = [", ".join(f"{name} {version}" for name, version in each.items()) for each in summary["versions"]]
     if len(made) > 1:
@@ -92,19 +93,27 @@ def summary_text(summary: dict[str, Any]) -> str:
         here = [row for row in rows if row["data"] == data]
         sizes = sorted({row["size"] for row in here})
         measure = here[0]["measure"]
+        of_loss = summary["score"] == "loss"
+        name = f"Loss ({summary['loss']}; less is better)" if of_loss else "Score"
         lines += [
             f"## {data}",
             "",
-            f"Score on the {'test' if measure == 'test' else 'development'} data: mean and standard deviation over "
+            f"{name} on the {'test' if measure == 'test' else 'development'} data: mean and standard deviation over "
             f"{len(here[0]['seeds'])} seeds, by number of training examples.",
             "",
-            *_grid(here, sizes, lambda row, measure=measure: _spread(row[measure]), with_counts=True),
+            *_grid(here, sizes, lambda row, measure=measure: _spread(row[measure], digits), with_counts=True),
         ]
+        if of_loss and summary["unit"] == "nats":
+            lines += [
+                "Perplexity, the exponential of that mean.",
+                "",
+                *_grid(here, sizes, lambda row, measure=measure: _perplexity(row[measure])),
+            ]
         zero = [f"`{row['method']}` at {row['size']:,}" for row in here if not any(row[measure]["values"])]
         if zero and (reasons := summary.get("why_zero")):
             lines += [f"**0 with every seed:** {', '.join(zero)}. {reasons}", ""]
         lost = f"{measure}_loss"
-        if any(lost in row for row in here):
+        if not of_loss and any(lost in row for row in here):
             lines += [
                 f"Loss on the same data: {summary['loss']}; less is better.",
                 "",
@@ -122,7 +131,9 @@ def summary_text(summary: dict[str, Any]) -> str:
                     f"Difference to `{name}`, paired by seed: mean and, from {FEWEST_SEEDS} seeds, 95 % bootstrap interval.",
                     "",
                     *_grid(
-                        [row for row in here if row["method"] != name], sizes, lambda row, key=key: _difference(row[key])
+                        [row for row in here if row["method"] != name],
+                        sizes,
+                        lambda row, key=key: _difference(row[key], digits),
                     ),
                 ]
         lines += [
@@ -160,8 +171,13 @@ def _spread(values: dict[str, Any], digits: int = 1) -> str:
     return f"{values['mean']:.{digits}f}{spread}"
 
 
-def _difference(values: dict[str, Any] | None) -> str:
+def _perplexity(values: dict[str, Any]) -> str:
+    mean = values["mean"]
+    return f"{math.exp(min(mean, LARGEST_EXPONENT)):,.2f}" if math.isfinite(mean) else "diverged"
+
+
+def _difference(values: dict[str, Any] | None, digits: int = 1) -> str:
     if values is None or not math.isfinite(values["mean"]):
         return "-"
-    inside = f" [{values['interval'][0]:+.1f}, {values['interval'][1]:+.1f}]" if values["interval"] else ""
-    return f"{values['mean']:+.1f}{inside}"
+    inside = f" [{values['interval'][0]:+.{digits}f}, {values['interval'][1]:+.{digits}f}]" if values["interval"] else ""
+    return f"{values['mean']:+.{digits}f}{inside}"

@@ -51,7 +51,9 @@ def with_local_backbone(study: StudyRecipe, root: Path) -> StudyRecipe:
     if not folder.is_dir():
         recipe = study.recipe_of(next(iter(study.data)), next(iter(study.methods)))
         labels = splits_of(study, next(iter(study.data))).labels
-        base: Any = find_backbones(load_model(recipe.backbone, recipe.task, labels), None, None)[0].base
+        model = load_model(recipe.backbone, recipe.task, labels)
+        # a head over the vocabulary is the checkpoint's own; any other is fresh in every run
+        base: Any = model if recipe.task.vocabulary_head else find_backbones(model, None, None)[0].base
         with written_aside(folder, overwrite=False) as unfinished:
             base.save_pretrained(unfinished)
             load_pretrained(AutoTokenizer, recipe.backbone).save_pretrained(unfinished)

@@ -34,8 +34,14 @@ def describe(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": float(np.mean(values)), "sd": spread, "interval": interval(values), "values": list(values)}
 
 
-def steps_to_share(curve: Sequence[Sequence[float]], share: float = SHARE_OF_FINAL) -> int:
-    """The first evaluated step at which a score has reached a share of the run's best."""
+def steps_to_share(curve: Sequence[Sequence[float]], higher: bool = True, share: float = SHARE_OF_FINAL) -> int:
+    """The first evaluated step at which a score has reached a share of the run's best.
+
+    Of a score of which less is better, the best one is a share of it.
+    """
+    if not higher:
+        enough = min(score for _, score in curve) / share
+        return int(next((step for step, score in curve if score <= enough), curve[-1][0]))  # none, if the run diverged
     best = max(score for _, score in curve)
     enough = share * best if best > 0 else best  # a correlation can be negative, where a share of it would be more
     return int(next(step for step, score in curve if score >= enough))
@@ -53,14 +59,15 @@ def summarise(study: StudyRecipe, runs: Sequence[dict[str, Any]]) -> dict[str, A
         `rows`, each with `dev`, `test` (or null), where the task reports a loss `dev_loss` and `test_loss`, `seconds`,
         the chosen `rate` and whether it is the lowest or highest of its grid (`rate_at_edge`), `parameters`, and
         `to_baseline` and `to_reference`: the paired differences of the test score (of the development score where there is
-        no test). `unit` of the scores, and whether higher ones are better; `loss`, what it is, or null. And
-        `versions`, the different ones that the runs were made with.
+        no test). `score`, the name of the scores, their `unit` and decimal places (`digits`), and whether higher ones are better;
+        `loss`, what it is, or null. And `versions`, the different ones that the runs were made with.
     """
     groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for run in runs:
         if run["stage"] == "report":
             groups.setdefault((run["data"], run["size"], run["method"]), []).append(run)
-    rows, scale = [], study.task.main.scale
+    main = study.task.main
+    rows, scale = [], main.scale
     for (data, size, method), group in groups.items():
         measure = "test" if "test" in group[0] else "dev"
         grid = study.methods[method].rates or study.rates
@@ -84,7 +91,7 @@ def summarise(study: StudyRecipe, runs: Sequence[dict[str, Any]]) -> dict[str, A
             "seconds": statistics.mean(run["seconds"] for run in group),
             "training_seconds": statistics.mean(run["seconds"] - run["evaluation_seconds"] for run in group),
             "peak_memory_mib": statistics.mean(run["peak_memory_mib"] for run in group),
-            "steps_to_90": statistics.mean(steps_to_share(run["curve"]) for run in group),
+            "steps_to_90": statistics.mean(steps_to_share(run["curve"], main.higher_is_better) for run in group),
         }
         for key, other in (("to_baseline", study.baseline), ("to_reference", study.reference)):
             against = {run["seed"]: run for run in groups.get((data, size, other or ""), [])}
@@ -98,8 +105,10 @@ def summarise(study: StudyRecipe, runs: Sequence[dict[str, Any]]) -> dict[str, A
     return {
         "baseline": study.baseline,
         "reference": study.reference,
-        "unit": study.task.main.unit,
-        "higher_is_better": study.task.main.higher_is_better,
+        "score": main.name,
+        "unit": main.unit,
+        "digits": main.digits,
+        "higher_is_better": main.higher_is_better,
         "why_zero": study.task.why_zero,
         "loss": None if loss is None else loss.meaning,
         "versions": different,

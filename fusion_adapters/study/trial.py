@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,16 +72,16 @@ class KeepBest(TrainerCallback):
         self.curve: list[tuple[int, float]] = []
         self.losses: list[tuple[int, float]] = []
         self.cpu_seconds = 0.0  # of evaluations
-        self._begun = 0.0
+        self.begun = 0.0  # processor time at which an evaluation began
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Asks for an evaluation where one is due."""
         control.should_evaluate = state.global_step in self.moments
-        self._begun = time.process_time()
+        self.begun = time.process_time()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Notes the score, and the weights if it is the best so far."""
-        self.cpu_seconds += time.process_time() - self._begun
+        self.cpu_seconds += time.process_time() - self.begun
         score = float(kwargs["metrics"][f"eval_{self.measure.name}"])
         self.curve.append((state.global_step, score))
         self.losses.append((state.global_step, float(kwargs["metrics"]["eval_loss"])))
@@ -94,7 +95,7 @@ class KeepBest(TrainerCallback):
 def run_trial(
     study: StudyRecipe, run: Trial, states: Path, start: Path | None = None, keep_weights: Path | None = None
 ) -> dict[str, Any]:
-    """Trains once and scores.
+    """Trains once and scores; a method in which nothing trains is scored as it is.
 
     Args:
         study: The comparison.
@@ -125,7 +126,10 @@ def run_trial(
     splits = splits_of(study, run.data)
     config = adapter_config(recipe)
     # not cut (fusion_depth): all methods read the states of one backbone
-    model, tokenizer = load_attached(recipe, config, splits.labels, cut=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Nothing trains")  # told below by what is left out
+        model, tokenizer = load_attached(recipe, config, splits.labels, cut=False)
+    trains = any(p.requires_grad for p in model.parameters())  # else it is the backbone as it is, to compare with
     if start is not None:
         start_from(model, start)
     task, length = recipe.task, recipe.data.max_length
@@ -134,8 +138,10 @@ def run_trial(
         cached = states_folder(study, run.data, run.method, states)
         cache = LayerStateCache(cached, model, verify=False, tokenizer=tokenizer, max_length=length)
     classes = [example.labels[0] for example in splits.train] if study.per_class else None
-    chosen = [splits.train[i] for i in subset(classes, len(splits.train), run.size, run.seed)]
-    encoded = {"train": task.encode(chosen, tokenizer, splits.labels, length, recipe.data.label_at)}
+    drawn = subset(classes, len(splits.train), run.size, run.seed)
+    # what is joined stays in its order
+    chosen = [splits.train[i] for i in (sorted(drawn) if recipe.data.packing else drawn)]
+    encoded = {"train": task.encoded(chosen, tokenizer, splits.labels, recipe.data)}
     for name in ("dev", "test") if run.stage == "report" and splits.test else ("dev",):
         encoded[name] = encoded_part(recipe.data.model_dump_json(), task, study.backbone.model_dump_json(), name)
     for part in encoded.values():
@@ -150,7 +156,11 @@ def run_trial(
             scale_lora_rate(trainer, study.methods[run.method].lora_rate_scale)
         begun, begun_cpu = time.perf_counter(), time.process_time()
         with PeakMemory() as memory:
-            trainer.train()
+            if trains:
+                trainer.train()
+            else:
+                keep.begun = begun_cpu
+                trainer.evaluate()
         seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - begun_cpu
     if keep.best is None:
         raise RunFailedError(f"The run {run} was never evaluated.")
@@ -164,7 +174,7 @@ def run_trial(
         "diverged": bool(broken) or not all(math.isfinite(loss) for _, loss in keep.losses),
         "curve": keep.curve,
         "loss_curve": keep.losses,
-        "steps": steps,
+        "steps": steps if trains else 0,
         "parameters": count_trainable(model),
         "seconds": round(seconds, 2),
         "training_cpu_seconds": round(cpu_seconds - keep.cpu_seconds, 2),

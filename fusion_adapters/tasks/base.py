@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from .data import DataRecipe
+from .data import OF_GENERATION, DataRecipe
 from .tables import Table
 
 IGNORED = nn.CrossEntropyLoss().ignore_index  # -100, the label of positions without one
@@ -24,7 +24,8 @@ class Example:
 
     Attributes:
         words: The words of a sentence; or whole texts, one, or two of a pair.
-        labels: A tag for each word; or one label, or one number; empty where the text is its own label.
+        labels: A tag for each word; or one label, or one number; or who says each part of a conversation; empty where the text is
+            its own label.
     """
 
     words: list[str]
@@ -88,6 +89,9 @@ class FinishedRun(Protocol):
     def logits(self, rows: Sequence[Mapping[str, Any]]) -> list[Tensor]:
         """The logits of each row, float32 on the CPU, `(T, K)` or `(K,)`; `labels` are left out."""
 
+    def continued(self, pieces: Sequence[int], most: int, ends: Sequence[int]) -> list[int]:
+        """The likeliest continuation of a row, piece by piece, up to and with the first of `ends`, and of `most` pieces at most."""
+
 
 class Task(ABC):
     """What is asked of a text, in one place: reading, encoding, head, scores, prediction.
@@ -109,6 +113,10 @@ class Task(ABC):
         positions: The positions of a cached row that the head reads: `"all"`, or `"labelled"` where positions without a
             label do not count.
         vocabulary_head: Whether the head predicts pieces by the frozen embeddings; it then runs at labelled positions alone.
+        predicts_next: Whether the state of a position predicts the piece after it. Labels stand where their pieces stand, as
+            transformers' causal language models take them, and the backbone must be causal.
+        own_keys: Those keys of the section `data` that the task knows and most do not.
+        training_defaults: Training arguments whose defaults are others than those of recipes, and change no result.
         counts_classes: Whether every example has one class, so that a comparison can count examples per class.
         refused_training: Training arguments that do not fit the task, with the reason.
         why_zero: The likeliest reasons of a main score of 0, and what to do.
@@ -125,6 +133,9 @@ class Task(ABC):
     of_words: ClassVar[bool] = False
     positions: ClassVar[Literal["all", "labelled"]] = "all"
     vocabulary_head: ClassVar[bool] = False
+    predicts_next: ClassVar[bool] = False
+    own_keys: ClassVar[tuple[str, ...]] = ()
+    training_defaults: ClassVar[dict[str, Any]] = {}
     counts_classes: ClassVar[bool] = False
     refused_training: ClassVar[dict[str, str]] = {}
     why_zero: ClassVar[str] = ""
@@ -139,6 +150,18 @@ class Task(ABC):
         return f"<task {self.name}>"
 
     # reading
+
+    def check_keys(self, data: DataRecipe) -> None:
+        """Raises ValueError if the section `data` of a recipe sets a key of other tasks."""
+        foreign = [
+            key
+            for key in OF_GENERATION
+            if key not in self.own_keys and getattr(data, key) != DataRecipe.model_fields[key].default
+        ]
+        if foreign:
+            raise ValueError(
+                f"The recipe sets data.{foreign[0]}, which task: {self.name} does not know: it is for task: causal_lm. Remove it."
+            )
 
     def check_data(self, data: DataRecipe) -> None:
         """Raises ValueError if the section `data` of a recipe asks for what the task does not know."""
@@ -219,6 +242,12 @@ class Task(ABC):
             max_length: Word pieces per row.
             label_at: For tasks of words, the piece of a word that has its label, `"first"` or `"last"`.
         """
+
+    def encoded(
+        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], data: DataRecipe
+    ) -> Encoded:
+        """Encodes examples, cut as the section `data` of a recipe says; see `encode`."""
+        return self.encode(examples, tokenizer, labels, data.max_length, data.label_at)
 
     def tokenize(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
         """The texts of examples as the tokenizer's batch, without labels."""

@@ -9,6 +9,9 @@ from pydantic_core import PydanticCustomError
 
 from .readers import READERS
 
+# Keys that tasks of generated text alone know, see `Task.own_keys`.
+OF_GENERATION = ("completion", "separator", "chat", "packing", "joint", "max_new_tokens")
+
 
 class DataRecipe(BaseModel):
     """Where the examples are, and how they are cut."""
@@ -38,8 +41,24 @@ class DataRecipe(BaseModel):
     )
     limit: int | None = Field(None, ge=1, description="Use this many training examples, drawn by the seed.")
     max_length: int = Field(
-        256, ge=8, description="Word pieces per row; longer sentences of tokens, and texts of masked_lm, are split."
+        256,
+        ge=8,
+        description="Word pieces per row; longer sentences of tokens, and texts of masked_lm and causal_lm, are split.",
     )
+    completion: str | None = Field(
+        None, description="causal_lm: column of what should follow the text; the loss is of it alone."
+    )
+    separator: str | None = Field(
+        None, description="causal_lm: what stands between text and completion; None is a line break."
+    )
+    chat: bool = Field(
+        False, description="causal_lm: write text and completion, or a column of messages, by the tokenizer's chat template."
+    )
+    packing: bool = Field(False, description="causal_lm: join texts to rows of max_length.")
+    joint: str | None = Field(
+        None, description="causal_lm: what stands between packed texts; None is the tokenizer's end of text."
+    )
+    max_new_tokens: int = Field(64, ge=1, description="causal_lm: pieces that predict writes at most.")
 
     label_at: Literal["first", "last", "auto"] = Field(
         "auto",
@@ -47,7 +66,7 @@ class DataRecipe(BaseModel):
         "backbones, first for others.",
     )
 
-    @field_validator("text", "label", mode="before")
+    @field_validator("text", "label", "completion", mode="before")
     @classmethod
     def _by_number(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else value

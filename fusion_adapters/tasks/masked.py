@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-import numpy as np
-import torch
 from rich.markup import escape
-from torch import Tensor
-from transformers import AutoModelForMaskedLM, DataCollatorForTokenClassification, PreTrainedTokenizerBase
+from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
-from .base import IGNORED, Encoded, Example, FinishedRun, Measure, Task
+from .base import IGNORED, Encoded, Example, FinishedRun, Measure
 from .data import DataRecipe
+from .language import LOSS, PERPLEXITY, LanguageTask
 from .masking import Masker, mask_token_of
 from .tables import Table
 
-LARGEST_EXPONENT = 700.0  # beyond exp of it there is no such float
 
-
-class MaskedLM(Task):
+class MaskedLM(LanguageTask):
     """Pieces hidden as in BERT's pretraining, the same in every epoch; a text that is too long becomes several rows."""
 
     name: ClassVar[str] = "masked_lm"
@@ -31,17 +26,8 @@ class MaskedLM(Task):
     peft_type: ClassVar[str | None] = None
     auto_model: ClassVar[Any] = AutoModelForMaskedLM
     text_columns: ClassVar[tuple[str, ...]] = ("text", "sentence")
-    label_columns: ClassVar[tuple[str, ...]] = ()
-    measures: ClassVar[tuple[Measure, ...]] = (
-        Measure("accuracy"),
-        Measure("loss", False, 1, "nats", 3, "mean negative log-likelihood of a predicted piece, in nats"),
-        Measure("perplexity", False, 1, "", 3, "exponential of the loss"),
-    )
+    measures: ClassVar[tuple[Measure, ...]] = (Measure("accuracy"), LOSS, PERPLEXITY)
     positions: ClassVar[Literal["all", "labelled"]] = "labelled"
-    vocabulary_head: ClassVar[bool] = True
-    refused_training: ClassVar[dict[str, str]] = {
-        "label_smoothing_factor": "its loss is the likelihood of the hidden pieces",
-    }
 
     def check_data(self, data: DataRecipe) -> None:
         super().check_data(data)
@@ -54,12 +40,6 @@ class MaskedLM(Task):
     def examples(self, table: Table, data: DataRecipe) -> list[Example]:
         texts = table.texts(self.text_column(table, data))
         return [Example([text.strip()], []) for text in texts if text.strip()]
-
-    def label_set(self, examples: Sequence[Example], classes: Sequence[str] = ()) -> list[str]:
-        return []
-
-    def head_options(self, labels: Sequence[str]) -> dict[str, Any]:
-        return {}
 
     def encode(
         self,
@@ -87,29 +67,6 @@ class MaskedLM(Task):
                 encoded.rows.append(row)
                 encoded.words.append((index, []))
         return encoded
-
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Any]], Any]:
-        return DataCollatorForTokenClassification(tokenizer)
-
-    def compared(
-        self, encoded: Encoded, rows: Sequence[Any], examples: Sequence[Example], labels: Sequence[str]
-    ) -> tuple[list[Any], list[Any]]:
-        """Gold pieces; and for each the likeliest piece with the negative log-likelihood of the right one (nats)."""
-        pieces = [row["labels"] for row in encoded.rows]
-        found = [p for own, row in zip(pieces, rows, strict=True) for p in row[: len(own)][np.array(own) != IGNORED]]
-        return [piece for own in pieces for piece in own if piece != IGNORED], found
-
-    def score(self, gold: Sequence[Any], predicted: Sequence[Any]) -> dict[str, Any]:
-        """Accuracy of pieces, `loss` and `perplexity`; for the arguments see `compared`."""
-        loss = math.fsum(nll for _, nll in predicted) / len(gold)
-        accuracy = sum(int(piece) == right for right, (piece, _) in zip(gold, predicted, strict=True)) / len(gold)
-        return {"accuracy": accuracy, "loss": loss, "perplexity": math.exp(min(loss, LARGEST_EXPONENT))}
-
-    def depth_labels(self, labels: Sequence[str]) -> list[str]:
-        return ["predicted pieces"]
-
-    def depth_groups(self, labels: Tensor, shape: torch.Size) -> Tensor:
-        return labels.clamp(max=0)  # all pieces are one group; -100 stays
 
     def predict(self, run: FinishedRun, texts: Sequence[str]) -> list[dict[str, Any]]:
         """For each text `{"text", "filled", "masks": [{"piece", "probability"}]}` with the likeliest piece for each mask."""

@@ -75,7 +75,9 @@ READERS: dict[str, Reader] = {
     ),
     "csv": Reader(read_csv, (".csv", ".tsv"), heeds=("delimiter", "quoting")),
     "json": Reader(read_json, (".json", ".jsonl")),
-    "text": Reader(read_text, (".txt",), ("text",), False, "plain text holds no labels, only texts for task: masked_lm"),
+    "text": Reader(
+        read_text, (".txt",), ("text",), False, "plain text holds no labels, only texts for task: masked_lm or causal_lm"
+    ),
 }
 
 

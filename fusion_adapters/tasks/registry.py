@@ -17,6 +17,7 @@ _TASKS = (
     "pairs.SentencePairs",
     "regression.Regression",
     "masked.MaskedLM",
+    "causal.CausalLM",
 )
 
 

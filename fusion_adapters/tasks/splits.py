@@ -33,8 +33,7 @@ class Splits:
     def encoded(self, task: Task, tokenizer: PreTrainedTokenizerBase, data: DataRecipe) -> dict[str, Encoded]:
         """The rows of `train`, `dev` and `test`, cut as a recipe says; without a split that is empty."""
         parts = {"train": self.train, "dev": self.dev, "test": self.test}
-        cut = (data.max_length, data.label_at)
-        return {name: task.encode(part, tokenizer, self.labels, *cut) for name, part in parts.items() if part}
+        return {name: task.encoded(part, tokenizer, self.labels, data) for name, part in parts.items() if part}
 
 
 def load_splits(recipe: DataRecipe, task: Task, seed: int) -> Splits:
@@ -44,6 +43,7 @@ def load_splits(recipe: DataRecipe, task: Task, seed: int) -> Splits:
         FileNotFoundError: If a file or folder is missing.
         ValueError: If a file is empty or not as its format asks, or a label lies outside the label set.
     """
+    task.check_keys(recipe)
     task.check_data(recipe)
     names = {"train": recipe.train, "dev": recipe.dev, "test": recipe.test}
     if recipe.path.startswith(PACKAGED):
@@ -87,7 +87,8 @@ def load_splits(recipe: DataRecipe, task: Task, seed: int) -> Splits:
             raise ValueError(
                 f"data.limit={recipe.limit}, but there are {len(train)} training examples. Lower the limit or remove it."
             )
-        train = order.sample(train, recipe.limit)
+        drawn = order.sample(range(len(train)), recipe.limit)
+        train = [train[i] for i in (sorted(drawn) if recipe.packing else drawn)]  # what is joined stays in its order
     return Splits(train, read["dev"], read.get("test", []), labels)
 
 

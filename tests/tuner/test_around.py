@@ -123,10 +123,13 @@ def test_pipelines(merged):
     assert answered[0]["generated_token_ids"] == expected[0].tolist()
 
 
-def test_trl_trains_with_the_config_alone(tmp_path):
+@pytest.mark.parametrize("form", ["text", "completion", "lora"])
+def test_trl_trains_with_the_config_alone(tmp_path, form):
     trl = pytest.importorskip("trl", reason="trl is not installed (extra: dev)")
     model = FAMILIES["llama"].build("causal")
-    rows = [{"text": " ".join(f"w{4 + (7 * i + j) % 20}" for j in range(12))} for i in range(16)]
+    texts = [" ".join(f"w{4 + (7 * i + j) % 20}" for j in range(12)) for i in range(16)]
+    rows = [{"text": text} if form == "text" else {"prompt": text[:18], "completion": text[18:]} for text in texts]
+    lora = {"r": 4, "target_modules": FAMILIES["llama"].lora} if form == "lora" else {}
     arguments = trl.SFTConfig(
         output_dir=str(tmp_path / "run"), max_steps=8, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[],
         logging_steps=1, use_cpu=True, max_length=16, bf16=False, eos_token="[EOS]", pad_token="[PAD]",
@@ -136,9 +139,12 @@ def test_trl_trains_with_the_config_alone(tmp_path):
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer(),
-        peft_config=FusionConfig(fusion="dwatt", task_type="CAUSAL_LM"),
+        peft_config=FusionConfig(fusion="dwatt", task_type="CAUSAL_LM", **lora),
     )
     assert fusion_layers(trainer.model), "the fusion is not attached"
+    assert any(".lora_" in name for name, _ in trainer.model.named_parameters()) == bool(lora)
+    row = trainer.train_dataset[0]
+    assert form == "text" or -100 in row["labels"], "the prompt has a loss"
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]

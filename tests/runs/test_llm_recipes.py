@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 from support import tiny
-from support_text import SENTENCES, conll, tokenizer
+from support_text import SENTENCES, byte_tokenizer, conll, tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fusion_adapters.cli import main
 from fusion_adapters.runs.pretrained import PACKAGED_MODELS, package_folder
@@ -19,6 +20,11 @@ needs_smollm2 = pytest.mark.skipif(
 )
 INTENTS = [("anna lives in oslo", "place"), ("bob works at acme corp", "work"), ("the old man in rome", "place")]
 
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
 
 def data_of(recipe, folder):
     """Settings that point a recipe to a few texts of its form."""
@@ -26,10 +32,11 @@ def data_of(recipe, folder):
         for name in ("train.conll", "test.conll"):
             (folder / name).write_text(conll(SENTENCES * 4), encoding="utf-8")
         return [f"data.path={folder}"]
-    lines = [f"{recipe.data.text},{recipe.data.label}", *(f"{text},{label}" for text, label in INTENTS * 6)]
+    lines = [f"{recipe.data.text},{recipe.data.label or recipe.data.completion}"]
+    lines += [f"{text},{label}" for text, label in INTENTS * 6]
     for name in ("train.csv", "test.csv"):
         (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return [f"data.path={folder}", "data.limit=null"]
+    return [f"data.path={folder}", "data.limit=null", "data.dev_fraction=0.3"]
 
 
 def runs(path, folder, settings):
@@ -41,9 +48,18 @@ def runs(path, folder, settings):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_on_a_tiny_decoder(path, tmp_path, capsys):
     recipe = load_recipe(path)
-    assert recipe.backbone.model == SMOLLM2 and "# large: meta-llama/" in path.read_text(encoding="utf-8")
-    tiny("llama", "token" if recipe.task.of_words else "sequence").save_pretrained(tmp_path / "model")
-    tokenizer().save_pretrained(tmp_path / "model")
+    assert recipe.backbone.model == SMOLLM2 and "# large: " in path.read_text(encoding="utf-8")
+    causal = recipe.task.vocabulary_head
+    words = byte_tokenizer() if causal else tokenizer()
+    if causal:
+        words.chat_template = TEMPLATE
+        config = LlamaConfig(
+            hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, vocab_size=len(words)
+        )
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    else:
+        tiny("llama", "token" if recipe.task.of_words else "sequence").save_pretrained(tmp_path / "model")
+    words.save_pretrained(tmp_path / "model")
     (tmp_path / "data").mkdir()
     settings = [f"backbone.model={tmp_path / 'model'}", "training.max_steps=2", *data_of(recipe, tmp_path / "data")]
     metrics = runs(path, tmp_path, settings)

@@ -131,7 +131,9 @@ def _bare(recipe: Recipe, config: FusionConfig, labels: list[str]) -> nn.Module:
     model = skeleton(name, recipe.task.auto_model, **options, **recipe.task.head_options(labels))
     if config.fusion_depth is not None and output_embeddings(model) is None:
         cut_model(model, config.fusion_depth)
-    return model.to(_dtype(recipe))
+    model = model.to(_dtype(recipe))
+    model.tie_weights()  # type: ignore[operator]
+    return model
 
 
 def _weights(model: nn.Module) -> tuple[int, int]:
@@ -229,9 +231,11 @@ def _count(recipe: Recipe, splits: Splits, unit: str, assumed: list[str]) -> int
     except (OSError, ValueError, ImportError) as error:
         assumed.append(f"a million tokens: the tokenizer cannot be loaded here ({_first_sentence(error)})")
         return None
-    total, at = 0.0, "first" if recipe.data.label_at == "auto" else recipe.data.label_at
+    total, data = 0.0, recipe.data
+    if data.label_at == "auto":  # whichever piece has the label, there are as many
+        data = data.model_copy(update={"label_at": "first"})
     for part in parts:
         sample = part[:: max(1, len(part) // SAMPLE)]
-        rows = recipe.task.encode(sample, tokenizer, splits.labels, recipe.data.max_length, at).rows
+        rows = recipe.task.encoded(sample, tokenizer, splits.labels, data).rows
         total += len(part) / len(sample) * sum(len(row["input_ids"]) for row in rows)
     return round(total)

@@ -103,9 +103,19 @@ def _facts(recipe: Recipe, metrics: dict[str, Any], config: FusionConfig) -> lis
         "budget": None if budget is None else f"at most {budget} trainable parameters, the head excluded",
         "training": f"{seconds['train']:,.1f} s on {metrics['device']}, learning rate {training['learning_rate']}, "
         f"{len(metrics['dev_by_epoch'])} evaluations, the best kept; seed {metrics['seed']}",
+        "stored in": _stored(recipe, metrics),
         "made with": ", ".join(f"{name} {number}" for name, number in metrics["versions"].items()),
     }
     return ["| what | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items() if value)]
+
+
+def _stored(recipe: Recipe, metrics: dict[str, Any]) -> str | None:
+    stored = metrics.get("stored")
+    if stored is None:
+        return None
+    main, before = recipe.task.main, stored["dev_before"]
+    told = "" if before is None else f" (development {main.name} of the float32 weights: {main.shown(before)})"
+    return f"{stored['dtype']}; the scores are of what is stored{told}"
 
 
 SPLITS = {"train": "training", "dev": "development", "test": "test"}

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -22,7 +23,10 @@ from .label_depths import depth_by_label
 from .loading import check_lengths
 from .memory import peak_of_process
 from .recipe import Recipe
+from .storing import rounded
 from .trainers import make_trainer
+
+WHOLE = "float32"  # in which an adapter is trained
 
 
 class Fit:
@@ -74,6 +78,8 @@ class Fit:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
         self.seconds = time.perf_counter() - begun
         _check_finite(self.model, self.trainer.args.learning_rate)
+        if self.recipe.save_dtype != WHOLE:  # what is scored from here on is what is stored
+            rounded(self.model, getattr(torch, self.recipe.save_dtype))
 
     def compared(self, split: str) -> tuple[list[Any], list[Any]]:
         """Gold and predicted values of a split, in the order of its examples; predicted once, so after the training."""
@@ -91,8 +97,11 @@ class Fit:
             for entry in self.trainer.state.log_history
             if f"eval_{name}" in entry
         ]
+        best = self.trainer.state.best_metric if self.trainer.args.load_best_model_at_end else None
+        stored = {"dtype": self.recipe.save_dtype, "dev_before": best}
         return {
             "scores": scores,
+            **({"stored": stored} if self.recipe.save_dtype != WHOLE else {}),
             "dev_by_epoch": history,
             "parameters": count_trainable(self.model),
             "examples": {name: len(s.examples) for name, s in self.sets.items()},

@@ -58,6 +58,9 @@ class Recipe(_Section):
     beside: dict[str, BesideRecipe] = Field(
         default_factory=dict, description="By name, what is trained and scored beside the run, and not kept."
     )
+    save_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="In which the adapter is stored; bfloat16 is half the bytes. Scores are of what is stored."
+    )
     seed: int = 1
 
 

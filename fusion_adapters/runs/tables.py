@@ -25,6 +25,9 @@ def metrics_table(metrics: dict[str, Any], task: Task, title: str) -> Table:
     counts = metrics["parameters"]
     table.add_row("trainable parameters", f"{counts['total']:,}")
     table.add_row("", f"({_parts(counts)})")
+    if "stored" in metrics and metrics["stored"]["dev_before"] is not None:
+        before = task.main.shown(metrics["stored"]["dev_before"])
+        table.add_row(f"dev {task.main.name} before {metrics['stored']['dtype']}", before)
     table.add_row("adapter on disk", f"{sum(metrics['bytes'].values()) / 2**20:.2f} MiB")
     table.add_row("reloaded, largest difference", f"{metrics['reload_difference']:.1g}")
     table.add_row("training", f"{metrics['seconds']['train']:.1f} s")

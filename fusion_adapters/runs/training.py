@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import PartialState
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
@@ -29,6 +30,7 @@ from .fitting import Fit
 from .loading import check_lengths
 from .memory import forget_peak
 from .recipe import Recipe, chooses_depth, recipe_beside
+from .storing import held_in
 
 STATES, DEPTHS = "states", "depths"  # in the folder of a run that is being made
 
@@ -144,7 +146,8 @@ def _save(
     base.name_or_path = base.config._name_or_path = config.base_model_name_or_path = recipe.backbone.model
     (folder / "adapter").mkdir()
     (folder / "adapter" / "README.md").write_text(model_card(recipe, metrics, splits.labels, config), encoding="utf-8")
-    model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+    with held_in(model, getattr(torch, recipe.save_dtype)):
+        model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
     length = min(64, recipe.data.max_length)  # a look at the beginnings is enough
     metrics["reload_difference"] = reload_difference(model, folder / "adapter", tokenizer, splits.dev, recipe.task, length)
 

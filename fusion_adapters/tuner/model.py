@@ -45,6 +45,7 @@ from .replay import checked_states
 from .threads import ATTACHING, Calls
 from .undo import Before
 from .weights import (
+    as_held,
     check_weights,
     compare_tensors,
     saved_config,
@@ -334,9 +335,10 @@ class FusionModel(LoraModel):
             given = {file_keys.get(k, k).removeprefix(MODEL_PREFIX): v for k, v in state_dict.items()}
             expected = tensors_in_file(model, adapter_name)
             compare_tensors(expected, without_embeddings(model, given, expected))
-        return super()._remap_adapter_state_dict_for_load(
+        remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
+        return as_held(model, remapped)
 
 
 def _warn_if_compiled(model: nn.Module) -> None:

@@ -123,6 +123,17 @@ def check_weights(
         check_finite(load.folder, own)
 
 
+def as_held(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in the dtypes of the parameters that they are loaded into; with `low_cpu_mem_usage` they take their place.
+
+    Args:
+        model: The model that is about to load them.
+        tensors: By the names of its parameters.
+    """
+    held = {name: parameter.dtype for name, parameter in model.named_parameters() if name in tensors}
+    return {name: t.to(held.get(name, t.dtype)) if t.is_floating_point() else t for name, t in tensors.items()}
+
+
 def missing_after(model: nn.Module, adapter_name: str, told: Any) -> None:
     """Raises ValueError if transformers says that it has loaded less than the adapter, or more.
 

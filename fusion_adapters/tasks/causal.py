@@ -32,6 +32,7 @@ class CausalLM(LanguageTask):
     name: ClassVar[str] = "causal_lm"
     title: ClassVar[str] = "causal language modelling"
     peft_type: ClassVar[str | None] = "CAUSAL_LM"
+    hub_task: ClassVar[str] = "text-generation"
     auto_model: ClassVar[Any] = AutoModelForCausalLM
     text_columns: ClassVar[tuple[str, ...]] = ("text", "sentence", "prompt", "messages")
     measures: ClassVar[tuple[Measure, ...]] = (LOSS, PERPLEXITY, Measure("accuracy"))

@@ -30,6 +30,7 @@ __all__ = [
     "has_own_width",
     "resolve_budget",
     "settle_budget",
+    "size_is_meant",
     "warn_if_large",
 ]
 
@@ -132,6 +133,11 @@ def has_own_width(config: FusionConfig) -> bool:
     # a copy of the backbone's block has that block's size
     chosen = (config.fusion_budget, config.fusion_copy_last, *config.widths.values())
     return config.bound or config.options.get("init") == "paper" or any(value is not None for value in chosen)
+
+
+def size_is_meant(config: FusionConfig) -> bool:
+    """Whether the size of the fusion itself was chosen, not only with a published form."""
+    return config.bound or (config.options.get("init") != "paper" and has_own_width(config))
 
 
 def default_budget(config: FusionConfig, model: nn.Module) -> int | None:

@@ -25,7 +25,7 @@ from ..backbone.walk import modules_of
 from ..fusions.numerics import undrawn
 from .as_lora import as_lora, marked_lora_free
 from .binding import bind, check_adapter_name, check_layer_drop, check_saved_names, settle_file
-from .budget import has_own_width, settle_budget, warn_if_large
+from .budget import settle_budget, size_is_meant, warn_if_large
 from .build import build_for
 from .card import CardKeeper, CardWriter, class_of
 from .config import FusionConfig
@@ -76,9 +76,8 @@ class FusionModel(LoraModel):
     @property
     def is_quantized(self) -> bool:
         """For `Trainer`, which refuses formats that pass no gradient on. A fusion without LoRA needs none, and counts as not quantised."""
-        told = bool(getattr(self.model, "is_quantized", False))
-        configs: Any = self.peft_config.values()
-        return told and (not only_infers(self.model) or any(config.has_lora for config in configs))
+        lora = any(getattr(config, "has_lora", True) for config in self.peft_config.values())
+        return bool(getattr(self.model, "is_quantized", False)) and (lora or not only_infers(self.model))
 
     def inject_adapter(
         self,
@@ -134,7 +133,7 @@ class FusionModel(LoraModel):
         filled, (saved, load) = load is not None, saved_config(config, load)
         if config.has_lora:
             choose_targets(config, model)
-        published, own_width = config.options.get("init") == "paper", has_own_width(config)
+        meant = size_is_meant(config)
         settle_budget(config, model)
         if config.has_lora:
             with as_lora(config):  # peft renames targets in models that transformers 5 built anew, for LoRA alone
@@ -157,7 +156,7 @@ class FusionModel(LoraModel):
         weights = None if load is None else weights_of(load)
         with init_empty_weights() if low_cpu_mem_usage else undrawn() if filled else contextlib.nullcontext():
             fusions = [build_for(backbone, config) for backbone in backbones]
-        if (published and not config.bound) or not own_width:
+        if not meant:
             warn_if_large(config, fusions)
         there = [fusion for layer in layers.values() for fusion in layer.fusions.values()]
         check_saved_names(config.modules_to_save, [*fusions, *there])
@@ -335,10 +334,8 @@ class FusionModel(LoraModel):
             given = {file_keys.get(k, k).removeprefix(MODEL_PREFIX): v for k, v in state_dict.items()}
             expected = tensors_in_file(model, adapter_name)
             compare_tensors(expected, without_embeddings(model, given, expected))
-        remapped = super()._remap_adapter_state_dict_for_load(
-            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
-        )
-        return as_held(model, remapped)
+        named: Any = {"model": model, "config": config, "adapter_name": adapter_name, "state_dict": state_dict}
+        return as_held(model, super()._remap_adapter_state_dict_for_load(**named))
 
 
 def _warn_if_compiled(model: nn.Module) -> None:

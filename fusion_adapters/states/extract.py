@@ -169,7 +169,8 @@ def _refuse_foreign(folder: Path) -> None:
         raise NotADirectoryError(
             f"{str(folder)!r} is a file; a cache of layer states is a folder. Give a new or empty folder."
         )
-    if folder.exists() and not has_manifest(folder) and not is_only_begun(folder):
+    # twice: another run may write its manifest between two looks
+    if folder.exists() and not has_manifest(folder) and not is_only_begun(folder) and not has_manifest(folder):
         raise FileExistsError(
             f"The folder {str(folder)!r} is not empty and holds no cache of layer states. Give a new or empty folder."
         )

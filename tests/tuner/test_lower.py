@@ -222,7 +222,7 @@ def test_both_stacks_at_one_depth_are_refused():
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_the_blocks_that_run_are_those_that_are_compared(family, tmp_path):
-    model = disturb(attached(family, fusion_depth=2))
+    model = disturb(attached(family, fusion_depth=2, fusion_bottleneck=4))
     model.save_pretrained(tmp_path)
 
     def changed(number):
@@ -242,7 +242,7 @@ def test_the_blocks_that_run_are_those_that_are_compared(family, tmp_path):
     with pytest.raises(ValueError, match=r"reads the first 2 blocks .* and this one has 1"):
         PeftModel.from_pretrained(cut_model(tiny(family), 1), tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(cut_model(tiny(family), 3), tmp_path)), logits(model))
-    other = attached(family, fusion_depth=3, fusion_layers=[1, 2])
+    other = attached(family, fusion_depth=3, fusion_layers=[1, 2], fusion_bottleneck=4)
     with pytest.raises(ValueError, match="fusion_depth is 2 there and 3 here"):
         other.load_adapter(tmp_path, "default")
 

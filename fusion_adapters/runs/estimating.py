@@ -75,7 +75,7 @@ def estimate_recipe(recipe: Recipe, length: int | None = None) -> dict[str, Any]
         counts = count_trainable(model)
         try:
             found = _steps(model, config, recipe, training, size, tokens)
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             raise ValueError(
                 f"A step of {recipe.backbone.model!r} cannot be run without values ({_first_sentence(error)}): some operation of its asks "
                 "for them, or for another dtype. Of a mixture of experts try backbone.dtype=bfloat16; else measure a step of a small batch."

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .backbone.quantization import quantization_config
+    from .backbone.share import share_backbone
     from .backbone.truncate import cut_model, load_cut
     from .fusions import FUSIONS
     from .runs.predicting import load_run, predict
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .states import LayerStateCache, StaleCacheError, cache_layer_states
     from .tuner import FusionConfig, FusionModel, depth_weights, use_adapter
     from .tuner.counts import count_trainable
+    from .tuner.many import ManyAdapters
 
     __version__: str
 
@@ -38,6 +40,7 @@ _HOME = {
     "FusionConfig": "tuner",
     "FusionModel": "tuner",
     "LayerStateCache": "states",
+    "ManyAdapters": "tuner.many",
     "StaleCacheError": "states",
     "cache_layer_states": "states",
     "count_trainable": "tuner.counts",
@@ -49,6 +52,7 @@ _HOME = {
     "predict": "runs.predicting",
     "quantization_config": "backbone.quantization",
     "run_recipe": "runs.training",
+    "share_backbone": "backbone.share",
     "use_adapter": "tuner",
 }
 PEFT = "peft"
@@ -59,6 +63,7 @@ __all__ = [
     "FusionConfig",
     "FusionModel",
     "LayerStateCache",
+    "ManyAdapters",
     "StaleCacheError",
     "cache_layer_states",
     "count_trainable",
@@ -70,6 +75,7 @@ __all__ = [
     "predict",
     "quantization_config",
     "run_recipe",
+    "share_backbone",
     "use_adapter",
 ]
 

@@ -11,7 +11,14 @@ from transformers import PreTrainedModel
 
 from .walk import modules_of
 
-_QUANTISED = ("is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit", "quantization_method", "hf_quantizer", "hf_device_map")
+_QUANTISED = (
+    "is_quantized",
+    "is_loaded_in_8bit",
+    "is_loaded_in_4bit",
+    "quantization_method",
+    "hf_quantizer",
+    "hf_device_map",
+)
 
 
 def twin(model: nn.Module, config: Any = None) -> Any:
@@ -33,7 +40,7 @@ def twin(model: nn.Module, config: Any = None) -> Any:
     for module in modules_of(model):
         # bitsandbytes unpacks what it loaded at the first call, for the module that is called first
         if hasattr(module, "init_8bit_state") and getattr(module.weight, "CB", None) is not None:
-            module.init_8bit_state()
+            module.init_8bit_state()  # type: ignore[operator]
         for value in _tensors(module):
             shared[id(value)] = value
     return copy.deepcopy(model, shared)
@@ -42,7 +49,9 @@ def twin(model: nn.Module, config: Any = None) -> Any:
 def _tensors(module: nn.Module) -> list[Tensor]:
     """The tensors that a module holds, those beside its parameters and buffers too, and the packed ones of bitsandbytes."""
     own = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
-    own += [value for state in (getattr(module, "state", None), module._parameters.get("weight")) for value in _values(state)]
+    own += [
+        value for state in (getattr(module, "state", None), module._parameters.get("weight")) for value in _values(state)
+    ]
     return [value for value in own if isinstance(value, Tensor)]
 
 
@@ -119,9 +128,9 @@ def _fill_head(other: Any, own: nn.Module) -> None:
         for name, value in module._parameters.items():
             if value is not None and value.is_meta:
                 module._parameters[name] = nn.Parameter(torch.empty_like(value, device=first.device, dtype=dtype))
-        for name, value in module._buffers.items():
-            if value is not None and value.is_meta:
-                module._buffers[name] = torch.zeros_like(value, device=first.device)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.zeros_like(buffer, device=first.device)
     for module in outside:
         if module is not other and module._parameters:
             other._init_weights(module)
@@ -129,6 +138,6 @@ def _fill_head(other: Any, own: nn.Module) -> None:
     output = other.get_output_embeddings()
     if output is not None and output.weight is not other.get_input_embeddings().weight:
         raise ValueError(
-            f"The head of {type(other).__name__} over the vocabulary is not tied to the embeddings: its weights stand in a checkpoint, not in "
-            "the backbone. Load that model by from_pretrained, and share its backbone with the others."
+            f"The head of {type(other).__name__} over the vocabulary is not tied to the embeddings: its weights stand in a checkpoint, not "
+            "in the backbone. Load that model by from_pretrained, and share its backbone with the others."
         )

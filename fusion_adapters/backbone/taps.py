@@ -16,7 +16,7 @@ from .calls import Frame, Opener, SkippedForward, WrappedForward
 from .families import ENCODED, beside_state, cached_positions, state_in, state_out, with_state_in, with_state_out
 from .fuse import Fuses
 from .kvcache import check_written, note_skipped
-from .replay import FusedState, GivenStates, LayerStates, StandIns, fuse_given
+from .replay import FusedState, GivenStates, StandIns, fuse_given
 from .shapes import check_state
 
 
@@ -218,7 +218,9 @@ class Taps:
         state = state_out(output)
         check_state(state, self.width)
         if frame.given is None:
-            if frame.absorbs and frame.fuse.mixes_positions:  # a fusion of this block's states may want what this block knows
+            if (
+                frame.absorbs and frame.fuse.mixes_positions
+            ):  # a fusion of this block's states may want what this block knows
                 frame.context.block_args, frame.context.block_kwargs = beside_state(args, kwargs)
             self._keep(frame, frame.reached, state)
         if frame.reached != frame.depth:

@@ -16,7 +16,7 @@ from ..backbone.blocks import Backbone
 from ..backbone.families import input_embeddings
 from ..backbone.fingerprint import fingerprints
 from ..backbone.quantization import keep_unpacked
-from ..backbone.replay import GivenStates, LayerStates
+from ..backbone.replay import FusedState, GivenStates
 from ..backbone.taps import Taps
 from ..backbone.walk import modules_of
 from ..fusions import Context, Fusion
@@ -54,7 +54,7 @@ class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
         adapter_name: str,
         fusion: Fusion,
         model: nn.Module | None = None,
-        check: Callable[[nn.Module, LayerStates], GivenStates] | None = None,
+        check: Callable[[nn.Module, Any], GivenStates | FusedState] | None = None,
         known: dict[str, str] | None = None,
         calls: Calls | None = None,
     ) -> None:

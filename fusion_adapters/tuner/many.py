@@ -21,7 +21,7 @@ from ..backbone.walk import parameters_of
 from .active import adapters_in_use
 from .fusing import FusingMany
 from .layer import FusionLayer, fusion_layers
-from .serve import attach_from
+from .shared import load_shared
 from .use import use_adapter
 
 _OF_A_HEAD = ("labels", "next_sentence_label", "start_positions", "end_positions")
@@ -63,7 +63,9 @@ class ManyAdapters:
 
     def __init__(self, *models: PeftModel) -> None:
         if not models:
-            raise ValueError("ManyAdapters got no model. Give it models with fusion adapters, or use ManyAdapters.from_pretrained.")
+            raise ValueError(
+                "ManyAdapters got no model. Give it models with fusion adapters, or use ManyAdapters.from_pretrained."
+            )
         self.models: dict[str, PeftModel] = {}
         self._layers: dict[str, FusionLayer] = {}
         layers = [_layer_of(model) for model in models]
@@ -100,16 +102,17 @@ class ManyAdapters:
             raise ValueError(f"There is an adapter {name!r} already. Give this one another name, or remove that one first.")
         if self._plain is None:
             raise ValueError(
-                "These adapters came with models of their own. Load the adapter onto one of them (model.load_adapter) and make ManyAdapters "
-                "anew, or begin with ManyAdapters.from_pretrained."
+                "These adapters came with models of their own. Load it onto one of them (model.load_adapter) and make ManyAdapters anew, or "
+                "begin with ManyAdapters.from_pretrained."
             )
-        self._take(attach_from(self._plain, name, folder, head, self.models.values()), only=name)
+        self._take(load_shared(self._plain, name, folder, head, self.models.values()), only=name)
 
     def remove(self, name: str) -> None:
         """Takes an adapter away, and frees what it held."""
         (name,) = self._chosen([name])
         model = self.models.pop(name)
         del self._layers[name]
+        self._uncached.discard(name)
         if any(other is model for other in self.models.values()):
             model.delete_adapter(name)
 
@@ -149,6 +152,7 @@ class ManyAdapters:
         self.host: Any = host.eval()
         self._backbone = _one_stack(find_backbones(host), type(host).__name__)
         self._current = _Current()
+        self._uncached: set[str] = set()  # those whose models would make a KV cache, from which nobody goes on
         backbone = self._backbone
         self._taps = Taps(backbone.root, backbone.blocks, self, backbone.causal, backbone.hidden_size)
         self._takes = inspect.signature(backbone.base.forward).parameters
@@ -164,18 +168,26 @@ class ManyAdapters:
         fusing = self._fusing(names)
         self._taps.skip_above(fusing.depth)
         call = {name: value for name, value in inputs.items() if name in self._takes}
-        if "use_cache" in self._takes:  # nobody goes on from here
+        if "use_cache" in self._takes:
             call["use_cache"] = False
-        with _as_current(self._current, fusing):
+        with _AsCurrent(self._current, fusing):
             self._backbone.base(**call)
         return fusing.results()
 
     def _fusing(self, names: Sequence[str]) -> FusingMany:
         found = []
         for name in names:
-            with use_adapter(self.models[name], name):
-                found.append(self._layers[name].begin())
+            with self._using(name):
+                fusing = self._layers[name].begin()
+            assert fusing is not None
+            found.append(fusing)
         return FusingMany(found)
+
+    def _using(self, name: str) -> Any:
+        """As `use_adapter`, without its checks, which look through the whole model."""
+        calls = self._layers[name].calls
+        assert calls is not None
+        return calls.using((name,))
 
     # the adapters
 
@@ -190,6 +202,8 @@ class ManyAdapters:
                 )
             self._check_backbone(name, model, layer)
             self.models[name], self._layers[name] = model, layer
+            if "use_cache" in inspect.signature(model.get_base_model().forward).parameters:
+                self._uncached.add(name)
         model.eval()
 
     def _check_backbone(self, name: str, model: PeftModel, layer: FusionLayer) -> None:
@@ -217,28 +231,30 @@ class ManyAdapters:
             differs = fingerprints_differ(fingerprints(running).get("v2"), self._marks[depth])
         if differs is not None:
             raise ValueError(
-                f"The adapter {name!r} is attached to another backbone than the others: {differs}. One pass serves adapters of one backbone "
-                "alone; make a ManyAdapters for each."
+                f"The adapter {name!r} is attached to another backbone than the others: {differs}. One pass serves adapters of one "
+                "backbone alone; make a ManyAdapters for each."
             )
 
     def _answer(self, name: str, state: Tensor, inputs: dict[str, Any], labels: Mapping[str, Tensor]) -> Any:
         """What an adapter's model answers from the fused state: all of it runs but the blocks."""
-        model = self.models[name]
-        given = {"labels": labels[name]} if name in labels else {}
-        with use_adapter(model, name):
-            return model.get_base_model()(**inputs, **given, layer_states=FusedState(state))
+        given = dict(inputs, labels=labels[name]) if name in labels else dict(inputs)
+        if name in self._uncached:
+            given["use_cache"] = False
+        with self._using(name):
+            return self.models[name].get_base_model()(**given, layer_states=FusedState(state))
 
     def _chosen(self, names: Iterable[str] | None) -> list[str]:
         chosen = self.names if names is None else [names] if isinstance(names, str) else list(names)
         unknown = [name for name in chosen if name not in self.models]
         if unknown or (names is not None and not isinstance(names, (Mapping, tuple)) and not chosen):
+            there = ", ".join(map(repr, self.models)) or "none"
             raise ValueError(
-                f"There is no adapter {', '.join(map(repr, unknown)) or 'in an empty list'}; there are {', '.join(map(repr, self.models)) or 'none'}."
+                f"There is no adapter {', '.join(map(repr, unknown)) or 'in an empty list'}; there are {there}."
             )
         return list(dict.fromkeys(chosen))
 
 
-class _as_current:
+class _AsCurrent:
     """In the body, the taps of this thread fuse with what is given."""
 
     def __init__(self, current: _Current, fusing: FusingMany) -> None:
@@ -261,9 +277,8 @@ def _layer_of(model: PeftModel) -> FusionLayer:
     calls = layers[0].calls
     if calls is not None and calls.layerwise:
         raise ValueError(
-            f"The adapters {', '.join(map(repr, layers[0].fusions))} or one of them hold LoRA: it changes the blocks, whose states would not be "
-            "those of the other adapters. Call that model by itself, fold the LoRA in (merge_and_unload) and train the fusion on what comes "
-            "of it, or train a fusion alone."
+            f"An adapter of this model ({', '.join(map(repr, layers[0].fusions))}) holds LoRA, which changes the blocks: its layer states "
+            "would not be those of the other adapters. Call that model by itself, or train a fusion without LoRA."
         )
     return layers[0]
 
@@ -271,8 +286,8 @@ def _layer_of(model: PeftModel) -> FusionLayer:
 def _one_stack(backbones: Sequence[Backbone], name: str) -> Backbone:
     if len(backbones) > 1 or backbones[0].stack is not None:
         raise ValueError(
-            f"{name} is an encoder-decoder: what its decoder reads depends on the fusion of its encoder, and one pass cannot serve several. "
-            "Call each adapter by itself."
+            f"{name} is an encoder-decoder: what its decoder reads depends on the fusion of its encoder, so one pass cannot "
+            "serve several. Call each adapter by itself."
         )
     return backbones[0]
 

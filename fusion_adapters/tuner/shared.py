@@ -24,7 +24,7 @@ AUTO_CLASSES = {
 }
 
 
-def attach_from(
+def load_shared(
     plain: PreTrainedModel, name: str, folder: str | os.PathLike[str], head: Any, others: Iterable[PeftModel]
 ) -> PeftModel:
     """Loads a saved adapter onto a model of its own that shares a backbone, or onto one of those that are there.
@@ -51,7 +51,7 @@ def attach_from(
             f"The adapter in {folder!r} holds LoRA (r={config.r}): it changes the blocks, whose states would not be those of the other "
             "adapters. Load it onto a model of its own by PeftModel.from_pretrained."
         )
-    task = getattr(config.task_type, "value", config.task_type)
+    task = str(getattr(config.task_type, "value", config.task_type))
     if head is None and task not in AUTO_CLASSES:
         raise ValueError(
             f"The adapter in {folder!r} has task_type={task!r}, which does not say what head its model has. Name the class: "
@@ -71,7 +71,10 @@ def attach_from(
 def _outputs(config: FusionConfig, plain: PreTrainedModel, kind: Any, folder: str) -> tuple[tuple[str, Any], ...]:
     """How many outputs the head has, and their names where the adapter knows them, as options of a configuration."""
     if config.fusion_labels is not None:
-        return (("id2label", _Labels(enumerate(config.fusion_labels))), ("label2id", _Labels(_numbers(config.fusion_labels))))
+        return (
+            ("id2label", _Labels(enumerate(config.fusion_labels))),
+            ("label2id", _Labels(_numbers(config.fusion_labels))),
+        )
     heads = [*task_heads(config), *(config.modules_to_save or [])]
     if not heads:
         return ()

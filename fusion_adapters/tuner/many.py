@@ -102,8 +102,8 @@ class ManyAdapters:
             raise ValueError(f"There is an adapter {name!r} already. Give this one another name, or remove that one first.")
         if self._plain is None:
             raise ValueError(
-                "These adapters came with models of their own. Load it onto one of them (model.load_adapter) and make ManyAdapters anew, or "
-                "begin with ManyAdapters.from_pretrained."
+                "These adapters came with models of their own. Load it onto one of them (model.load_adapter) and make ManyAdapters anew, "
+                "or begin with ManyAdapters.from_pretrained."
             )
         self._take(load_shared(self._plain, name, folder, head, self.models.values()), only=name)
 

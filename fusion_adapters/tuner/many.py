@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..backbone.blocks import Backbone, find_backbones
+from ..backbone.blocks import LAYER_NAME, Backbone, find_backbones
 from ..backbone.fingerprint import fingerprints, fingerprints_differ
 from ..backbone.replay import FusedState
 from ..backbone.share import twin
@@ -70,7 +70,11 @@ class ManyAdapters:
         self._layers: dict[str, FusionLayer] = {}
         layers = [_layer_of(model) for model in models]
         deepest = max(range(len(models)), key=lambda i: layers[i].backbone.num_layers)
-        self._stand_on(twin(models[deepest].base_model).unload())
+        host = twin(layers[deepest].backbone.base)
+        for layer in fusion_layers(host):
+            layer.taps.remove()
+            delattr(layer.backbone.root, LAYER_NAME)
+        self._stand_on(host)
         for model in models:
             self._take(model)
 
@@ -138,7 +142,8 @@ class ManyAdapters:
             ValueError: If there is no adapter of that name, or an argument is for one model alone.
         """
         names = self._chosen(adapters)
-        self._chosen(labels or ())
+        if labels:
+            self._chosen(labels)
         _check_inputs(inputs)
         with torch.no_grad():
             states = self._fused(names, inputs)
@@ -175,13 +180,7 @@ class ManyAdapters:
         return fusing.results()
 
     def _fusing(self, names: Sequence[str]) -> FusingMany:
-        found = []
-        for name in names:
-            with self._using(name):
-                fusing = self._layers[name].begin()
-            assert fusing is not None
-            found.append(fusing)
-        return FusingMany(found)
+        return FusingMany([self._layers[name].fusing(name) for name in names])
 
     def _using(self, name: str) -> Any:
         """As `use_adapter`, without its checks, which look through the whole model."""
@@ -245,12 +244,11 @@ class ManyAdapters:
 
     def _chosen(self, names: Iterable[str] | None) -> list[str]:
         chosen = self.names if names is None else [names] if isinstance(names, str) else list(names)
-        unknown = [name for name in chosen if name not in self.models]
-        if unknown or (names is not None and not isinstance(names, (Mapping, tuple)) and not chosen):
-            there = ", ".join(map(repr, self.models)) or "none"
-            raise ValueError(
-                f"There is no adapter {', '.join(map(repr, unknown)) or 'in an empty list'}; there are {there}."
-            )
+        unknown, there = [name for name in chosen if name not in self.models], ", ".join(map(repr, self.models)) or "none"
+        if unknown:
+            raise ValueError(f"There is no adapter {', '.join(map(repr, unknown))}; there are {there}.")
+        if not chosen:
+            raise ValueError(f"No adapter was named, and one pass is for at least one; there are {there}.")
         return list(dict.fromkeys(chosen))
 
 

@@ -85,6 +85,12 @@ def share_backbone(model: PreTrainedModel, auto_class: Any, **options: Any) -> A
     config = copy.deepcopy(base.config)
     for name, value in options.items():
         setattr(config, name, value)
+    kind = getattr(auto_class, "config_class", None)
+    if kind is not None and not isinstance(config, kind):
+        raise ValueError(
+            f"{auto_class.__name__} is built from a {kind.__name__}, and the model's configuration is a {type(config).__name__}: they have "
+            "no backbone in common. Give the class of a head for this backbone."
+        )
     make = getattr(auto_class, "from_config", None) or auto_class._from_config
     with torch.device("meta"):
         other = make(config)

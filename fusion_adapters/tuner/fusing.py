@@ -56,16 +56,16 @@ class Fusing:
         fusion: Any = self.fusion
         # a backbone spread over devices: the fusion sits where the last block computes
         state = state.to(next(fusion.parameters()).device)
-        return fusion.absorb(kept, fusion.layers.index(layer), self._pooled(state, context))
+        return fusion.absorb(kept, fusion.layers.index(layer), self.pooled(state, context))
 
     def finish(self, kept: Any, last: Tensor, context: Context) -> Tensor:
         """The fused state from what was absorbed, see `Fusion.finish`."""
         fusion: Any = self.fusion
-        return fusion.finish(kept, self._pooled(last, context))
+        return fusion.finish(kept, self.pooled(last, context))
 
-    def _pooled(self, state: Tensor, context: Context) -> Tensor:
+    def pooled(self, state: Tensor, context: Context) -> Tensor:
         """A state as the fusion reads it, see `Fusion.pools`; the means of one do not wait for the others."""
-        if not self.fusion.pools:
+        if not self.fusion.pools or context.means:
             return state
         if self.means is None:
             self.means = Means(context, state)
@@ -75,60 +75,3 @@ class Fusing:
         """The fused state `(B, T, d)`, by the layer's own call."""
         fused: Tensor = self.layer(states, last, context, self.fusion, self.recording)
         return fused
-
-
-class FusingMany:
-    """What `Fuse` asks for, by several adapters' fusions at once: the backbone goes on as without them.
-
-    Each takes in the states as in a call of its own, to the last bit.
-
-    Args:
-        fusings: Those of the adapters.
-    """
-
-    def __init__(self, fusings: Sequence[Fusing]) -> None:
-        self.fusings = fusings
-        self.depth = max(fusing.depth for fusing in fusings)
-        self.wanted = frozenset().union(*({*fusing.wanted, fusing.depth} for fusing in fusings))
-        self.mixes_positions = any(fusing.mixes_positions for fusing in fusings)
-        self._absorbs = [fusing.absorbs() for fusing in fusings]
-        self._fused: list[Tensor | None] = [None] * len(fusings)
-
-    def results(self) -> list[Tensor]:
-        """The fused state of each, `(B, T, d)`, after the call."""
-        assert all(state is not None for state in self._fused)
-        return self._fused  # type: ignore[return-value]
-
-    def cuts_graph(self) -> bool:
-        """See `Fuse`: nothing trains here."""
-        return False
-
-    def absorbs(self) -> bool:
-        """See `Fuse`: the states are handed on one by one, and kept for those fusions that want all at once."""
-        return True
-
-    def absorb(self, kept: Any, layer: int, state: Tensor, context: Context) -> Any:
-        """See `Fuse`; a fusion whose last block this is answers."""
-        kept = [None] * len(self.fusings) if kept is None else kept
-        for i, fusing in enumerate(self.fusings):
-            if layer in fusing.wanted:
-                if self._absorbs[i]:
-                    kept[i] = fusing.absorb(kept[i], layer, state, context)
-                else:
-                    kept[i] = [*(kept[i] or [None] * (fusing.depth + 1))]
-                    kept[i][layer] = state
-            if layer == fusing.depth:
-                now, kept[i] = kept[i], None
-                if self._absorbs[i]:
-                    self._fused[i] = fusing.finish(now, state, context)
-                else:
-                    self._fused[i] = fusing(now or [None] * (layer + 1), state, context)
-        return kept
-
-    def finish(self, kept: Any, last: Tensor, context: Context) -> Tensor:
-        """See `Fuse`."""
-        return last
-
-    def __call__(self, states: Sequence[Tensor | None], last: Tensor, context: Context) -> Tensor:
-        """See `Fuse`; not called, see `absorbs`."""
-        raise RuntimeError("several adapters answer without gradients alone")

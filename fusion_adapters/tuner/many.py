@@ -19,9 +19,10 @@ from ..backbone.share import twin
 from ..backbone.taps import Taps
 from ..backbone.walk import parameters_of
 from .active import adapters_in_use
-from .fusing import FusingMany
 from .layer import FusionLayer, fusion_layers
+from .pooling import reads_means
 from .shared import load_shared
+from .together import FusingMany
 from .use import use_adapter
 
 _OF_A_HEAD = ("labels", "next_sentence_label", "start_positions", "end_positions")
@@ -117,6 +118,7 @@ class ManyAdapters:
         model = self.models.pop(name)
         del self._layers[name]
         self._uncached.discard(name)
+        self._of_texts.discard(name)
         if any(other is model for other in self.models.values()):
             model.delete_adapter(name)
 
@@ -157,6 +159,7 @@ class ManyAdapters:
         self.host: Any = host.eval()
         self._backbone = _one_stack(find_backbones(host), type(host).__name__)
         self._current = _Current()
+        self._of_texts: set[str] = set()  # those whose heads read the mean of a whole text
         self._uncached: set[str] = set()  # those whose models would make a KV cache, from which nobody goes on
         backbone = self._backbone
         self._taps = Taps(backbone.root, backbone.blocks, self, backbone.causal, backbone.hidden_size)
@@ -180,7 +183,7 @@ class ManyAdapters:
         return fusing.results()
 
     def _fusing(self, names: Sequence[str]) -> FusingMany:
-        return FusingMany([self._layers[name].fusing(name) for name in names])
+        return FusingMany([self._layers[name].fusing(name) for name in names], [name in self._of_texts for name in names])
 
     def _using(self, name: str) -> Any:
         """As `use_adapter`, without its checks, which look through the whole model."""
@@ -203,6 +206,9 @@ class ManyAdapters:
             self.models[name], self._layers[name] = model, layer
             if "use_cache" in inspect.signature(model.get_base_model().forward).parameters:
                 self._uncached.add(name)
+            with self._using(name):
+                if reads_means(model.get_base_model(), layer):
+                    self._of_texts.add(name)
         model.eval()
 
     def _check_backbone(self, name: str, model: PeftModel, layer: FusionLayer) -> None:

@@ -34,10 +34,15 @@ def each_alone(models, **call):
     return {model.active_adapter: alone(model, **call) for model in models}
 
 
-def check(found, expected):
+def check(found, expected, rounded=("topic",)):
+    """To the last bit; those of `rounded` compute the same in another order, here means of whole texts alone."""
     assert list(found) == list(expected)
     for name, output in found.items():
-        assert torch.equal(output.logits, expected[name]), name
+        if name in rounded:
+            rtol = 1e-5 if output.logits.dtype == torch.float32 else 2**-7
+            torch.testing.assert_close(output.logits, expected[name], rtol=rtol, atol=rtol / 10, msg=name)
+        else:
+            assert torch.equal(output.logits, expected[name]), name
 
 
 def mixed(family="bert", dtype=torch.float32):
@@ -73,7 +78,19 @@ def test_every_fusion(family, method, fields):
     if not fields.get("fusion_pool"):
         models.append(member(base, "token", "third", 2, seed=2, **options))
     expected = each_alone(models)
-    check(ManyAdapters(*models)(**CALL), expected)
+    check(ManyAdapters(*models)(**CALL), expected, rounded=["first"] if fields.get("fusion_pool") else [])
+
+
+@pytest.mark.parametrize("fields", [{}, {"fusion_norm": "rms"}, {"fusion_bottleneck": 8}, {"fusion_pool": "mean"}])
+def test_products_that_are_taken_together(family, fields):
+    base = tiny(family, "sequence").base_model
+    models = [member(base, "sequence", f"a{i}", i + 2, seed=i, fusion="concat", **fields) for i in range(3)]
+    models.append(member(base, "token", "other", fusion="concat", fusion_layers=[1, 2], seed=9))
+    models.append(member(base, "token", "lower", fusion="concat", fusion_depth=2, seed=10))
+    ids = torch.randint(1, 100, (80, 3))
+    call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = each_alone(models, **call)
+    check(ManyAdapters(*models)(**call), expected, rounded=["a0", "a1", "a2"])
 
 
 def test_adapters_of_one_model(family):
@@ -174,7 +191,7 @@ def test_adding_and_removing(family, tmp_path):
         model.save_pretrained(tmp_path)
     many = ManyAdapters.from_pretrained(base, {"entities": tmp_path / "entities"})
     many.add("topic", tmp_path / "topic")
-    assert torch.equal(many(**CALL)["topic"].logits, alone(models[3]))
+    check(many(adapters=["topic"], **CALL), {"topic": alone(models[3])})
     with pytest.raises(ValueError, match="There is an adapter 'topic' already"):
         many.add("topic", tmp_path / "intent")
     many.remove("entities")
@@ -242,8 +259,8 @@ def test_eight_threads_with_different_adapters(family):
     def work(i):
         def ask():
             for _ in range(15):
-                for name, output in many(adapters=sets[i % 4], **calls[i // 2]).items():
-                    assert torch.equal(output.logits, expected[i // 2][name]), name
+                found = many(adapters=sets[i % 4], **calls[i // 2])
+                check(found, {name: expected[i // 2][name] for name in found})
 
         return ask
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,17 +41,22 @@ HEAD = {"TOKEN_CLS": AutoModelForTokenClassification, "SEQ_CLS": AutoModelForSeq
 
 
 def serving(base: Any, fields: dict[str, Any], most: int) -> tuple[ManyAdapters, float, int]:
-    """As many adapters as are wanted at most, the MiB that each further one took, and its parameters."""
-    models: list[Any] = []
-    process, first = psutil.Process(), 0
-    for i in range(most):
-        model = share_backbone(base, HEAD[fields["task_type"]], num_labels=LABELS)
-        models.append(get_peft_model(model, FusionConfig(**fields), adapter_name=f"adapter{i}"))
-        if i == 0:
-            first = process.memory_info().rss
-    each = (process.memory_info().rss - first) / 2**20 / max(1, most - 1)
-    size = sum(p.numel() for p in models[-1].parameters() if p.requires_grad)
-    return ManyAdapters(*models), each, size
+    """As many adapters as are wanted at most, the MiB that each further one took, and its parameters.
+
+    Their heads have different sizes, so that no two share a model.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(most):
+            model = share_backbone(base, HEAD[fields["task_type"]], num_labels=LABELS + i)
+            model = get_peft_model(model, FusionConfig(**fields), adapter_name=f"adapter{i}")
+            model.save_pretrained(folder)
+        size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        many = ManyAdapters.from_pretrained(base, {"adapter0": f"{folder}/adapter0"})
+        process = psutil.Process()
+        first = process.memory_info().rss
+        for i in range(1, most):
+            many.add(f"adapter{i}", f"{folder}/adapter{i}")
+        return many, (process.memory_info().rss - first) / 2**20 / max(1, most - 1), size
 
 
 def with_lora(base: Any, most: int) -> Any:

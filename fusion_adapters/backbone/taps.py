@@ -107,6 +107,12 @@ class Taps:
         """The number of calls of the backbone that this thread has not ended yet."""
         return len(self._frames.stack)
 
+    @property
+    def fused_before(self) -> Tensor | None:
+        """The fused state `(B, T, d)` that stands for all before it in the call of this thread; None in other calls."""
+        frame = self._frame
+        return frame.given.state if frame is not None and isinstance(frame.given, FusedState) else None
+
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_frames"}  # thread-local: neither copied nor pickled
 

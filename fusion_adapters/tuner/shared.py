@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from types import MethodType
 from typing import Any
 
 import transformers
 from peft import PeftConfig, PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..backbone.share import share_backbone
+from ..backbone.taps import Taps
 from .config import FusionConfig
 from .heads import task_heads
+from .layer import fusion_layers
 from .weights import read_weights
 
 AUTO_CLASSES = {
@@ -65,7 +68,40 @@ def load_shared(
             return model
     model = PeftModel.from_pretrained(share_backbone(plain, kind, **dict(options)), folder, adapter_name=name)
     model.__dict__["_made_for"] = (kind, options)
+    (layer,) = fusion_layers(model)
+    blocks = {*map(id, layer.backbone.blocks)}
+    for module in layer.backbone.upstream:
+        if id(module) not in blocks:
+            module.forward = _Embedding(module, layer.taps)  # type: ignore[method-assign]
     return model
+
+
+class _Embedding:
+    """Takes the place of the `forward` of a module before the blocks, whose answer nobody reads where a fused state stands for them.
+
+    Args:
+        module: The module.
+        taps: Those of the model's backbone.
+    """
+
+    def __init__(self, module: nn.Module, taps: Taps) -> None:
+        self.module, self.taps = module, taps
+        self.alike: bool | None = None  # whether it answers with a tensor of the shape of the states; known after a call
+
+    @property
+    def __wrapped__(self) -> Any:
+        """For `inspect.signature`."""
+        return MethodType(type(self.module).forward, self.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Answers with the fused state, which has the right shape, or as the module does."""
+        state = self.taps.fused_before
+        if state is not None and self.alike:
+            return state
+        answer = type(self.module).forward(self.module, *args, **kwargs)
+        if state is not None and self.alike is None:
+            self.alike = isinstance(answer, Tensor) and answer.shape == state.shape and answer.dtype == state.dtype
+        return answer
 
 
 def _outputs(config: FusionConfig, plain: PreTrainedModel, kind: Any, folder: str) -> tuple[tuple[str, Any], ...]:

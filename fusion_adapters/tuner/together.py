@@ -46,9 +46,9 @@ class _Kept:
 class FusingMany:
     """What `Fuse` asks for, by several adapters' fusions.
 
-    Each takes in the states as in a call of its own, to the last bit, with two exceptions that agree up to rounding. The products of
-    Concat fusions of the same layers are taken together where there are enough positions. And a fusion of means, of which the head reads
-    that of the whole text alone, computes with that one.
+    Each takes in the states as in a call of its own, to the last bit, with two exceptions that agree up to rounding: the products of
+    Concat fusions of the same layers are taken together, and a fusion of means, of which the head reads that of the whole text alone,
+    computes with that one.
 
     Args:
         fusings: Those of the adapters.
@@ -88,7 +88,6 @@ class FusingMany:
     def absorb(self, kept: _Kept | None, layer: int, state: Tensor, context: Context) -> _Kept:
         """See `Fuse`; a fusion whose last block this is answers."""
         if kept is None:
-            self._groups = [group for group in self._groups if self._rows(group[0], state) >= TOGETHER]
             kept = _Kept([None] * len(self.fusings), [None] * len(self._groups))
         done: set[int] = set()
         for number, group in enumerate(self._groups):
@@ -128,9 +127,6 @@ class FusingMany:
         none: list[Tensor | None] = [None] * (fusing.depth + 1)  # of one that reads no state
         fused = fusing.finish(kept, last, own) if self._absorbs[i] else fusing(kept or none, last, own)
         self._fused[i] = fused.expand(state.shape) if self._texts[i] else fused
-
-    def _rows(self, i: int, state: Tensor) -> int:
-        return len(state) if self._texts[i] else state.shape[:-1].numel()
 
     def _seen(self, i: int, state: Tensor, context: Context) -> tuple[Tensor, Context]:
         """A state as a fusion gets it, `(B, T, d)`, or `(B, 1, d)` for one of whole texts, and what it may know besides."""

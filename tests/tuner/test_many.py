@@ -10,7 +10,7 @@ from support import DEPTH, METHODS, TASKS, attached, batch, disturb, tiny
 from support_threads import in_threads
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from fusion_adapters import FusionConfig, ManyAdapters, share_backbone, use_adapter
+from fusion_adapters import FusionConfig, ManyAdapters, quantization_config, share_backbone, use_adapter
 
 CLASSES = {"token": AutoModelForTokenClassification, "sequence": AutoModelForSequenceClassification}
 CALL = {k: v for k, v in batch().items() if k != "labels"}
@@ -303,3 +303,22 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds LoRA \(r=4\)"):
         ManyAdapters.from_pretrained(base, {"lora": tmp_path / "lora"})
     assert torch.equal(many(**CALL)["intent"].logits, alone(models[1])), "nothing of it has changed anything"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_backbones(family, bits, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra: quantised)")
+    tiny(family, "sequence", width=64).save_pretrained(tmp_path / "base")
+    load = {"quantization_config": quantization_config(bits), "device_map": {"": "cpu"}, "dtype": torch.float32}
+    for name, head, method in (("a", "token", "dwatt"), ("b", "sequence", "concat")):
+        model = CLASSES[head].from_pretrained(tmp_path / "base", num_labels=3, ignore_mismatched_sizes=True, **load)
+        torch.manual_seed(ord(name))
+        model = get_peft_model(model, FusionConfig(fusion=method, task_type=TASKS[head]), adapter_name=name)
+        disturb(model, 0.3).save_pretrained(tmp_path)
+    base = CLASSES["sequence"].from_pretrained(tmp_path / "base", **load)
+    many = ManyAdapters.from_pretrained(base, {name: tmp_path / name for name in ("a", "b")})
+    found = many(**CALL)
+    for name, head in (("a", "token"), ("b", "sequence")):
+        model = CLASSES[head].from_pretrained(tmp_path / "base", num_labels=3, ignore_mismatched_sizes=True, **load)
+        own = PeftModel.from_pretrained(model, tmp_path / name, adapter_name=name).eval()
+        assert torch.equal(found[name].logits, alone(own))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .fusions import FUSIONS
     from .runs.predicting import load_run, predict
     from .runs.recipe import load_recipe
+    from .runs.several import load_runs
     from .runs.training import run_recipe
     from .states import LayerStateCache, StaleCacheError, cache_layer_states
     from .tuner import FusionConfig, FusionModel, depth_weights, use_adapter
@@ -49,6 +50,7 @@ _HOME = {
     "load_cut": "backbone.truncate",
     "load_recipe": "runs.recipe",
     "load_run": "runs.predicting",
+    "load_runs": "runs.several",
     "predict": "runs.predicting",
     "quantization_config": "backbone.quantization",
     "run_recipe": "runs.training",
@@ -72,6 +74,7 @@ __all__ = [
     "load_cut",
     "load_recipe",
     "load_run",
+    "load_runs",
     "predict",
     "quantization_config",
     "run_recipe",

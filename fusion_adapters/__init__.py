@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .backbone.share import share_backbone
     from .backbone.truncate import cut_model, load_cut
     from .fusions import FUSIONS
+    from .runs.answering import load_runs
     from .runs.predicting import load_run, predict
     from .runs.recipe import load_recipe
     from .runs.training import run_recipe
@@ -49,6 +50,7 @@ _HOME = {
     "load_cut": "backbone.truncate",
     "load_recipe": "runs.recipe",
     "load_run": "runs.predicting",
+    "load_runs": "runs.answering",
     "predict": "runs.predicting",
     "quantization_config": "backbone.quantization",
     "run_recipe": "runs.training",
@@ -72,6 +74,7 @@ __all__ = [
     "load_cut",
     "load_recipe",
     "load_run",
+    "load_runs",
     "predict",
     "quantization_config",
     "run_recipe",

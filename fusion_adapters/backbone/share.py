@@ -71,7 +71,8 @@ def share_backbone(model: PreTrainedModel, auto_class: Any, **options: Any) -> A
         **options: Fields of the configuration: `num_labels`, `id2label`, `problem_type`, ...
 
     Returns:
-        The new model, in evaluation mode, with a fresh head in the backbone's dtype, or its own tied embeddings as the head.
+        The new model, in evaluation mode, with a fresh head in the backbone's dtype. A head over the vocabulary that the model has
+        itself comes along; of another one the embeddings, which it must be tied to, are the backbone's.
 
     Raises:
         ValueError: If the class is built on another backbone, or on parts that the model was loaded without (BERT's pooler),
@@ -94,6 +95,8 @@ def share_backbone(model: PreTrainedModel, auto_class: Any, **options: Any) -> A
     make = getattr(auto_class, "from_config", None) or auto_class._from_config
     with torch.device("meta"):
         other = make(config)
+    if type(other) is type(model) and other.get_output_embeddings() is not None:
+        return twin(model, config).eval()
     name = other.base_model_prefix
     built: Any = other.base_model
     if built is other or type(built) is not type(base):
@@ -109,6 +112,33 @@ def share_backbone(model: PreTrainedModel, auto_class: Any, **options: Any) -> A
         if flag in vars(model):
             setattr(other, flag, copy.copy(vars(model)[flag]))
     return other.eval()
+
+
+def stand_on(model: PreTrainedModel, other: PreTrainedModel) -> PreTrainedModel:
+    """Puts a model with a head of its checkpoint onto the backbone of another; returns it. Its own backbone is dropped.
+
+    Args:
+        model: A model of transformers without adapters.
+        other: Another, whose backbone holds the same weights.
+
+    Raises:
+        ValueError: If the backbones are of different classes, or that of `other` lacks a part (BERT's pooler).
+    """
+    mine: Any = model.base_model
+    name = type(model).__name__
+    if mine is model or type(mine) is not type(other.base_model):
+        raise ValueError(
+            f"{name} is built on {type(mine).__name__}, and the other model's backbone is {type(other.base_model).__name__}: they have no "
+            "backbone in common. Leave the two apart."
+        )
+    own = twin(other.base_model, model.config)
+    _agree_on_parts(own, mine, name)
+    output: Any = model.get_output_embeddings()
+    tied = output is not None and output.weight is model.get_input_embeddings().weight
+    setattr(model, model.base_model_prefix, own)
+    if tied:
+        output.weight = model.get_input_embeddings().weight
+    return model
 
 
 def _agree_on_parts(own: nn.Module, built: nn.Module, wanted: str) -> None:
@@ -145,5 +175,5 @@ def _fill_head(other: Any, own: nn.Module) -> None:
     if output is not None and output.weight is not other.get_input_embeddings().weight:
         raise ValueError(
             f"The head of {type(other).__name__} over the vocabulary is not tied to the embeddings: its weights stand in a checkpoint, not "
-            "in the backbone. Load that model by from_pretrained, and share its backbone with the others."
+            f"in the backbone. Load the model by {type(other).__name__}.from_pretrained, and share that: its head comes along."
         )

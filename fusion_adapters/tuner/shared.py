@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..backbone.share import share_backbone
 from ..backbone.taps import Taps
+from ..backbone.walk import parameters_of
 from .config import FusionConfig
 from .heads import task_heads
 from .layer import fusion_layers
@@ -43,7 +44,7 @@ def load_shared(
         The model, with the adapter among its own.
 
     Raises:
-        ValueError: If it is no fusion adapter, holds LoRA, or its class is unknown.
+        ValueError: If it is no fusion adapter, holds LoRA, its class is unknown, or leaves parts of its head to a checkpoint.
     """
     folder = os.fspath(folder)
     config = PeftConfig.from_pretrained(folder)
@@ -66,7 +67,9 @@ def load_shared(
         if model.__dict__.get("_made_for") == (kind, options):
             model.load_adapter(folder, adapter_name=name)
             return model
-    model = PeftModel.from_pretrained(share_backbone(plain, kind, **dict(options)), folder, adapter_name=name)
+    made = share_backbone(plain, kind, **dict(options))
+    _check_head(made, plain, folder)
+    model = PeftModel.from_pretrained(made, folder, adapter_name=name)
     model.__dict__["_made_for"] = (kind, options)
     (layer,) = fusion_layers(model)
     blocks = {*map(id, layer.backbone.blocks)}
@@ -102,6 +105,22 @@ class _Embedding:
         if state is not None and self.alike is None:
             self.alike = isinstance(answer, Tensor) and answer.shape == state.shape and answer.dtype == state.dtype
         return answer
+
+
+def _check_head(made: PreTrainedModel, plain: PreTrainedModel, folder: str) -> None:
+    """Raises ValueError if parts of a head that was made here are to be those of a checkpoint: they would have fresh values."""
+    if type(made) is type(plain) and made.get_output_embeddings() is not None:
+        return  # the plain model's own
+    below = {id(p) for p in parameters_of(made.base_model)}
+    saved = {k.removeprefix("base_model.model.") for k in read_weights((folder, {}))}
+    lacking = [name for name, p in made.named_parameters() if id(p) not in below and name not in saved]
+    if lacking:
+        kind = type(made).__name__
+        raise ValueError(
+            f"The adapter in {folder!r} leaves {len(lacking)} tensors of the head of {kind} to the checkpoint ({lacking[0]!r}, ...), and "
+            f"on a shared backbone they would be drawn anew. Load the plain model by {kind} if that is a head over the vocabulary; or "
+            "load the adapter onto a model of its own by PeftModel.from_pretrained, and give the models to ManyAdapters(*models)."
+        )
 
 
 def _outputs(config: FusionConfig, plain: PreTrainedModel, kind: Any, folder: str) -> tuple[tuple[str, Any], ...]:

@@ -200,20 +200,27 @@ def _traced(tail: _Tail, states: Tensor, batch: Mapping[str, Tensor]) -> tuple[E
             )
         # nothing is changed in place any more, so that what no answer needs is seen
         exported = exported.run_decompositions({})
-        _prune(exported)
-        used = {node.name for node in exported.graph.find_nodes(op="placeholder") if node.users}
-        wanted = tuple(name for name in beside if name in used)
+        wanted = _used(exported)
         if wanted == beside:
+            _prune(exported)
             return exported, beside
         beside = wanted
 
 
-def _prune(exported: ExportedProgram) -> None:
-    """Takes out of a program what its answer does not depend on, weights included, and the names of source files."""
-    graph, signature = exported.graph_module.graph, exported.graph_signature
+def _used(exported: ExportedProgram) -> tuple[str, ...]:
+    """Takes out of a program what its answer does not depend on; returns what is then used of `BESIDE`."""
+    graph = exported.graph_module.graph
     for node in [node for node in graph.nodes if node.target is _ASSERTED]:
         graph.erase_node(node)  # they would keep the embeddings
     graph.eliminate_dead_code()
+    exported.graph_module.recompile()
+    used = {node.name for node in graph.find_nodes(op="placeholder") if node.users}
+    return tuple(name for name in BESIDE if name in used)
+
+
+def _prune(exported: ExportedProgram) -> None:
+    """Takes out the weights that nothing uses, and the names of source files."""
+    graph, signature = exported.graph_module.graph, exported.graph_signature
     specs = {spec.arg.name: spec for spec in signature.input_specs}
     for node in graph.find_nodes(op="placeholder"):
         if not node.users and specs[node.name].kind != InputKind.USER_INPUT:

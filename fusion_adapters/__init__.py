@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .backbone.truncate import cut_model, load_cut
     from .fusions import FUSIONS
     from .runs.answering import load_runs
+    from .runs.exporting import export_model
     from .runs.predicting import load_run, predict
     from .runs.recipe import load_recipe
     from .runs.training import run_recipe
@@ -47,6 +48,7 @@ _HOME = {
     "count_trainable": "tuner.counts",
     "cut_model": "backbone.truncate",
     "depth_weights": "tuner",
+    "export_model": "runs.exporting",
     "load_cut": "backbone.truncate",
     "load_recipe": "runs.recipe",
     "load_run": "runs.predicting",
@@ -71,6 +73,7 @@ __all__ = [
     "count_trainable",
     "cut_model",
     "depth_weights",
+    "export_model",
     "load_cut",
     "load_recipe",
     "load_run",

@@ -267,6 +267,28 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command()
+def export(
+    folder: RunFolder,
+    output: Annotated[Path, typer.Option(help="Folder to write; it appears when it is complete.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier export in that folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write fusion and head as a program for torch alone: layer states in, scores out, wherever the backbone runs."""
+    from .runs.exporting import export_run
+    from .runs.tables import export_table
+
+    note = export_run(folder, output, overwrite)
+    if as_json:
+        print(json_line(note))
+        return
+    console = Console()
+    console.print(export_table(note, f"{note['adapter']['method']} and head of {folder}"))
+    console.print(
+        f"program: {output / 'program.pt2'}\nhow to call it: {output / 'README.md'}", highlight=False, soft_wrap=True
+    )
+
+
 @app.command(name="exec", context_settings={"allow_interspersed_args": False})
 def execute_program(
     command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="A program and its arguments, after --.")],

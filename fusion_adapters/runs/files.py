@@ -17,7 +17,8 @@ from typing import Any
 import psutil
 
 OWNER = ".written_by"  # in a folder that is not complete: which process writes it
-KINDS = {"run": "a run of fusion-adapters train", "bench": "a benchmark"}
+KINDS = {"run": "a run of fusion-adapters train", "bench": "a benchmark", "export": "an exported program"}
+EXPORT = "program.json"  # what an exported program has in the place of run.json
 
 
 def check_output(path: str | Path, overwrite: bool = False, kind: str = "run") -> Path:
@@ -26,7 +27,7 @@ def check_output(path: str | Path, overwrite: bool = False, kind: str = "run") -
     Args:
         path: The folder.
         overwrite: Whether an earlier result of the same kind may be replaced.
-        kind: What will be written: `run` or `bench`, as `run.json` names it.
+        kind: What will be written: `run` or `bench`, as `run.json` names it, or `export`.
 
     Returns:
         The folder, with links followed.
@@ -50,7 +51,8 @@ def check_output(path: str | Path, overwrite: bool = False, kind: str = "run") -
                 "folder, or add --overwrite to replace it."
             )
         if (found := _kind_of(path)) != kind:
-            held = "no earlier run (no run.json)" if found is None else f"another thing ({KINDS[found]})"
+            nothing = f"no earlier export (no {EXPORT})" if kind == "export" else "no earlier run (no run.json)"
+            held = nothing if found is None else f"another thing ({KINDS[found]})"
             raise FileExistsError(
                 f"The output folder {str(path)!r} holds {held}, so --overwrite does not delete it. Give another folder, or empty "
                 "it yourself."
@@ -59,11 +61,11 @@ def check_output(path: str | Path, overwrite: bool = False, kind: str = "run") -
 
 
 def _kind_of(path: Path) -> str | None:
-    """What a folder holds by its `run.json`; None if there is none. A damaged one is a run's."""
+    """What a folder holds by its `run.json` or `program.json`; None if there is none. A damaged one is a run's."""
     try:
         content = json.loads((path / "run.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return None
+        return "export" if (path / EXPORT).is_file() else None
     except ValueError:
         return "run"
     return "bench" if isinstance(content, dict) and content.get("kind") == "bench" else "run"

@@ -172,3 +172,24 @@ def estimate_tables(found: dict[str, Any], memory: float | None) -> list[Table]:
     for form, size in cache["bytes"].items():
         disk.add_row(form, f"{size:,}", f"{count * size / 2**30:,.2f}")
     return [steps, weights, disk]
+
+
+def export_table(note: dict[str, Any], title: str) -> Table:
+    """What an exported program wants and gives, from the content of `program.json`."""
+    table = Table(title=escape(visible(title)), show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    lacking = [layer for layer, place in (note["hidden_states"] or {}).items() if place is None]
+    rows = {
+        "layer states": ", ".join(map(str, note["layers"])),
+        "not in hidden_states": ", ".join(lacking),
+        **{name: f"({', '.join(map(str, told['shape']))}), {told['dtype']}" for name, told in note["inputs"].items()},
+        "scores": f"({', '.join(map(str, note['scores']['shape']))}), {note['scores']['dtype']}",
+        "of the vocabulary": note["scores"]["of_word_pieces"] and "the head's embeddings are in the file",
+        "size": f"{note['bytes'] / 2**20:,.2f} MiB",
+        "largest difference from the model": f"{note['compared']['largest_difference']:.1g} of the largest score",
+    }
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, value)
+    return table

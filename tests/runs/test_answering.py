@@ -100,6 +100,18 @@ def test_the_backbone_is_loaded_once_and_shared(mixed, monkeypatch):
     assert {id(p) for p in runs._many.host.parameters()} >= blocks_of(first)
 
 
+def test_moving_keeps_what_is_shared(mixed):
+    runs = load_runs(mixed)
+    expected = list(runs.predict(TEXTS[:1]))
+    assert runs.to(torch.float64) is runs  # stands for another device, which exchanges every tensor, too
+    first, *others = (run.model for run in runs.runs.values())
+    assert {p.dtype for p in runs._many.host.parameters()} == {torch.float64}
+    assert {id(p) for p in runs._many.host.parameters()} >= blocks_of(first)
+    assert all(blocks_of(other) == blocks_of(first) for other in others)
+    (moved,) = runs.predict(TEXTS[:1])
+    assert moved["ner"] == expected[0]["ner"]
+
+
 def test_who_has_passes_of_its_own(mixed):
     runs = load_runs(mixed)
     apart = {"lora": "has LoRA in the blocks, which changes them"}

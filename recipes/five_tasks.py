@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fusion_adapters import load_recipe, run_recipe
+from fusion_adapters import load_recipe, load_runs, run_recipe
 from fusion_adapters.runs.several import run_recipes
 
 HERE = Path(__file__).parent / "five_tasks"
@@ -115,8 +115,8 @@ def main() -> None:
         lora = f"{score(loras[name]):.1f} | {seconds[name]:.0f}" if name in loras else " | "
         print(f"| {name} | {own['examples']['test']:,} | {score(own):.1f} | {lora} |")
     print(f"\nall five fusions from one extraction: {together:.0f} s; the five LoRAs: {sum(seconds.values()):.0f} s\n")
-    runs = load_runs([given.output / name for name in NAMES])
-    for name, answer in predict_runs(runs, given.text).items():
+    (answers,) = load_runs([given.output / name for name in NAMES]).predict([given.text])
+    for name, answer in answers.items():
         print(f"{name}: {answer}")
 
 

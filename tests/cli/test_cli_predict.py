@@ -8,7 +8,7 @@ from support_answering import CLASSES, LORA, TAGS, make_run, save_backbone
 
 from fusion_adapters import load_run, predict
 from fusion_adapters.cli import main
-from fusion_adapters.runs import several
+from fusion_adapters.runs import answering
 
 TEXTS = ["Anna lives in Oslo.", "Bob works at Acme"]
 
@@ -80,7 +80,7 @@ def test_one_run_answers_as_ever(folders, capsys):
 
 @pytest.mark.parametrize("stopped", [KeyboardInterrupt, ValueError])
 def test_a_file_that_was_not_finished_is_not_there(stopped, folders, capsys, tmp_path, monkeypatch):
-    answers = several.LoadedRuns._answers
+    answers = answering.LoadedRuns._answers
     asked = []
 
     def one(self, text):
@@ -89,7 +89,7 @@ def test_a_file_that_was_not_finished_is_not_there(stopped, folders, capsys, tmp
             raise stopped("stop")
         return answers(self, text)
 
-    monkeypatch.setattr(several.LoadedRuns, "_answers", one)
+    monkeypatch.setattr(answering.LoadedRuns, "_answers", one)
     path = tmp_path / "answers.jsonl"
     with pytest.raises(SystemExit) as stop:
         says(capsys, folders, "--output", path)
@@ -102,14 +102,14 @@ def test_a_file_that_was_not_finished_is_not_there(stopped, folders, capsys, tmp
 
 
 def test_lines_come_before_the_last_text_is_answered(folders, capsys, monkeypatch):
-    answers = several.LoadedRuns._answers
+    answers = answering.LoadedRuns._answers
 
     def one(self, text):
         if text == TEXTS[1]:
             raise ValueError("stop")
         return answers(self, text)
 
-    monkeypatch.setattr(several.LoadedRuns, "_answers", one)
+    monkeypatch.setattr(answering.LoadedRuns, "_answers", one)
     with pytest.raises(SystemExit):
         says(capsys, folders[:2], "--json")
     said = capsys.readouterr()

@@ -4,8 +4,8 @@ import pytest
 import torch
 from families import FAMILIES
 from support import tiny
-from support_gguf import write_gguf
 from support_answering import CLASSES, TAGS, make_run
+from support_gguf import write_gguf
 from support_text import tokenizer
 
 from fusion_adapters import load_run, load_runs, predict

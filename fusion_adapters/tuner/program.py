@@ -234,6 +234,7 @@ def _prune(exported: ExportedProgram) -> None:
         for key in _OF_TRACES:
             node.meta.pop(key, None)
     exported.graph_module.recompile()
+    exported.example_inputs = None  # the states of the trace, which would be saved, too
     exported.validate()
 
 

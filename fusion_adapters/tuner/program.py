@@ -21,6 +21,7 @@ BESIDE = ("attention_mask", "input_ids")  # what a program may want besides stat
 # How far an answer may be from the live one, in shares of the largest: rounding of float32, and of 16 bits.
 FAR, FAR_IN_16_BITS = 1e-4, 3e-2
 _ASSERTED = torch.ops.aten._assert_tensor_metadata.default
+_SIZE = torch.ops.aten.sym_size.int
 _OF_TRACES = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")  # file names among them
 
 
@@ -70,7 +71,8 @@ def export_program(model: nn.Module, batch: Mapping[str, Tensor]) -> Program:
         tail = _Tail(inner, layer.running, layers_read(layer), forms, states.dtype)
         exported, beside = _traced(tail, states, batch)
         listed = _listed(inner, layer, batch)
-    shape = (*("batch", "positions")[: answer.dim() - 1], answer.shape[-1])
+    sizes: tuple[str, ...] = ("batch", "positions")[: answer.dim() - 1]
+    shape = (*sizes, answer.shape[-1])
     return Program(exported, tail.layers, beside, states.dtype, states.shape[-1], shape, answer.dtype, listed)
 
 
@@ -146,6 +148,8 @@ def _unlike(model: nn.Module, layer: FusionLayer, sizes: Sequence[str], what: st
 class _Tail(nn.Module):
     """The model without its blocks: what is traced."""
 
+    backbone: Backbone  # no child: its blocks are the model's
+
     def __init__(
         self, model: nn.Module, backbone: Backbone, layers: tuple[int, ...], forms: list[Any], dtype: torch.dtype
     ) -> None:
@@ -214,7 +218,8 @@ def _used(exported: ExportedProgram) -> tuple[str, ...]:
         graph.erase_node(node)  # they would keep the embeddings
     graph.eliminate_dead_code()
     exported.graph_module.recompile()
-    used = {node.name for node in graph.find_nodes(op="placeholder") if node.users}
+    # sizes can be had of the states as well
+    used = {n.name for n in graph.find_nodes(op="placeholder") if any(user.target is not _SIZE for user in n.users)}
     return tuple(name for name in BESIDE if name in used)
 
 

@@ -87,6 +87,7 @@ def test_every_family_of_one_stack(family, head, tmp_path):
             export(tmp_path / "out", family, head, {})
         return
     model, bare, note = export(tmp_path / "out", family, head, {"fusion": "concat"})
+    assert head != "token" or list(note["inputs"]) == ["states"]
     batches = [b for b in PADDED if b["input_ids"].shape != (1, 1)]
     call_elsewhere([(tmp_path / "out" / "program.pt2", calls_of(model, bare, note, batches))], tmp_path)
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,7 +13,7 @@ import torch
 from families import FAMILIES, GRID, VOCABULARY, attach
 from support import METHODS, attached, disturb, layer_of, tiny
 from support_export import call_elsewhere, calls_of, texts
-from support_text import write_recipe
+from support_text import save_decoder, write_recipe
 from transformers import LlamaForTokenClassification
 
 from fusion_adapters import FUSIONS, export_model, load_run, quantization_config
@@ -163,9 +164,14 @@ def test_what_has_no_such_program_is_refused(tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("head", ["token", "sequence"])
-def test_a_run_from_the_shell(head, tmp_path, capsys):
-    main(["train", str(write_recipe(tmp_path, head, adapter={"fusion": "concat"})), "--output", str(tmp_path / "run")])
+@pytest.mark.parametrize("kind", ["token", "sequence", "decoder"])
+def test_a_run_from_the_shell(kind, tmp_path, capsys):
+    head = "token" if kind == "token" else "sequence"
+    recipe = write_recipe(tmp_path, head, adapter={"fusion": "concat"})
+    if kind == "decoder":
+        shutil.rmtree(tmp_path / "model")
+        save_decoder(tmp_path / "model")
+    main(["train", str(recipe), "--output", str(tmp_path / "run")])
     main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "out")])
     assert "layer states" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["README.md", "program.json", "program.pt2"]
@@ -186,7 +192,7 @@ def test_a_run_from_the_shell(head, tmp_path, capsys):
     names = {"batch": batch}
     exec(states, names)
     program = torch.export.load(tmp_path / "out" / "program.pt2").module()
-    found = program(states=names["states"])
+    found = program(states=names["states"], **{name: batch[name] for name in note["inputs"] if name != "states"})
     for row, alone, mask in zip(found, run.logits(rows), batch["attention_mask"], strict=True):
         torch.testing.assert_close(row[mask.bool()] if head == "token" else row, alone, rtol=1e-5, atol=1e-5)
 

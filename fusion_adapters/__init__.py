@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .backbone.quantization import quantization_config
+    from .backbone.share import share_backbone
     from .backbone.truncate import cut_model, load_cut
     from .fusions import FUSIONS
+    from .runs.answering import load_runs
     from .runs.exporting import export_model
     from .runs.predicting import load_run, predict
     from .runs.recipe import load_recipe
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from .states import LayerStateCache, StaleCacheError, cache_layer_states
     from .tuner import FusionConfig, FusionModel, depth_weights, use_adapter
     from .tuner.counts import count_trainable
+    from .tuner.many import ManyAdapters
 
     __version__: str
 
@@ -39,6 +42,7 @@ _HOME = {
     "FusionConfig": "tuner",
     "FusionModel": "tuner",
     "LayerStateCache": "states",
+    "ManyAdapters": "tuner.many",
     "StaleCacheError": "states",
     "cache_layer_states": "states",
     "count_trainable": "tuner.counts",
@@ -48,9 +52,11 @@ _HOME = {
     "load_cut": "backbone.truncate",
     "load_recipe": "runs.recipe",
     "load_run": "runs.predicting",
+    "load_runs": "runs.answering",
     "predict": "runs.predicting",
     "quantization_config": "backbone.quantization",
     "run_recipe": "runs.training",
+    "share_backbone": "backbone.share",
     "use_adapter": "tuner",
 }
 PEFT = "peft"
@@ -61,6 +67,7 @@ __all__ = [
     "FusionConfig",
     "FusionModel",
     "LayerStateCache",
+    "ManyAdapters",
     "StaleCacheError",
     "cache_layer_states",
     "count_trainable",
@@ -70,9 +77,11 @@ __all__ = [
     "load_cut",
     "load_recipe",
     "load_run",
+    "load_runs",
     "predict",
     "quantization_config",
     "run_recipe",
+    "share_backbone",
     "use_adapter",
 ]
 

@@ -120,7 +120,7 @@ def bench(
 
 @app.command()
 def predict(
-    folder: RunFolder,
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders that train wrote, on one backbone.")],
     text: Annotated[
         list[str] | None,
         typer.Option(
@@ -128,21 +128,28 @@ def predict(
         ),
     ] = None,
     as_json: Json = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the JSON to a file, a line a text, instead of printing.")
+    ] = None,
 ) -> None:
-    """Reload an adapter and print entities, classes, numbers, filled masks, or what follows a text."""
+    """Reload an adapter, or several, and print entities, classes, numbers, filled masks, or what follows a text."""
     texts = text or _lines_of_input()
     if not texts:
         raise ValueError("There is no text to predict. Give --text '...', or lines on standard input.")
-    from .runs.predicting import load_run
-    from .runs.predicting import predict as predict_texts
+    from .runs.answers import answers_of
 
-    console = Console()
-    run = load_run(folder)
-    for prediction in predict_texts(run, texts):
-        if as_json:
-            print(json_line(prediction))
-        else:
-            console.print(visible(run.recipe.task.shown(prediction)), highlight=False, soft_wrap=True)
+    answers, console = answers_of(folders, output), Console()
+    for note in answers.notes:
+        Console(stderr=True).print(escape(visible(note)), style="yellow", highlight=False, soft_wrap=True)
+    if output is not None:
+        answers.write(texts, output)
+        print(output)
+    elif as_json:
+        for line in answers.lines(texts):
+            print(line, flush=True)  # whoever reads them need not wait for the last
+    else:
+        for shown in answers.shown(texts):
+            console.print(shown, highlight=False, soft_wrap=isinstance(shown, str))
 
 
 @app.command()

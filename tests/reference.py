@@ -89,6 +89,25 @@ def attnres_token(p, states, last):
     return fused, torch.tensor(share, dtype=torch.float64)
 
 
+def attnpool_text(p, states, last, visible):
+    """p_n,t = sum_s softmax_s(w_n . rms(z_n,s)) z_n,s; a = softmax_n(v . rms(p_n,t)); sum_n a_n p_n,t on one sequence (T, d)."""
+
+    def unit(x):
+        return x / math.sqrt(sum(v * v for v in x.tolist()) / len(x) + 1e-8)
+
+    fused, weights = [], []
+    for t in range(len(last)):
+        seen, pooled = [s for s in range(len(last)) if visible[t][s]], []
+        for n, state in enumerate(states):
+            share = _softmax([float(p["token_query"][n] @ unit(state[s])) for s in seen])
+            pooled.append(sum(a * state[s] for a, s in zip(share, seen, strict=True)))
+        share = _softmax([float(p["layer_query"] @ unit(vector)) for vector in pooled])
+        mixed = sum(a * vector for a, vector in zip(share, pooled, strict=True))
+        fused.append(last[t] + p["gamma"] * mixed if "gamma" in p else mixed)
+        weights.append(share)
+    return torch.stack(fused), torch.tensor(weights, dtype=torch.float64)
+
+
 def laya_token(p, states, last, residual, temperature):
     """x_n = W_n z_n + b_n; a = softmax(S gelu(R [x_1; ..; x_N]) / tau); U sum_n a_n x_n + c."""
     narrow = [p["down_weight"][n] @ state + p["down_bias"][n] for n, state in enumerate(states)]

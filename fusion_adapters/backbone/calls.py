@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..fusions import Context
 from .fuse import Fuse
-from .replay import GivenStates
+from .replay import FusedState, GivenStates
 
 _ACCELERATES = "_old_forward"  # where accelerate keeps the `forward` that it wraps, for a backbone spread over devices
 
@@ -39,7 +39,7 @@ class Frame:
     reached: int = 0
     absorbs: bool = False
     kept: Any = None
-    given: GivenStates | None = None
+    given: GivenStates | FusedState | None = None
     cuts: bool = False
     depth: int = 0
     answer: Any = None

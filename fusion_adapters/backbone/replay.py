@@ -53,6 +53,13 @@ class GivenStates:
     means: bool = False
 
 
+@dataclass
+class FusedState:
+    """What stands for the blocks and the fusion of a call: the fused state `(B, T, d)` itself, from another call on the same texts."""
+
+    state: Tensor
+
+
 class StandIns:
     """Takes the place of the blocks' own `forward` as long as some thread has a call with given states under way.
 
@@ -110,7 +117,7 @@ class _StandIn:
         return with_state_out(answers[self.kind], state_in(args, kwargs))
 
 
-def fuse_given(fuse: Fuse, depth: int, given: GivenStates, shown: Tensor, context: Context) -> Tensor:
+def fuse_given(fuse: Fuse, depth: int, given: GivenStates | FusedState, shown: Tensor, context: Context) -> Tensor:
     """The fused state `(B, T, d)` from given states.
 
     Args:
@@ -123,6 +130,8 @@ def fuse_given(fuse: Fuse, depth: int, given: GivenStates, shown: Tensor, contex
     Raises:
         ValueError: If there are not as many states, or not as wide ones, as the fusion wants, or they are of other layers.
     """
+    if isinstance(given, FusedState):
+        return given.state
     layers = sorted({*fuse.wanted, depth})
     count, size = len(layers), shown.shape[-1]
     if given.layers is not None and list(given.layers) != layers:

@@ -16,7 +16,7 @@ from .calls import Frame, Opener, SkippedForward, WrappedForward
 from .families import ENCODED, beside_state, cached_positions, state_in, state_out, with_state_in, with_state_out
 from .fuse import Fuses
 from .kvcache import check_written, note_skipped
-from .replay import GivenStates, LayerStates, StandIns, fuse_given
+from .replay import FusedState, GivenStates, StandIns, fuse_given
 from .shapes import check_state
 
 
@@ -25,7 +25,7 @@ class _Frames(threading.local):
 
     def __init__(self) -> None:
         self.stack: list[Frame] = []
-        self.given: GivenStates | None = None
+        self.given: GivenStates | FusedState | None = None
         self.differentiates = False  # whether the caller of the whole model wants a gradient of an input
 
 
@@ -58,7 +58,7 @@ class Taps:
         causal: bool,
         width: int,
         model: nn.Module | None = None,
-        check: Callable[[nn.Module, LayerStates], GivenStates] | None = None,
+        check: Callable[[nn.Module, Any], GivenStates | FusedState] | None = None,
         whole: Opener | None = None,
     ) -> None:
         self.fuses = fuses
@@ -106,6 +106,12 @@ class Taps:
     def open_calls(self) -> int:
         """The number of calls of the backbone that this thread has not ended yet."""
         return len(self._frames.stack)
+
+    @property
+    def fused_before(self) -> Tensor | None:
+        """The fused state `(B, T, d)` that stands for all before it in the call of this thread; None in other calls."""
+        frame = self._frame
+        return frame.given.state if frame is not None and isinstance(frame.given, FusedState) else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_frames"}  # thread-local: neither copied nor pickled
@@ -218,6 +224,10 @@ class Taps:
         state = state_out(output)
         check_state(state, self.width)
         if frame.given is None:
+            if (
+                frame.absorbs and frame.fuse.mixes_positions
+            ):  # a fusion of this block's states may want what this block knows
+                frame.context.block_args, frame.context.block_kwargs = beside_state(args, kwargs)
             self._keep(frame, frame.reached, state)
         if frame.reached != frame.depth:
             return None

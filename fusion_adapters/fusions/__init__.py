@@ -38,6 +38,7 @@ _METHODS = {
     "scalar_mix": "scalar_mix.ScalarMix",
     "attnres": "attnres.AttnRes",
     "laya": "laya.LAYA",
+    "attnpool": "attnpool.AttnPool",
     "deeper": "deeper.Deeper",
     "mlp": "controls.MLP",
     "last": "controls.Last",

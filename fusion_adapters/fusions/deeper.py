@@ -141,12 +141,7 @@ class Deeper(Fusion):
         self, states: Sequence[Tensor], last: Tensor, context: Context | None = None, return_weights: bool = False
     ) -> Any:
         context = context or Context()
-        if context.cached_positions:
-            raise ValueError(
-                f"fusion='deeper' attends over positions, but {context.cached_positions} positions of this call lie in "
-                "the backbone's KV cache, where its own blocks cannot see them. Generate with use_cache=False, or use a "
-                "fusion over depth (dwatt, concat, scalar_mix), which needs no cache."
-            )
+        check_no_cache("deeper", context)
         if self.copied:
             # the copy is an ordinary module with weights in float32, unless the model was cast as a whole
             dtype = next(self.blocks.parameters()).dtype
@@ -160,6 +155,16 @@ class Deeper(Fusion):
         for block in self.blocks:
             x = block(x, mask, context.causal)
         return x if self.norm == "none" else self.added(last, x.float() - start.float())
+
+
+def check_no_cache(name: str, context: Context) -> None:
+    """Raises ValueError if earlier positions lie in a KV cache, where a fusion that reads them cannot see them."""
+    if context.cached_positions:
+        raise ValueError(
+            f"fusion={name!r} attends over positions, but {context.cached_positions} positions of this call lie in "
+            "the backbone's KV cache, where its own blocks cannot see them. Generate with use_cache=False, or use a "
+            "fusion over depth (dwatt, concat, scalar_mix), which needs no cache."
+        )
 
 
 def attention_bias(context: Context, states: Tensor) -> Tensor | None:

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..tasks.data import DataRecipe
 from ..tuner import depth_weights, fusion_layers
+from .attaching import ADAPTER
 from .loading import check_lengths, fewest_positions, load_lower
 from .recipe import Recipe, parse_recipe
 from .tokenizers import load_tokenizer, match_padding, pieces_as_text
@@ -86,6 +87,19 @@ def load_run(folder: str | Path) -> TrainedRun:
         FileNotFoundError: If the folder holds no run.
         ValueError: If the adapter does not fit the backbone, or its file is damaged.
     """
+    recipe, labels = read_run(folder)
+    trained, depth = recipe.adapter.get("modules_to_save") or (), recipe.adapter.get("fusion_depth")
+    model, _ = load_lower(recipe.backbone, recipe.task, labels, trained, depth)
+    return attach_run(model, load_tokenizer(recipe.backbone, recipe.task), folder, recipe, labels)
+
+
+def read_run(folder: str | Path) -> tuple[Recipe, list[str]]:
+    """The recipe and the labels of a run, without its model.
+
+    Raises:
+        FileNotFoundError: If the folder holds no run.
+        ValueError: If its description is damaged.
+    """
     folder = Path(folder)
     description = folder / "run.json"
     if not description.is_file():
@@ -100,12 +114,25 @@ def load_run(folder: str | Path) -> TrainedRun:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(f"{description} is damaged ({reason}). Train again, or restore the file.") from error
-    recipe = parse_recipe(values, str(description), finished=True)
-    trained, depth = recipe.adapter.get("modules_to_save") or (), recipe.adapter.get("fusion_depth")
-    model, _ = load_lower(recipe.backbone, recipe.task, labels, trained, depth)
-    tokenizer = load_tokenizer(recipe.backbone, recipe.task)
+    return parse_recipe(values, str(description), finished=True), labels
+
+
+def attach_run(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    recipe: Recipe,
+    labels: list[str],
+    name: str = ADAPTER,
+) -> TrainedRun:
+    """Loads a run's adapter, under a name, onto a model that has its head.
+
+    Raises:
+        ValueError: If the adapter does not fit the backbone, or its file is damaged.
+    """
     match_padding(model, tokenizer)
-    return TrainedRun(PeftModel.from_pretrained(model, folder / "adapter").eval(), tokenizer, recipe, labels)
+    model = PeftModel.from_pretrained(model, Path(folder) / "adapter", adapter_name=name)
+    return TrainedRun(model.eval(), tokenizer, recipe, labels)
 
 
 def predict(run: TrainedRun, texts: Sequence[str]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -74,6 +74,10 @@ class Measure:
     def shown(self, value: float) -> str:
         """A value as tables show it."""
         return f"{self.scale * value:.{self.digits}f}"
+
+
+# The steps of a prediction: gives rows, is sent the logits of each, and returns what is predicted.
+Asking = Generator[list[dict[str, Any]], list[Tensor], list[dict[str, Any]]]
 
 
 class FinishedRun(Protocol):
@@ -308,10 +312,24 @@ class Task(ABC):
         """The texts of one example as a user writes it on one line. Raises ValueError if they do not fit the task."""
         return [text]
 
-    @abstractmethod
     def predict(self, run: FinishedRun, texts: Sequence[str]) -> list[dict[str, Any]]:
         """Predictions for texts, as dictionaries that JSON can hold. Raises ValueError if a text does not fit."""
+        asking = self.asking(run, texts)
+        try:
+            rows = next(asking)
+            while True:
+                rows = asking.send(run.logits(rows))
+        except StopIteration as done:
+            return done.value
+
+    @abstractmethod
+    def asking(self, run: FinishedRun, texts: Sequence[str]) -> Asking:
+        """The steps of `predict`. Whoever takes them answers with logits, for several runs at once if they have the same rows."""
 
     @abstractmethod
     def shown(self, prediction: Mapping[str, Any]) -> str:
-        """A prediction as rich text, a line or two."""
+        """A prediction with its text as rich text, a line or two."""
+
+    def answer(self, prediction: Mapping[str, Any]) -> str:
+        """A prediction as rich text that stands beside its text; by default with the text in it."""
+        return self.shown(prediction)

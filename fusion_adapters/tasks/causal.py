@@ -11,7 +11,7 @@ from rich.markup import escape
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from .base import IGNORED, Encoded, Example, FinishedRun, Measure
+from .base import IGNORED, Asking, Encoded, Example, FinishedRun, Measure
 from .chat import ChatTemplate, asked, conversation, read_conversations
 from .data import OF_GENERATION, DataRecipe
 from .language import LOSS, PERPLEXITY, LanguageTask
@@ -178,11 +178,12 @@ class CausalLM(LanguageTask):
 
     # prediction
 
-    def predict(self, run: FinishedRun, texts: Sequence[str]) -> list[dict[str, Any]]:
+    def asking(self, run: FinishedRun, texts: Sequence[str]) -> Asking:
         """For each text `{"text", "completion", "ended"}`: what the model writes after it, and whether it came to an end.
 
         The text is written as in training: with the separator of a prompt after it, or as a question in the chat template.
         """
+        yield from ()  # of no row: each piece comes after the one before, see `continued`
         return [self._completion(run, text) for text in texts]
 
     def _completion(self, run: FinishedRun, text: str) -> dict[str, Any]:
@@ -203,8 +204,11 @@ class CausalLM(LanguageTask):
 
     def shown(self, prediction: Mapping[str, Any]) -> str:
         """The text, and under it what the model writes after it."""
-        more = "" if prediction["ended"] else SHOWN
-        return f"{escape(prediction['text'])}\n  [bold cyan]{escape(prediction['completion'])}[/]{more}"
+        return f"{escape(prediction['text'])}\n  {self.answer(prediction)}"
+
+    def answer(self, prediction: Mapping[str, Any]) -> str:
+        """What the model writes."""
+        return f"[bold cyan]{escape(prediction['completion'])}[/]{'' if prediction['ended'] else SHOWN}"
 
 
 def pieces_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

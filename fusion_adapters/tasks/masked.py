@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from rich.markup import escape
+from torch import Tensor
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
-from .base import IGNORED, Encoded, Example, FinishedRun, Measure
+from .base import IGNORED, Asking, Encoded, Example, FinishedRun, Measure
 from .data import DataRecipe
 from .language import LOSS, PERPLEXITY, LanguageTask
 from .masking import Masker, mask_token_of
@@ -68,18 +69,21 @@ class MaskedLM(LanguageTask):
                 encoded.words.append((index, []))
         return encoded
 
-    def predict(self, run: FinishedRun, texts: Sequence[str]) -> list[dict[str, Any]]:
+    def asking(self, run: FinishedRun, texts: Sequence[str]) -> Asking:
         """For each text `{"text", "filled", "masks": [{"piece", "probability"}]}` with the likeliest piece for each mask."""
-        return [self._filled(run, text) for text in texts]
+        found = []
+        for text in texts:
+            found.append((yield from self._filled(run, text)))
+        return found
 
-    def _filled(self, run: FinishedRun, text: str) -> dict[str, Any]:
+    def _filled(self, run: FinishedRun, text: str) -> Generator[list[dict[str, Any]], list[Tensor], dict[str, Any]]:
         mask, written = mask_token_of(run.tokenizer), str(run.tokenizer.mask_token)
         length = run.data.max_length
         parts = run.tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True)["input_ids"]
         rows = [{"input_ids": pieces, "attention_mask": [1] * len(pieces)} for pieces in parts if mask in pieces]
         found: list[int] = []
         masks = []
-        for row, logits in zip(rows, run.logits(rows), strict=True):
+        for row, logits in zip(rows, (yield rows), strict=True):
             positions = [i for i, piece in enumerate(row["input_ids"]) if piece == mask]
             for probabilities in logits[positions].softmax(-1):
                 found.append(int(probabilities.argmax()))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
-from .base import Example, FinishedRun
+from .base import Asking, Example, FinishedRun
 from .data import DataRecipe
 from .sequences import SequenceClassification
 from .tables import PAIRS, Table
@@ -43,10 +43,10 @@ class SentencePairs(SequenceClassification):
     def parts(self, text: str, data: DataRecipe) -> list[str]:
         return split_pair(text, self.name)
 
-    def predict(self, run: FinishedRun, texts: Sequence[str]) -> list[dict[str, Any]]:
+    def asking(self, run: FinishedRun, texts: Sequence[str]) -> Asking:
         """For each pair, written with a tab between its texts, `{"text", "second", "label", "probability"}`."""
         pairs = [self.parts(text, run.data) for text in texts]
-        found = self._classified(run, [Example(pair, [run.labels[0]]) for pair in pairs])
+        found = yield from self._classified(run, [Example(pair, [run.labels[0]]) for pair in pairs])
         return [{"text": a, "second": b, **answer} for (a, b), answer in zip(pairs, found, strict=True)]
 
     def shown(self, prediction: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from .base import Encoded, Example, FinishedRun, Measure, Task
+from .base import Asking, Encoded, Example, FinishedRun, Measure, Task
 from .data import DataRecipe
 from .pairs import pair_columns, split_pair
 from .sequences import encode_texts, rows_to_predict
@@ -131,10 +131,10 @@ class Regression(Task):
     def parts(self, text: str, data: DataRecipe) -> list[str]:
         return split_pair(text, self.name) if isinstance(data.text, list) else [text]
 
-    def predict(self, run: FinishedRun, texts: Sequence[str]) -> list[dict[str, Any]]:
+    def asking(self, run: FinishedRun, texts: Sequence[str]) -> Asking:
         """For each text `{"text", "value"}`; for a pair, written with a tab between its texts, also `"second"`."""
         parts = [self.parts(text, run.data) for text in texts]
-        values = run.logits(rows_to_predict(self, run, [Example(part, [0.0]) for part in parts]))
+        values = yield rows_to_predict(self, run, [Example(part, [0.0]) for part in parts])
         return [
             {**dict(zip(("text", "second"), part, strict=False)), "value": round(float(value), 4)}
             for part, value in zip(parts, values, strict=True)
@@ -143,4 +143,8 @@ class Regression(Task):
     def shown(self, prediction: Mapping[str, Any]) -> str:
         """The text or the two texts, a line each, and under them the number."""
         lines = [escape(prediction[name]) for name in ("text", "second") if name in prediction]
-        return "\n".join([*lines, f"  [bold cyan]{prediction['value']:.3f}[/]"])
+        return "\n".join([*lines, f"  {self.answer(prediction)}"])
+
+    def answer(self, prediction: Mapping[str, Any]) -> str:
+        """The number."""
+        return f"[bold cyan]{prediction['value']:.3f}[/]"

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from rich.markup import escape
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from .base import Encoded, Example, FinishedRun, Measure, Task
+from .base import Asking, Encoded, Example, FinishedRun, Measure, Task
 from .data import DataRecipe
 from .tables import Table, is_printed_list
 
@@ -86,14 +86,14 @@ class SequenceClassification(Task):
 
         return {"accuracy": float(accuracy_score(gold, predicted))}
 
-    def predict(self, run: FinishedRun, texts: Sequence[str]) -> list[dict[str, Any]]:
+    def asking(self, run: FinishedRun, texts: Sequence[str]) -> Asking:
         """For each text `{"text", "label", "probability"}`."""
-        found = self._classified(run, [Example([text], [run.labels[0]]) for text in texts])
+        found = yield from self._classified(run, [Example([text], [run.labels[0]]) for text in texts])
         return [{"text": text, **answer} for text, answer in zip(texts, found, strict=True)]
 
-    def _classified(self, run: FinishedRun, examples: Sequence[Example]) -> list[dict[str, Any]]:
+    def _classified(self, run: FinishedRun, examples: Sequence[Example]) -> Asking:
         answers = []
-        for logits in run.logits(rows_to_predict(self, run, examples)):
+        for logits in (yield rows_to_predict(self, run, examples)):
             probabilities = logits.softmax(-1)
             best = int(probabilities.argmax())
             answers.append({"label": run.labels[best], "probability": round(float(probabilities[best]), 4)})
@@ -101,7 +101,11 @@ class SequenceClassification(Task):
 
     def shown(self, prediction: Mapping[str, Any]) -> str:
         """The text, and under it the class with its probability."""
-        return f"{escape(prediction['text'])}\n  [bold cyan]{escape(prediction['label'])}[/] {prediction['probability']:.2f}"
+        return f"{escape(prediction['text'])}\n  {self.answer(prediction)}"
+
+    def answer(self, prediction: Mapping[str, Any]) -> str:
+        """The class with its probability."""
+        return f"[bold cyan]{escape(prediction['label'])}[/] {prediction['probability']:.2f}"
 
 
 def in_order(labels: Iterable[str]) -> list[str]:

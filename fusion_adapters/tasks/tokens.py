@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .base import IGNORED, Encoded, Example, FinishedRun, Measure, Task
+from .base import IGNORED, Asking, Encoded, Example, FinishedRun, Measure, Task
 from .data import DataRecipe
 from .tables import WRITE_LISTS, Table, is_printed_list
 from .tags import advice, is_tag, to_bio
@@ -156,7 +156,7 @@ class TokenClassification(Task):
 
         return {"f1": float(f1_score(gold, predicted, zero_division=0))}  # a quarter of the time of `score`
 
-    def predict(self, run: FinishedRun, texts: Sequence[str]) -> list[dict[str, Any]]:
+    def asking(self, run: FinishedRun, texts: Sequence[str]) -> Asking:
         """For each text `{"text", "entities": [{"type", "text", "start", "end"}]}` with character offsets."""
         spans = [word_spans(text) for text in texts]
         examples = [
@@ -167,7 +167,7 @@ class TokenClassification(Task):
         for (i, _), row in zip(encoded.words, encoded.rows, strict=True):
             if not row["input_ids"]:
                 raise ValueError(f"The text {texts[i]!r} has no word pieces for this tokenizer. Give texts with words.")
-        predicted = [logits.argmax(-1).tolist() for logits in run.logits(encoded.rows)]
+        predicted = [logits.argmax(-1).tolist() for logits in (yield encoded.rows)]
         tags = decode_tags(encoded, predicted, examples, run.labels)
         return [
             {"text": text, "entities": _entities(text, where, found)}

@@ -56,16 +56,16 @@ class Fusing:
         fusion: Any = self.fusion
         # a backbone spread over devices: the fusion sits where the last block computes
         state = state.to(next(fusion.parameters()).device)
-        return fusion.absorb(kept, fusion.layers.index(layer), self._pooled(state, context))
+        return fusion.absorb(kept, fusion.layers.index(layer), self.pooled(state, context))
 
     def finish(self, kept: Any, last: Tensor, context: Context) -> Tensor:
         """The fused state from what was absorbed, see `Fusion.finish`."""
         fusion: Any = self.fusion
-        return fusion.finish(kept, self._pooled(last, context))
+        return fusion.finish(kept, self.pooled(last, context))
 
-    def _pooled(self, state: Tensor, context: Context) -> Tensor:
+    def pooled(self, state: Tensor, context: Context) -> Tensor:
         """A state as the fusion reads it, see `Fusion.pools`; the means of one do not wait for the others."""
-        if not self.fusion.pools:
+        if not self.fusion.pools or context.means:
             return state
         if self.means is None:
             self.means = Means(context, state)

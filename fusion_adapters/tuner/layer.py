@@ -16,7 +16,7 @@ from ..backbone.blocks import Backbone
 from ..backbone.families import input_embeddings
 from ..backbone.fingerprint import fingerprints
 from ..backbone.quantization import keep_unpacked
-from ..backbone.replay import GivenStates, LayerStates
+from ..backbone.replay import FusedState, GivenStates
 from ..backbone.taps import Taps
 from ..backbone.walk import modules_of
 from ..fusions import Context, Fusion
@@ -26,6 +26,7 @@ from .casts import warn_if_cast, warn_if_cast_in_call
 from .drafts import is_draft, named_blocks
 from .fusing import Fusing
 from .lower import depth_of
+from .rows import FusingRows
 from .threads import Calls, Follower, deleted
 
 
@@ -54,7 +55,7 @@ class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
         adapter_name: str,
         fusion: Fusion,
         model: nn.Module | None = None,
-        check: Callable[[nn.Module, LayerStates], GivenStates] | None = None,
+        check: Callable[[nn.Module, Any], GivenStates | FusedState] | None = None,
         known: dict[str, str] | None = None,
         calls: Calls | None = None,
     ) -> None:
@@ -99,18 +100,28 @@ class FusionLayer(Follower, AuxiliaryTrainingWrapper, BaseTunerLayer):
             raise deleted(active[0])
         return fusion  # type: ignore[return-value]
 
-    def begin(self) -> Fusing | None:
+    def begin(self) -> Fusing | FusingRows | None:
         """What fuses in a call of this thread that begins now; None if no fusion is active."""
         fusion = self.active_fusion
         if fusion is None or is_draft(self):
             return None
+        rows = None if self.calls is None else self.calls.here.rows
+        if rows is not None:
+            own = {name: self.fusing(name) for name in dict.fromkeys(rows) if name in self.fusions}
+            return FusingRows(own, rows, self.backbone.num_layers, self.backbone.model_type)
         if self.training and torch.is_grad_enabled():
             warn_if_cast_in_call(self)
         asked = None if self.calls is None else self.calls.here.recording
         recording = asked[1] if asked is not None and asked[0] is self and fusion.has_weights else None
-        return Fusing(
-            self, fusion, frozenset(fusion.layers), fusion.mixes_positions or fusion.pools, self._depth(fusion), recording
-        )
+        return self._fusing(fusion, recording)
+
+    def _fusing(self, fusion: Fusion, recording: list[Tensor] | None = None) -> Fusing:
+        mixes = fusion.mixes_positions or fusion.pools
+        return Fusing(self, fusion, frozenset(fusion.layers), mixes, self._depth(fusion), recording)
+
+    def fusing(self, name: str) -> Fusing:
+        """What fuses in a call of an adapter, whoever is active."""
+        return self._fusing(self.fusions[name])  # type: ignore[arg-type]
 
     @property
     def running(self) -> Backbone:

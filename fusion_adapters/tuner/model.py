@@ -42,6 +42,7 @@ from .offloaded import check_values as check_offloaded
 from .offloaded import fill_heads, in_memory, is_offloaded
 from .refill import check_same_options
 from .replay import checked_states
+from .rows import rows_apart
 from .threads import ATTACHING, Calls
 from .undo import Before
 from .weights import (
@@ -203,7 +204,7 @@ class FusionModel(LoraModel):
             super()._create_and_replace(lora_config, adapter_name, target, *args, **kwargs)
 
     def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
-        """Makes an adapter active; the model's outputs then have the names of its labels."""
+        """Makes an adapter active, and names the outputs as its labels."""
         with self.calls.switching():
             super().set_adapter(adapter_name, *args, **kwargs)
             config: Any = self.peft_config[self.active_adapters[0]]
@@ -229,12 +230,9 @@ class FusionModel(LoraModel):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "adapter_names (several adapters in one batch) does not work with a fusion, which replaces the output of "
-                "the last block for the whole batch. Run one batch per adapter, with model.set_adapter in between."
-            )
-        with self.calls.held(), super()._enable_peft_forward_hooks(*args, **kwargs):  # of a whole generation, too
+        names = kwargs.pop("adapter_names", None)
+        apart = contextlib.nullcontext() if names is None else rows_apart(self, names, kwargs)
+        with self.calls.held(), apart, super()._enable_peft_forward_hooks(*args, **kwargs):  # of a whole generation, too
             yield
 
     def merge_and_unload(

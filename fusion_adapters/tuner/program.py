@@ -71,8 +71,7 @@ def export_program(model: nn.Module, batch: Mapping[str, Tensor]) -> Program:
         tail = _Tail(inner, layer.running, layers_read(layer), forms, states.dtype)
         exported, beside = _traced(tail, states, batch)
         listed = _listed(inner, layer, batch)
-    sizes: tuple[str, ...] = ("batch", "positions")[: answer.dim() - 1]
-    shape = (*sizes, answer.shape[-1])
+    shape: tuple[str | int, ...] = (*("batch", "positions")[: answer.dim() - 1], answer.shape[-1])
     return Program(exported, tail.layers, beside, states.dtype, states.shape[-1], shape, answer.dtype, listed)
 
 
@@ -148,7 +147,7 @@ def _unlike(model: nn.Module, layer: FusionLayer, sizes: Sequence[str], what: st
 class _Tail(nn.Module):
     """The model without its blocks: what is traced."""
 
-    backbone: Backbone  # no child: its blocks are the model's
+    backbone: Backbone
 
     def __init__(
         self, model: nn.Module, backbone: Backbone, layers: tuple[int, ...], forms: list[Any], dtype: torch.dtype
@@ -156,7 +155,7 @@ class _Tail(nn.Module):
         super().__init__()
         self.model = model
         self.layers, self.forms, self.dtype = layers, forms, dtype
-        self.__dict__["backbone"] = backbone
+        self.__dict__["backbone"] = backbone  # no module: it is none, and torch must not see its blocks
 
     def forward(self, states: Tensor, attention_mask: Tensor | None = None, input_ids: Tensor | None = None) -> Tensor:
         # where the answer does not depend on it, any will do

@@ -5,19 +5,21 @@ from __future__ import annotations
 from torch import nn
 
 from ..backbone.families import is_causal_lm
-from ..backbone.replay import GivenStates, LayerStates
+from ..backbone.replay import FusedState, GivenStates, LayerStates
 from .active import adapters_in_use
 from .layer import FusionLayer, fusion_layers
 from .pooling import reads_means
 
 
-def checked_states(model: nn.Module, layer_states: LayerStates) -> GivenStates:
+def checked_states(model: nn.Module, layer_states: LayerStates | FusedState) -> GivenStates | FusedState:
     """What the taps need of the states that came with a call of the model.
 
     Raises:
         ValueError: If the model has no single active fusion, something trains inside its backbone, or the states are those
             of other layers or positions than it needs.
     """
+    if isinstance(layer_states, FusedState):  # of a pass that several adapters share, see many.py, which has checked them
+        return layer_states
     layers = fusion_layers(model)
     if len(layers) != 1 or layers[0].backbone.stack is not None or layers[0].active_fusion is None:
         raise ValueError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class _Here(threading.local):
         switches: The model's count of switches when it began.
         chosen: The adapter of `use_adapter`, `()` for none; None outside of it.
         unfused: Whether calls leave the fusion out.
+        rows: The adapter of each row of a batch (`adapter_names`); None where all rows have the active one.
         named: The configurations of the backbones, and how many blocks each named when the outermost call began.
         recording: The fusion layer whose weights over depth are wanted, and those found.
     """
@@ -40,6 +42,7 @@ class _Here(threading.local):
         self.switches = 0
         self.chosen: tuple[str, ...] | None = None
         self.unfused = False
+        self.rows: tuple[str, ...] | None = None
         self.named: list[tuple[Any, int]] = []
         self.recording: tuple[nn.Module, list[Tensor]] | None = None
 
@@ -176,6 +179,26 @@ class Calls:
         finally:
             here.chosen, here.states = before
 
+    @contextlib.contextmanager
+    def of_rows(self, names: tuple[str, ...]) -> Iterator[None]:
+        """Calls of this thread in the body have an adapter for each row of their batches."""
+        here = self.here
+        before, here.rows = here.rows, names
+        self._cross()
+        try:
+            yield
+        finally:
+            here.rows = before
+            self._cross()
+
+    def _cross(self) -> None:
+        """Tells calls of other threads that LoRA layers answer for other adapters now."""
+        with self._lock:
+            own = self.here.switches == self.switches
+            self.switches += self.layerwise
+            if own:
+                self.here.switches = self.switches
+
 
 class Follower(nn.Module):
     """A module of peft whose active adapter is that of the call which is under way in its thread."""
@@ -233,9 +256,28 @@ class HeadWrapper(Follower, ModulesToSaveWrapper):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         active, disabled = now = self.state_in_call()
+        rows = None if self.calls is None else self.calls.here.rows
+        if rows is not None and not disabled:
+            return self._by_rows(rows, *args, **kwargs)
         if now != self.state() and not disabled and active and active[0] not in self.modules_to_save:
             raise deleted(active[0])
         return super().forward(*args, **kwargs)
+
+    def _by_rows(self, names: tuple[str, ...], hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The answers of the heads of several adapters, each for its own rows of what comes first, `(B, ...)`."""
+        answers: list[Tensor] = [hidden] * len(names)
+        heads = dict(self.modules_to_save.items())
+        for name, rows in groups_of(names, len(hidden)).items():
+            head = heads.get(name, self.original_module)
+            for row, answer in zip(rows, head(hidden[rows], *args, **kwargs), strict=True):
+                answers[row] = answer
+        if len(shapes := {tuple(answer.shape) for answer in answers}) > 1:
+            raise ValueError(
+                f"The adapters of this batch have heads of different sizes ({', '.join(map(str, sorted(shapes)))} for a row), and one "
+                "answer cannot hold both. Call the model once for each of them, or use ManyAdapters."
+            )
+        dtype = functools.reduce(torch.promote_types, (answer.dtype for answer in answers))
+        return torch.stack([answer.to(dtype) for answer in answers])
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
@@ -248,6 +290,19 @@ class HeadWrapper(Follower, ModulesToSaveWrapper):
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
         super().delete_adapter(adapter_name, new_active_adapters)
         self.switched()
+
+
+def groups_of(names: Sequence[str], rows: int) -> dict[str, list[int]]:
+    """The rows of each adapter.
+
+    Raises:
+        ValueError: If there are not as many names as rows.
+    """
+    if len(names) != rows:
+        raise ValueError(
+            f"adapter_names has {len(names)} names, and the batch has {rows} rows. Give one name for each row, '__base__' for none."
+        )
+    return {name: [i for i, own in enumerate(names) if own == name] for name in dict.fromkeys(names)}
 
 
 def deleted(name: str) -> RuntimeError:

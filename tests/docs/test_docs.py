@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
+from support_answering import CLASSES, TAGS, make_run
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, LlamaConfig
 
 from fusion_adapters import FUSIONS, FusionConfig
@@ -50,7 +51,11 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         "collator": DataCollatorForTokenClassification(tokenizer),
         "train_set": Dataset.from_list(rows),
         "batch": tokenizer(["A short text."], return_tensors="pt"),
+        "texts": ["A short text."],
     }
+    if any('"outputs/' in block for block in code):
+        make_run(tmp_path / "outputs" / "ner", MINILM, "token_classification", TAGS)
+        make_run(tmp_path / "outputs" / "intent", MINILM, "sequence_classification", CLASSES)
     names["model"] = get_peft_model(
         AutoModelForTokenClassification.from_pretrained(folder, num_labels=9), FusionConfig(task_type="TOKEN_CLS")
     )

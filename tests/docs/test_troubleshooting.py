@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support_cache import cached, some_rows
 
-from fusion_adapters import FusionConfig, LayerStateCache, depth_weights
+from fusion_adapters import FusionConfig, LayerStateCache, ManyAdapters, depth_weights
 from fusion_adapters.tuner import fusion_layers
 
 PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
@@ -205,8 +205,14 @@ CASES = {
         model.base_model.set_adapter(["default", "second"]),
     ],
     "Another thread switched, disabled or deleted an adapter": lambda f: switched_meanwhile(),
-    "adapter_names (several adapters in one batch) does not work with a fusion": lambda f: attach("bert", "token").eval()(
-        **inputs("bert", "token"), adapter_names=["default", "__base__"]
+    "adapter_names mixes adapters that stop at different blocks": lambda f: [
+        model := attach("bert", "token"),
+        model.add_adapter("lower", FusionConfig(task_type="TOKEN_CLS", fusion_depth=2)),
+        model.eval()(**inputs("bert", "token"), adapter_names=["default", "lower"]),
+    ],
+    "... holds LoRA, which changes the blocks": lambda f: ManyAdapters(attach("bert", "token", lora=True)),
+    "... is attached to another backbone than the others": lambda f: ManyAdapters(
+        attach("bert", "token"), get_peft_model(plain(seed=1), FusionConfig(task_type="TOKEN_CLS"), adapter_name="second")
     ),
     "... cannot be folded into the backbone's weights and would be lost": lambda f: attach(
         "bert", "token"

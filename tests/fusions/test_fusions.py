@@ -156,6 +156,27 @@ def test_deeper_equals_a_transformer_block_under_every_mask(causal, padding):
     assert fused.isfinite().all()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+@pytest.mark.parametrize("init", ["identity", "paper"])
+def test_attnpool_equals_its_equations_under_every_mask(causal, padding, init):
+    fusion, states, last = build("attnpool", init=init)
+    mask = torch.ones(B, T, dtype=torch.long)
+    if padding != "none":
+        mask[1, 2 if padding == "right" else 0] = 0
+    fused, weights = fusion(states, last, Context(None if padding == "none" else mask, causal), return_weights=True)
+    for b in range(B):
+        visible = [[bool(mask[b, j]) and (j <= i or not causal) for j in range(T)] for i in range(T)]
+        for i in range(T):
+            visible[i][i] = visible[i][i] or not any(visible[i])
+        own = [state[b].double() for state in states]
+        expected, shares = reference.attnpool_text(doubled(fusion), own, last[b].double(), visible)
+        real = mask[b].bool()
+        torch.testing.assert_close(fused[b][real].double(), expected[real], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weights[b][real].double(), shares[real], rtol=1e-4, atol=1e-6)
+    assert fused.isfinite().all()
+
+
 def count(name, d, n, **options):
     return sum(p.numel() for p in build_fusion(name, d, n, **options).parameters())
 
@@ -163,6 +184,7 @@ def count(name, d, n, **options):
 def test_counts_are_the_closed_formulas_of_the_docstrings():
     d, n, r = 48, 5, 12
     assert count("attnres", d, n) == 2 * d + 1 and count("attnres", d, n, init="paper") == 2 * d
+    assert count("attnpool", d, n) == (n + 1) * d + 1 == count("attnpool", d, n, init="paper") + 1
     laya = n * (d * r + r) + (2 * n * r * r + 2 * r) + (2 * r * n + n) + (r * d + d)
     assert count("laya", d, n, bottleneck=r) == laya
     uniform = n * d * r + 3 * r + d * r + d
@@ -211,7 +233,7 @@ def test_every_method_starts_as_the_identity_and_learns_from_there(name):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert losses[-1] < losses[0] * (0.999 if name in ("scalar_mix", "attnres") else 0.8)
+    assert losses[-1] < losses[0] * (0.999 if name in ("scalar_mix", "attnres", "attnpool") else 0.8)
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in fusion.parameters()), "a parameter takes no part"
 
 

@@ -42,7 +42,7 @@ def test_training_and_answers_from_a_cache_are_those_of_the_backbone(family, met
     fields = {"fusion_dropout": 0.0} if METHODS[method].get("fusion_dropout") else {}
     model, rows = model_of(family, method, **fields), texts()
     cache = cached(model, rows, tmp_path / "means")
-    assert cache.manifest["means"] is (METHODS[method]["fusion"] != "deeper")
+    assert cache.manifest["means"] is not FUSIONS[METHODS[method]["fusion"]].mixes_positions
     batch = from_cache(cache, rows)
     assert batch["layer_states"]["kept"] == ("means" if cache.manifest["means"] else "all")
     same_answers(model, rows, batch)

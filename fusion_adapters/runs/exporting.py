@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,16 +77,19 @@ def export_model(
     path = check_output(output, overwrite, "export")
     layer = exportable(model.eval())
     batches = _batches(model)
-    program = export_program(model, batches[0])
-    with written_aside(path, overwrite, "export") as aside:
-        torch.export.save(program.exported, aside / PROGRAM)
-        call = torch.export.load(aside / PROGRAM).module()
-        difference = largest_difference(program, call, model, batches)
-        note = _note(model, layer, program, told or {})
-        note["bytes"] = (aside / PROGRAM).stat().st_size
-        note["compared"] = {"sizes": [list(b["input_ids"].shape) for b in batches], "largest_difference": difference}
-        (aside / EXPORT).write_text(json_text(note), encoding="utf-8")
-        (aside / CARD).write_text(program_card(note), encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # of torch, which copies its own trees
+        program = export_program(model, batches[0])
+        with written_aside(path, overwrite, "export") as aside:
+            torch.export.save(program.exported, aside / PROGRAM)
+            call = torch.export.load(aside / PROGRAM).module()
+            difference = largest_difference(program, call, model, batches)
+            note = _note(model, layer, program, told or {})
+            note["bytes"] = (aside / PROGRAM).stat().st_size
+            sizes = [list(batch["input_ids"].shape) for batch in batches]
+            note["compared"] = {"sizes": sizes, "largest_difference": difference}
+            (aside / EXPORT).write_text(json_text(note), encoding="utf-8")
+            (aside / CARD).write_text(program_card(note), encoding="utf-8")
     return note
 
 

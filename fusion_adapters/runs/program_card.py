@@ -17,6 +17,7 @@ def program_card(note: dict[str, Any]) -> str:
         note: The content of `program.json`, see `export_model`.
     """
     backbone, adapter, compared = note["backbone"], note["adapter"], note["compared"]
+    far = compared["largest_difference"]
     sizes = ", ".join(" x ".join(map(str, size)) for size in compared["sizes"])
     lines = [
         f"# {adapter['method']} and head as a program",
@@ -51,8 +52,8 @@ def program_card(note: dict[str, Any]) -> str:
         "| --- | --- |",
         *(f"| {name} | {value} |" for name, value in _facts(note).items() if value),
         "",
-        f"Before it was written, it was compared with the model on random texts ({sizes} positions): the answers differ by at most "
-        f"{compared['largest_difference']:.1g} of the largest. The same for programs: `program.json`.",
+        f"Before it was written, it was compared with the model on random texts ({sizes} positions): the answers "
+        f"{f'differ by at most {far:.1g} of the largest' if far else 'are equal'}. The same for programs: `program.json`.",
     ]
     return "\n".join(lines) + "\n"
 

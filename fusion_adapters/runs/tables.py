@@ -179,6 +179,7 @@ def export_table(note: dict[str, Any], title: str) -> Table:
     table = Table(title=escape(visible(title)), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
+    far = note["compared"]["largest_difference"]
     lacking = [layer for layer, place in (note["hidden_states"] or {}).items() if place is None]
     rows = {
         "layer states": ", ".join(map(str, note["layers"])),
@@ -187,7 +188,7 @@ def export_table(note: dict[str, Any], title: str) -> Table:
         "scores": f"({', '.join(map(str, note['scores']['shape']))}), {note['scores']['dtype']}",
         "of the vocabulary": note["scores"]["of_word_pieces"] and "the head's embeddings are in the file",
         "size": f"{note['bytes'] / 2**20:,.2f} MiB",
-        "largest difference from the model": f"{note['compared']['largest_difference']:.1g} of the largest score",
+        "largest difference from the model": f"{far:.1g} of the largest score" if far else "none",
     }
     for name, value in rows.items():
         if value:

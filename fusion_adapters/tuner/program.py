@@ -21,6 +21,7 @@ BESIDE = ("attention_mask", "input_ids")  # what a program may want besides stat
 # How far an answer may be from the live one, in shares of the largest: rounding of float32, and of 16 bits.
 FAR, FAR_IN_16_BITS = 1e-4, 3e-2
 _ASSERTED = torch.ops.aten._assert_tensor_metadata.default
+_SIZE = torch.ops.aten.sym_size.int
 _OF_TRACES = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")  # file names among them
 
 
@@ -216,7 +217,8 @@ def _used(exported: ExportedProgram) -> tuple[str, ...]:
         graph.erase_node(node)  # they would keep the embeddings
     graph.eliminate_dead_code()
     exported.graph_module.recompile()
-    used = {node.name for node in graph.find_nodes(op="placeholder") if node.users}
+    # sizes can be had of the states as well
+    used = {n.name for n in graph.find_nodes(op="placeholder") if any(user.target is not _SIZE for user in n.users)}
     return tuple(name for name in BESIDE if name in used)
 
 
@@ -236,6 +238,7 @@ def _prune(exported: ExportedProgram) -> None:
         for key in _OF_TRACES:
             node.meta.pop(key, None)
     exported.graph_module.recompile()
+    exported.example_inputs = None  # the states of the trace, which would be saved, too
     exported.validate()
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,7 +13,7 @@ import torch
 from families import FAMILIES, GRID, VOCABULARY, attach
 from support import METHODS, attached, disturb, layer_of, tiny
 from support_export import call_elsewhere, calls_of, texts
-from support_text import write_recipe
+from support_text import save_decoder, write_recipe
 from transformers import LlamaForTokenClassification
 
 from fusion_adapters import FUSIONS, export_model, load_run, quantization_config
@@ -33,7 +34,8 @@ def check_methods(cases, folder):
     found = []
     for family, head, name, fields in cases:
         model, bare, note = export(folder / f"{family}.{name}", family, head, fields, num_hidden_layers=3)
-        assert list(note["inputs"]) == (["states", "attention_mask"] if "deeper" in name else ["states"]), name
+        wanted = ["states", "attention_mask"] if FUSIONS[fields["fusion"]].mixes_positions else ["states"]
+        assert list(note["inputs"]) == wanted, name
         found.append((folder / f"{family}.{name}" / "program.pt2", calls_of(model, bare, note, PADDED)))
     call_elsewhere(found, folder)
 
@@ -87,6 +89,7 @@ def test_every_family_of_one_stack(family, head, tmp_path):
             export(tmp_path / "out", family, head, {})
         return
     model, bare, note = export(tmp_path / "out", family, head, {"fusion": "concat"})
+    assert head != "token" or list(note["inputs"]) == ["states"]
     batches = [b for b in PADDED if b["input_ids"].shape != (1, 1)]
     call_elsewhere([(tmp_path / "out" / "program.pt2", calls_of(model, bare, note, batches))], tmp_path)
 
@@ -137,7 +140,7 @@ def test_a_quantised_backbone(bits, tmp_path):
 def test_the_model_is_left_as_it_was(tmp_path):
     model = disturb(attach("llama", "token", fusion="concat")).eval()
     (batch,) = texts(VOCABULARY, [(2, 11)])
-    before = model(**batch).logits
+    before = model(**batch, output_hidden_states=True).logits  # transformers' own hooks come with the first such call
     names, hooks = [n for n, _ in model.named_parameters()], [len(m._forward_hooks) for m in model.modules()]
     export_model(model, tmp_path / "out")
     assert names == [n for n, _ in model.named_parameters()]
@@ -162,9 +165,14 @@ def test_what_has_no_such_program_is_refused(tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("head", ["token", "sequence"])
-def test_a_run_from_the_shell(head, tmp_path, capsys):
-    main(["train", str(write_recipe(tmp_path, head, adapter={"fusion": "concat"})), "--output", str(tmp_path / "run")])
+@pytest.mark.parametrize("kind", ["token", "sequence", "decoder"])
+def test_a_run_from_the_shell(kind, tmp_path, capsys):
+    head = "token" if kind == "token" else "sequence"
+    recipe = write_recipe(tmp_path, head, adapter={"fusion": "concat"})
+    if kind == "decoder":
+        shutil.rmtree(tmp_path / "model")
+        save_decoder(tmp_path / "model")
+    main(["train", str(recipe), "--output", str(tmp_path / "run")])
     main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "out")])
     assert "layer states" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["README.md", "program.json", "program.pt2"]
@@ -185,7 +193,7 @@ def test_a_run_from_the_shell(head, tmp_path, capsys):
     names = {"batch": batch}
     exec(states, names)
     program = torch.export.load(tmp_path / "out" / "program.pt2").module()
-    found = program(states=names["states"])
+    found = program(states=names["states"], **{name: batch[name] for name in note["inputs"] if name != "states"})
     for row, alone, mask in zip(found, run.logits(rows), batch["attention_mask"], strict=True):
         torch.testing.assert_close(row[mask.bool()] if head == "token" else row, alone, rtol=1e-5, atol=1e-5)
 

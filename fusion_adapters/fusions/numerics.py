@@ -74,9 +74,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
+def _linears(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As `linear` for each layer: `(N, rows, in)` with `(N, out, in)` and `(N, out)`."""
+    return torch.baddbmm(bias.to(x.dtype).unsqueeze(1), x, weight.to(x.dtype).mT)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Layer norm over the last axis, computed in float32, returned in the dtype of `x`."""
     return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float()).to(x.dtype)
+
+
+def layer_norms(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As `layer_norm`, each of `(N, rows, d)` with a weight and bias of its own, `(N, d)` each."""
+    normed = F.layer_norm(x.float(), x.shape[-1:])
+    return torch.addcmul(bias.float().unsqueeze(1), normed, weight.float().unsqueeze(1)).to(x.dtype)
 
 
 def linear_weight(*shape: int) -> nn.Parameter:
@@ -136,6 +147,12 @@ class BottleneckMLP(Scaled):
     def wide(self, narrow: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
         """The outer half, `W_n`, `(B, T, r)` to `(B, T, d)`."""
         return self.scaled(linear(narrow, up, up_bias))
+
+    def together(self, x: Tensor, some: slice) -> Tensor:
+        """Some layers' MLPs by operations over all of them, `(n, rows, d)` to the same shape; quicker for few rows."""
+        down, down_bias, norm, norm_bias, up, up_bias = (p[some] for p in self.parameters())
+        inner = self.scaled(layer_norms(F.gelu(self.scaled(_linears(x, down, down_bias))), norm, norm_bias))  # (n, rows, r)
+        return self.scaled(_linears(inner, up, up_bias))
 
     def apply_layer(self, x: Tensor, *parameters: Tensor) -> Tensor:
         """One layer's MLP, `(B, T, d)` to the same shape."""

@@ -70,3 +70,37 @@ class Means:
     def of_texts(self, state: Tensor) -> Tensor:
         """The mean of each whole text, `(B, d)`: what stands at its last real position."""
         return self(state)[torch.arange(len(state), device=state.device), self.ends]
+
+
+class RunningMeans:
+    """The means of `Means` in a decoder, over texts that come in pieces: a prompt, then the tokens that are written after it.
+
+    Of what came before it keeps one float32 sum for each layer and text, and how many positions are in it.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}  # by layer, (B, 1, d)
+        self._read: Tensor | int = 0  # real positions of the pieces before, (B, 1)
+        self._piece: tuple[Tensor, Tensor, Tensor] | None = (
+            None  # what is counted, where there is a mean, one over the count
+        )
+
+    def begin(self, real: Tensor) -> None:
+        """The next piece; `real` is bool, `(B, n)`: which of its positions are no padding."""
+        place = self._read + real.cumsum(1)  # (B, n), the number of each real position among those of its text
+        counted = real & (place > 1)
+        count = (place - 1).clamp_min(0)
+        self._read = place[:, -1:]
+        share = 1 / count.clamp_min(1).float()
+        self._piece = counted.unsqueeze(-1), (count > 0).unsqueeze(-1), share.unsqueeze(-1)  # (B, n, 1) each
+
+    def __call__(self, layer: int, state: Tensor) -> Tensor:
+        """The means in the place of the piece of a layer state, `(B, n, d)` in its dtype."""
+        assert self._piece is not None
+        counted, some, share = (t.to(state.device) for t in self._piece)
+        wide = state.float()
+        sums = torch.where(counted, wide, 0.0).cumsum(1)
+        if layer in self._sums:
+            sums = sums + self._sums[layer]
+        self._sums[layer] = sums[:, -1:].clone()  # not a view, which would keep the whole piece
+        return torch.where(some, sums * share, wide).to(state.dtype)

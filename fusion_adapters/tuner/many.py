@@ -14,11 +14,13 @@ from transformers import PreTrainedModel
 
 from ..backbone.blocks import LAYER_NAME, Backbone, find_backbones
 from ..backbone.fingerprint import fingerprints, fingerprints_differ
+from ..backbone.fuse import Fuse
 from ..backbone.replay import FusedState
 from ..backbone.share import twin
 from ..backbone.taps import Taps
 from ..backbone.walk import parameters_of
 from .active import adapters_in_use
+from .judging import JudgesWriting
 from .layer import FusionLayer, fusion_layers
 from .pooling import reads_means
 from .shared import load_shared
@@ -32,10 +34,10 @@ _OF_ONE_MODEL = ("output_hidden_states", "output_attentions", "past_key_values",
 class _Current(threading.local):
     """What fuses in the pass that this thread has under way."""
 
-    fusing: FusingMany | None = None
+    fusing: Fuse | None = None
 
 
-class ManyAdapters:
+class ManyAdapters(JudgesWriting):
     """Adapters on one frozen backbone, which all answer from one pass of it.
 
     Each adapter is that of a `PeftModel` with the head that it was trained with: tags of tokens, classes of texts, a number.
@@ -167,7 +169,7 @@ class ManyAdapters:
         self._marks: dict[int | None, dict[str, str]] = {}
         self._own = {id(p) for p in parameters_of(backbone.base)}
 
-    def begin(self) -> FusingMany | None:
+    def begin(self) -> Fuse | None:
         """For the taps: what fuses in the call of the backbone that begins now."""
         return self._current.fusing
 
@@ -178,12 +180,16 @@ class ManyAdapters:
         call = {name: value for name, value in inputs.items() if name in self._takes}
         if "use_cache" in self._takes:
             call["use_cache"] = False
-        with _AsCurrent(self._current, fusing):
+        with self._fuses_with(fusing):
             self._backbone.base(**call)
         return fusing.results()
 
     def _fusing(self, names: Sequence[str]) -> FusingMany:
         return FusingMany([self._layers[name].fusing(name) for name in names], [name in self._of_texts for name in names])
+
+    def _fuses_with(self, fusing: Fuse) -> _AsCurrent:
+        """In the body, passes of this thread fuse with that."""
+        return _AsCurrent(self._current, fusing)
 
     def _using(self, name: str) -> Any:
         """As `use_adapter`, without its checks, which look through the whole model."""
@@ -261,7 +267,7 @@ class ManyAdapters:
 class _AsCurrent:
     """In the body, the taps of this thread fuse with what is given."""
 
-    def __init__(self, current: _Current, fusing: FusingMany) -> None:
+    def __init__(self, current: _Current, fusing: Fuse) -> None:
         self.current, self.fusing = current, fusing
 
     def __enter__(self) -> None:

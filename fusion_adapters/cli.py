@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 try:
     import typer
+    import typer.core
     from rich.console import Console
     from rich.markup import escape
     from safetensors import SafetensorError
@@ -20,7 +21,7 @@ except ImportError as error:
         f"The command line needs packages that are not installed ({error.name}). Install fusion-adapters with its extra [cli]."
     ) from error
 
-from .runs.terminal import json_line, visible
+from .runs.terminal import json_line, lines_of_input, visible
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,60 +30,92 @@ app = typer.Typer(
     help="Layer fusion for frozen transformers models, from recipes.",
 )
 DEBUG = "FUSION_ADAPTERS_DEBUG"
+CACHE, HERE = "--cache", Path("states")  # the option alone: a folder in that of the runs
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, see recipes/.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe: section.key=value.")
 ]
+RecipeFiles = Annotated[list[Path], typer.Argument(metavar="RECIPE", help="Recipes, see recipes/.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that train wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
-@app.command()
+class TrainCommand(typer.core.TyperCommand):
+    """`--cache` may stand without a folder."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Reads the command line."""
+        for place, word in reversed(list(enumerate(args))):
+            after = args[place + 1] if place + 1 < len(args) else "--"
+            if word == CACHE and (after.startswith("--") or Path(after).is_file()):  # a file is a recipe, not the folder
+                args = [*args[: place + 1], "", *args[place + 1 :]]
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=TrainCommand)
 def train(
-    recipe: RecipeFile,
-    output: Annotated[Path, typer.Option(help="Folder of the run; it appears when the run is complete.")],
+    ctx: typer.Context,
+    recipes: RecipeFiles,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the run; it appears when the run is complete. Of several recipes the folder of all runs, by default outputs."
+        ),
+    ] = None,
     settings: Settings = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in that folder.")] = False,
     cache_folder: Annotated[
-        Path | None, typer.Option("--cache", help="Train from layer states that 'cache' wrote, without the backbone.")
+        str | None,
+        typer.Option(
+            CACHE,
+            metavar="[DIR]",
+            help="Train from layer states that 'cache' wrote, without the backbone. Several recipes compute there what is not there yet, "
+            "by default in OUTPUT/states.",
+        ),
     ] = None,
 ) -> None:
-    """Train an adapter and write adapter/, metrics.json and run.json."""
+    """Train an adapter and write adapter/, metrics.json and run.json; several recipes with --cache, each in a folder of its name."""
     from .runs.recipe import load_recipe
-    from .runs.tables import beside_table, depths_table, metrics_table, zero_notes
+    from .runs.several import load_recipes, run_recipes
+    from .runs.showing import show_run, show_several
     from .runs.training import run_recipe
 
-    chosen = load_recipe(recipe, settings)
-    metrics = run_recipe(chosen, output, overwrite, cache_folder)
-    console = Console()
-    console.print(metrics_table(metrics, chosen.task, f"{recipe.name}, seed {metrics['seed']}"))
-    if "depths" in metrics:
-        console.print(depths_table(metrics, chosen.task))
-    if metrics.get("beside"):
-        console.print(beside_table(metrics, chosen.task, f"this run ({chosen.adapter.get('fusion', 'dwatt')})"))
-    for name, other in metrics.get("beside", {}).items():
-        if "failed" in other:
-            console.print(
-                escape(visible(f"{name} failed: {other['failed']}")), style="yellow", highlight=False, soft_wrap=True
+    if len(recipes) > 1:
+        if cache_folder is None:
+            raise ValueError(
+                f"{len(recipes)} recipes are trained from one extraction of layer states, for which --cache asks. Add --cache, or --cache "
+                "DIR for a folder of your own; without it, train each by a command of its own."
             )
-    for note in zero_notes(metrics, chosen.task):
-        console.print(escape(visible(note)), style="yellow", highlight=False, soft_wrap=True)
-    console.print(f"adapter: {output / 'adapter'}\nfigures: {output / 'metrics.json'}", highlight=False, soft_wrap=True)
+        several, output = load_recipes(recipes, settings), output or Path("outputs")
+        if not show_several(run_recipes(several, output, cache_folder or output / HERE, overwrite), several, output):
+            raise typer.Exit(1)
+        return
+    if output is None:
+        ctx.fail("Missing option '--output'.")
+    if cache_folder == "":
+        raise ValueError("--cache names no folder. One recipe trains from layer states that 'cache' wrote: --cache DIR.")
+    chosen = load_recipe(recipes[0], settings)
+    metrics = run_recipe(chosen, output, overwrite, None if cache_folder is None else Path(cache_folder))
+    show_run(metrics, chosen, recipes[0].name, output)
 
 
 @app.command()
 def cache(
-    recipe: RecipeFile,
+    recipes: RecipeFiles,
     output: Annotated[Path, typer.Option(help="Folder of the cache; an extraction that was stopped goes on there.")],
     settings: Settings = None,
     dtype: Annotated[str, typer.Option(help="float16, bfloat16, float32, float8 or int8 (half the bytes).")] = "float16",
 ) -> None:
-    """Compute the layer states of a recipe's data once; train --cache then runs without the backbone."""
-    from .runs.recipe import load_recipe
+    """Compute the layer states of the recipes' data once; train --cache then runs without the backbone."""
+    from .runs.several import cache_recipes, load_recipes
     from .runs.training import cache_recipe
 
-    print(cache_recipe(load_recipe(recipe, settings), output, dtype))
+    chosen = load_recipes(recipes, settings)
+    if len(chosen) > 1:
+        print(cache_recipes(chosen, output, dtype))
+    else:
+        print(cache_recipe(chosen[recipes[0].stem], output, dtype))
 
 
 @app.command()
@@ -133,7 +166,7 @@ def predict(
     ] = None,
 ) -> None:
     """Reload an adapter, or several, and print entities, classes, numbers, filled masks, or what follows a text."""
-    texts = text or _lines_of_input()
+    texts = text or lines_of_input()
     if not texts:
         raise ValueError("There is no text to predict. Give --text '...', or lines on standard input.")
     from .runs.answers import answers_of
@@ -159,17 +192,9 @@ def inspect(
     output: Annotated[Path, typer.Option(help="The picture to write, a .png.")],
 ) -> None:
     """Draw which layers each token reads, as a heatmap of tokens against depth."""
-    from .runs.heatmap import draw_depth_map
-    from .runs.predicting import depth_map, load_run
+    from .runs.heatmap import draw_run
 
-    run = load_run(folder)
-    tokens, layers, weights = depth_map(run, text)
-    config = run.model.active_peft_config
-    title = f"{config.fusion}: attention over the layers of {run.recipe.backbone.model}"
-    depth = (
-        config.fusion_depth or config.fusion_num_layers
-    )  # of both stacks of an encoder-decoder: the weights are the decoder's
-    draw_depth_map(tokens, layers, weights, output, title, depth[-1] if isinstance(depth, list) else depth)
+    draw_run(folder, text, output)
     print(output)
 
 
@@ -220,19 +245,15 @@ def estimate(
 
     from .runs.estimating import estimate_recipe
     from .runs.recipe import load_recipe
-    from .runs.tables import estimate_tables
+    from .runs.showing import show_estimate
 
     if memory is None and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
     found = estimate_recipe(load_recipe(recipe, settings), length)
     if as_json:
         print(json_line(found))
-        return
-    console = Console()
-    for table in estimate_tables(found, memory):
-        console.print(table)
-    for note in found["assumed"]:
-        console.print(escape(visible(f"Assumed: {note}.")), style="yellow", highlight=False, soft_wrap=True)
+    else:
+        show_estimate(found, memory)
 
 
 @app.command()
@@ -244,25 +265,14 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check a saved adapter: files, digest, tensors and, with --backbone, that it loads. Exit code 1: a list of what is wrong."""
-    from .runs.tables import contents_table
+    from .runs.showing import show_verdict
     from .runs.verifying import verify as verify_adapter
 
     verdict = verify_adapter(folder, backbone)
-    console = Console()
     if as_json:
         print(json.dumps(verdict.as_json()))
     else:
-        if verdict.inside:
-            console.print(contents_table(verdict.inside, verdict.adapter))
-        marked = {
-            "[green]right[/]": verdict.checked,
-            "[dim]not checked[/]": verdict.unchecked,
-            "[yellow]note[/]": verdict.notes,
-            "[bold red]wrong[/]": verdict.problems,
-        }
-        for mark, texts in marked.items():
-            for text in texts:
-                console.print(f"{mark}: {escape(visible(text))}", highlight=False, soft_wrap=True)
+        show_verdict(verdict)
     if verdict.problems:
         raise typer.Exit(1)
 
@@ -297,16 +307,6 @@ def execute_program(
     from .runs.launching import execute
 
     raise typer.Exit(execute(command))
-
-
-def _lines_of_input() -> list[str]:
-    try:
-        return [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"Standard input is not UTF-8 text ({error.reason}: {error.object[error.start : error.start + 1]!r}). Convert it, for example "
-            "with iconv -f latin1 -t utf-8."
-        ) from None
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -21,6 +21,7 @@ from .attaching import ADAPTER, Bare, adapter_config
 from .fitting import Fit
 from .memory import peak_of_process
 from .recipe import Recipe, chooses_depth
+from .states import open_states
 
 STEPS = 6  # depths that are tried; the numbers of blocks of most backbones divide by it
 LEAST_DEV = 10  # development examples, with fewer no two depths can be told apart
@@ -129,7 +130,7 @@ def _fits(layers: list[int] | str | None, depth: int) -> bool:
 
 
 def sweep(
-    bare: Bare, recipe: Recipe, depths: Sequence[int], splits: Splits, folder: Path, cache: str | Path
+    bare: Bare, recipe: Recipe, depths: Sequence[int], splits: Splits, folder: Path, cache: str | Path | LayerStateCache
 ) -> tuple[Recipe, Any, dict[str, Any]]:
     """Trains a recipe's adapter at several depths from cached states of all blocks, and chooses one on development data.
 
@@ -176,9 +177,11 @@ def sweep(
     return recipe, fit.model, metrics
 
 
-def _fit(bare: Bare, recipe: Recipe, splits: Splits, folder: Path, cache: str | Path, verify: bool = False) -> Fit:
+def _fit(
+    bare: Bare, recipe: Recipe, splits: Splits, folder: Path, cache: str | Path | LayerStateCache, verify: bool = False
+) -> Fit:
     model = bare.attach(adapter_config(recipe))
-    states = LayerStateCache(cache, model, verify, tokenizer=bare.tokenizer, max_length=recipe.data.max_length)
+    states = open_states(cache, model, bare.tokenizer, recipe.data.max_length, verify)
     return Fit(model, bare.tokenizer, recipe, splits, folder, states)
 
 

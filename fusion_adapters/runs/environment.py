@@ -1,10 +1,11 @@
-"""What runs here: cores and versions."""
+"""What runs here: cores and versions; and how it computes and what it reports for a while."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import platform
+import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
 
@@ -34,6 +35,19 @@ def denormals_flushed() -> Iterator[None]:
         yield
     finally:
         torch.set_flush_denormal(before)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what transformers and peft report of a model that is built: it is never used."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 def versions() -> dict[str, str]:

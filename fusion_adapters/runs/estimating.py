@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-import transformers
 from accelerate import init_empty_weights
 from peft import get_peft_model
 from torch import nn
@@ -26,6 +22,7 @@ from ..tuner.costs import BYTES_PER_PARAMETER
 from ..tuner.counts import count_trainable, skeleton
 from .attaching import adapter_config
 from .dry import Footprint, footprint
+from .environment import quiet
 from .pretrained import locate
 from .recipe import Recipe, chooses_depth
 from .tokenizers import load_tokenizer
@@ -67,7 +64,7 @@ def estimate_recipe(recipe: Recipe, length: int | None = None) -> dict[str, Any]
     training = {**TRAINING_DEFAULTS, **recipe.training}
     size, tokens = int(training["per_device_train_batch_size"]), length or recipe.data.max_length
     config = adapter_config(recipe)
-    with _quiet():
+    with quiet():
         model = _bare(recipe, config, labels)
         dense, packed = _weights(model)
         model = _attached(model, config)
@@ -96,19 +93,6 @@ def estimate_recipe(recipe: Recipe, length: int | None = None) -> dict[str, Any]
 
 def _first_sentence(error: Exception) -> str:
     return " ".join(str(error).split()).partition(". ")[0].removesuffix(".")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what transformers and peft report of a model that is built: it is never used."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
 
 
 def _dtype(recipe: Recipe) -> torch.dtype:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..backbone.atomic import written_whole
 from .plots import spaced
+from .predicting import depth_map, load_run
 from .terminal import visible
 
 MAX_TOKENS = 60
@@ -66,3 +67,23 @@ def _shown(token: str) -> str:
     """A piece as a label: without the blanks around it, unless it has nothing else."""
     text = token.strip(" ") or "\N{OPEN BOX}" * len(token)
     return visible(text.translate(_BLANKS))
+
+
+def draw_run(folder: str | Path, text: str, output: Path) -> None:
+    """Draws which layers each token of a text reads in a run, see `draw_depth_map`.
+
+    Args:
+        folder: A folder that `fusion-adapters train` wrote.
+        text: The text.
+        output: The picture to write, a .png.
+
+    Raises:
+        ValueError: See `depth_map`.
+    """
+    run = load_run(folder)
+    tokens, layers, weights = depth_map(run, text)
+    config = run.model.active_peft_config
+    title = f"{config.fusion}: attention over the layers of {run.recipe.backbone.model}"
+    depth = config.fusion_depth or config.fusion_num_layers
+    # of both stacks of an encoder-decoder: the weights are the decoder's
+    draw_depth_map(tokens, layers, weights, output, title, depth[-1] if isinstance(depth, list) else depth)

@@ -18,6 +18,7 @@ from ..backbone.truncate import CutClass, UncuttableError
 from ..tasks.base import Task
 from ..tasks.data import DataRecipe
 from ..tuner import TASK_HEADS, FusionConfig
+from .checkpoints import class_of
 from .pretrained import load_pretrained, locate, path_of_gguf
 from .recipe import BackboneRecipe
 
@@ -65,8 +66,9 @@ def load_model(
             )
         options["quantization_config"] = GgufConfig(dequantize=True)
     try:
+        auto_model = class_of(recipe, task.auto_model)
         model, info = load_pretrained(
-            task.auto_model if depth is None else CutClass(task.auto_model, depth),
+            auto_model if depth is None else CutClass(auto_model, depth),
             recipe,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # a head for other labels gives way to a fresh one; anything else is refused below

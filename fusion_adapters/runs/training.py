@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from accelerate import PartialState
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ..backbone.truncate import blocks_of_fraction
-from ..fusions import fusion_class, resolve_layers
+from ..fusions import fusion_class
 from ..states import LayerStateCache, cache_layer_states, source_of
 from ..tasks.splits import Splits, load_splits
-from ..tuner import FusionConfig
 from .attaching import Bare, adapter_config, load_attached
 from .card import model_card
 from .depths import check_auto, depths_to_try, sweep, without_auto
@@ -29,7 +27,9 @@ from .files import check_output, json_text, written_aside
 from .fitting import Fit
 from .loading import check_lengths
 from .memory import forget_peak
+from .needs import layers_at
 from .recipe import Recipe, chooses_depth, recipe_beside
+from .states import holds_all_blocks, open_states
 from .storing import held_in
 
 STATES, DEPTHS = "states", "depths"  # in the folder of a run that is being made
@@ -37,7 +37,7 @@ STATES, DEPTHS = "states", "depths"  # in the folder of a run that is being made
 
 @denormals_flushed()
 def run_recipe(
-    recipe: Recipe, output: str | Path, overwrite: bool = False, cache: str | Path | None = None
+    recipe: Recipe, output: str | Path, overwrite: bool = False, cache: str | Path | LayerStateCache | None = None
 ) -> dict[str, Any]:
     """Trains what a recipe describes and writes the run to a folder.
 
@@ -49,7 +49,7 @@ def run_recipe(
         recipe: The recipe.
         output: The folder, new or empty.
         overwrite: Replace an earlier run in that folder.
-        cache: A folder of cached layer states to train from, see `cache_recipe`.
+        cache: A folder of cached layer states to train from, see `cache_recipe`; or such a cache, open.
 
     Returns:
         The content of `metrics.json`.
@@ -59,11 +59,7 @@ def run_recipe(
         ValueError: If data, adapter and backbone do not fit.
         OSError: If the model, the data or the output folder cannot be read or written.
     """
-    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:  # set by torchrun, accelerate and their like
-        raise ValueError(
-            f"A recipe is trained in one process, and this is one of {processes}, which would write over each other's run. Start it "
-            "without a launcher; on several processes, train with transformers' Trainer in a script of your own (README)."
-        )
+    check_one_process()
     output = check_output(output, overwrite)
     forget_peak()
     started = time.perf_counter()
@@ -97,22 +93,32 @@ def run_recipe(
     return metrics
 
 
+def check_one_process() -> None:
+    """Raises ValueError under a launcher of several processes."""
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:  # set by torchrun, accelerate and their like
+        raise ValueError(
+            f"A recipe is trained in one process, and this is one of {processes}, which would write over each other's run. Start it "
+            "without a launcher; on several processes, train with transformers' Trainer in a script of your own (README)."
+        )
+
+
 def _trained(
-    recipe: Recipe, splits: Splits, folder: Path, cache: str | Path | None, cut: bool = True
+    recipe: Recipe, splits: Splits, folder: Path, cache: str | Path | LayerStateCache | None, cut: bool = True
 ) -> tuple[Any, PreTrainedTokenizerBase, dict[str, Any]]:
     """The model of a recipe, trained, its tokenizer, and its metrics."""
-    model, tokenizer = load_attached(recipe, adapter_config(recipe), splits.labels, cut)
-    states = None
-    if cache is not None:
-        states = LayerStateCache(cache, model, tokenizer=tokenizer, max_length=recipe.data.max_length)
+    config = adapter_config(recipe)
+    if cache is not None and config.fusion_depth is not None:
+        cut = cut and not holds_all_blocks(cache, recipe)
+    model, tokenizer = load_attached(recipe, config, splits.labels, cut)
+    states = None if cache is None else open_states(cache, model, tokenizer, recipe.data.max_length)
     fit = Fit(model, tokenizer, recipe, splits, folder, states)
     fit.train()
     return model, tokenizer, {**fit.metrics(), **fit.details()}
 
 
 def _swept(
-    recipe: Recipe, splits: Splits, folder: Path, cache: str | Path | None
-) -> tuple[Recipe, Any, PreTrainedTokenizerBase, dict[str, Any], str | Path]:
+    recipe: Recipe, splits: Splits, folder: Path, cache: str | Path | LayerStateCache | None
+) -> tuple[Recipe, Any, PreTrainedTokenizerBase, dict[str, Any], str | Path | LayerStateCache]:
     """As `_trained`, of a recipe that leaves its depth to the run. Before these the recipe with the number, after them the states."""
     check_auto(recipe, len(splits.dev))
     config = adapter_config(without_auto(recipe))
@@ -163,7 +169,7 @@ def _all_of(recipe: Recipe) -> list[Recipe]:
 
 
 def _beside(
-    recipe: Recipe, name: str, splits: Splits, folder: Path, cache: str | Path | None, whole: bool
+    recipe: Recipe, name: str, splits: Splits, folder: Path, cache: str | Path | LayerStateCache | None, whole: bool
 ) -> dict[str, Any]:
     """Trains and scores what stands beside a run; of it the metrics stay, or, where it fails, why: the run itself is done."""
     other = recipe_beside(recipe, name)
@@ -212,10 +218,10 @@ def _extract(
     layers, blocks = None, source_of(model).backbone.num_layers
     if chooses_depth(recipe.adapter):  # the model is whole
         config = adapter_config(without_auto(recipe))
-        read = _read(config, depths_to_try(config, model.get_base_model()))
-        layers = read.union(*(_read(c, [blocks_of_fraction(c.fusion_depth or blocks, blocks)]) for c in beside))
+        read = layers_at(config, depths_to_try(config, model.get_base_model()))
+        layers = read.union(*(layers_at(c, [blocks_of_fraction(c.fusion_depth or blocks, blocks)]) for c in beside))
     elif beside:  # those that any of them reads
-        layers = set().union(*(_read(c, [blocks]) for c in (adapter_config(recipe), *beside)))
+        layers = set().union(*(layers_at(c, [blocks]) for c in (adapter_config(recipe), *beside)))
     return cache_layer_states(
         model,
         rows,
@@ -227,8 +233,3 @@ def _extract(
         tokenizer=tokenizer,
         max_length=length,
     )
-
-
-def _read(config: FusionConfig, depths: Iterable[int]) -> set[int]:
-    """The layer states that an adapter needs at these depths."""
-    return {i for depth in depths for i in (*resolve_layers(config.fusion_layers, depth), depth)}

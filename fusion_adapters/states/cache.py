@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from .dataset import CachedCollator, CachedDataset
 from .formats import DTYPES, has_scales, widened
-from .key import LABELS, cache_key, key_differences, row_signature, uncached_inputs
+from .key import LABELS, cache_key, completed, key_differences, row_signature, tokenizer_signature, uncached_inputs
 from .means import check_means
 from .source import Source, base_of, source_of
-from .storage import StaleCacheError, open_shard, read_index, read_manifest, shard_is_whole
+from .storage import StaleCacheError, open_shard, read_index, read_manifest, read_shard, shard_is_whole
 
 
 def columns_of(model: nn.Module | Source | None) -> frozenset[str] | None:
@@ -39,6 +39,7 @@ class LayerStateCache:
     Attributes:
         layers: Indices of the cached layer states, ascending; the last is `L`.
         dtype: How they are stored: `float32`, `float16`, `bfloat16`, `float8` or `int8`.
+        bytes: The size of all shards.
 
     Raises:
         FileNotFoundError: If the folder holds no cache, or shards are missing.
@@ -70,12 +71,12 @@ class LayerStateCache:
         signatures, places = read_index(self.folder, self.manifest)
         self._signatures = [s.tobytes() for s in signatures.numpy()]
         self._places: list[tuple[int, int, int]] = places.tolist()  # shard, first token, tokens
+        self.bytes: int = sum(shard["bytes"] for shard in self.manifest["shards"])
         self.wanted = self.layers  # what a dataset reads
         self.columns = columns_of(model)
+        self._cut_otherwise: list[str] = []
         if model is not None:
-            source = source_of(model)
-            self.check(source, tokenizer, max_length)
-            self.wanted = self.layers if source.layers is None else list(source.layers)
+            self._serve(model, tokenizer, max_length)
         if verify:
             shards = self.manifest["shards"]
             damaged = [s["file"] for i, s in enumerate(shards) if not shard_is_whole(self.folder, self.manifest, i)]
@@ -98,6 +99,42 @@ class LayerStateCache:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_readers": {}}  # open files do not travel to the processes of a data loader
+
+    def serving(self, model: nn.Module) -> LayerStateCache:
+        """The same cache for another model that trains from it; what is in memory is shared.
+
+        Raises:
+            StaleCacheError: See `check`.
+        """
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)  # a copy as for another process would leave the shards behind
+        other.columns = columns_of(model)
+        other._serve(model, None, None)
+        return other
+
+    def _serve(self, model: nn.Module | Source, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None) -> None:
+        source = source_of(model)
+        self.check(source, tokenizer, max_length)
+        self.wanted = self.layers if source.layers is None else list(source.layers)
+
+    def hold(self) -> None:
+        """Reads each shard once, whole, into memory, and compares its checksum; from then on nothing is read from the disk.
+
+        Processes that are started anew, as the workers of a data loader on some systems, read from the disk all the same.
+
+        Raises:
+            ValueError: If a shard is damaged.
+            RuntimeError: If the shards do not fit, see `bytes`.
+        """
+        self._readers = {i: read_shard(self.folder, self.manifest, i) for i in range(len(self.manifest["shards"]))}
+
+    def rows_cut_by(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        """Tells how the rows were made that `find` will look for; where some are not there, its message says what differs.
+
+        A row that has the same pieces has the same states, whatever the length at which longer texts are cut.
+        """
+        now = {"tokenizer": tokenizer_signature(tokenizer), "max_length": max_length}
+        self._cut_otherwise = key_differences({name: self.manifest["key"].get(name) for name in now}, now)
 
     def check(
         self,
@@ -151,12 +188,13 @@ class LayerStateCache:
                     f"Row {number} has the model input {new[0]!r}, which no row had when the cache {str(self.folder)!r} was made "
                     f"(they had {', '.join(cached)}): its states would be others. Extract the states of these data."
                 )
-            found.append(self._rows.get(row_signature(row, cached), -1))
+            found.append(self._rows.get(row_signature(completed(row, cached), cached), -1))
         absent = found.count(-1)
         if absent:
+            differs = f" ({'; '.join(self._cut_otherwise)})" if self._cut_otherwise else ""
             raise StaleCacheError(
                 f"{absent} of {len(found)} rows are not in the cache {str(self.folder)!r} (the first: row {found.index(-1)}): "
-                "their text is another, or was tokenised or cut in another way. Extract the states of these data."
+                f"their text is another, or was tokenised or cut in another way{differs}. Extract the states of these data."
             )
         return found
 

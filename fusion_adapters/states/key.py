@@ -20,6 +20,7 @@ from ..backbone.settings import settings
 from .source import Source, source_of
 
 LABELS = ("labels", "label", "label_ids")  # of a row: the states do not depend on them
+NEUTRAL = {"token_type_ids": 0, "attention_mask": 1}  # what a backbone assumes of a text without them
 
 
 def check_rows(rows: Any) -> None:
@@ -90,9 +91,21 @@ def known_inputs(backbone: Backbone) -> list[str]:
 
 def uncached_inputs(row: Mapping[str, Any], known: Sequence[str], cached: Sequence[str]) -> list[str]:
     """Inputs of a row that states computed without them do not know, and that say more than a backbone assumes without."""
-    neutral = {"token_type_ids": 0, "attention_mask": 1}
     new = [name for name in known if name not in cached and row.get(name) is not None]
-    return [n for n in new if n not in neutral or bool((torch.as_tensor(row[n]) != neutral[n]).any())]
+    return [n for n in new if n not in NEUTRAL or bool((torch.as_tensor(row[n]) != NEUTRAL[n]).any())]
+
+
+def completed(row: Mapping[str, Any], names: Iterable[str]) -> Mapping[str, Any]:
+    """A row of text with those of the named inputs that it lacks and a backbone assumes without: its states are the same.
+
+    Args:
+        row: The row; without `input_ids` it is returned as it is.
+        names: Model inputs, those of the rows of a cache.
+    """
+    if row.get("input_ids") is None:
+        return row
+    lacking = [name for name in names if name in NEUTRAL and row.get(name) is None]
+    return {**row, **{name: [NEUTRAL[name]] * len(row["input_ids"]) for name in lacking}} if lacking else row
 
 
 def row_signature(row: Mapping[str, Any], names: Sequence[str]) -> bytes:

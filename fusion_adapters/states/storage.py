@@ -180,6 +180,22 @@ def open_shard(folder: Path, manifest: Mapping[str, Any], number: int) -> tuple[
     return file, stated
 
 
+def read_shard(folder: Path, manifest: Mapping[str, Any], number: int) -> dict[str, Tensor]:
+    """The tensors of a shard, in memory, after one read that also compares their checksum.
+
+    Raises:
+        ValueError: If it is no shard of this cache, or is missing or damaged.
+    """
+    file, stated = open_shard(folder, manifest, number)
+    tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (of the file they are a memory map)
+    if stated != _checksum(tensors):
+        raise ValueError(
+            f"The shard {str(folder / manifest['shards'][number]['file'])!r} is damaged: the checksum does not fit. Run the extraction "
+            "again with the same settings; it makes only this shard anew."
+        )
+    return tensors
+
+
 def shard_is_whole(folder: Path, manifest: Mapping[str, Any], number: int) -> bool:
     """Whether a shard is there, is that one of this cache, holds the planned tensors, and has the checksum that it carries."""
     try:

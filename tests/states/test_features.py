@@ -248,10 +248,10 @@ def test_a_recipe_trains_from_a_cache_to_the_same_scores(tmp_path, capsys):
                 "--cache",
                 str(tmp_path / "states"),
                 "--set",
-                "data.max_length=16",
+                "backbone.dtype=bfloat16",
             ]
         )
-    assert stop.value.code == 2 and "max_length: 256 in the cache, 16 now" in " ".join(capsys.readouterr().err.split())
+    assert stop.value.code == 2 and "dtype: float32 in the cache, bfloat16 now" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "x").exists()
     with pytest.raises(SystemExit):
         main(

@@ -106,8 +106,10 @@ class DWAtt(Fusion):
     ) -> Any:
         weights = each_layer(self.depth_weights, context, last)  # (B, T, H, N)
         total = self._start(last)  # summed in float32: rounding would grow with depth
-        count = TOGETHER // max(1, last.numel())
-        if count > 1 and not torch.is_grad_enabled():
+        few = not (
+            torch.is_grad_enabled() or torch.compiler.is_compiling()
+        )  # what is compiled or exported is for any length
+        if few and (count := TOGETHER // max(1, last.numel())) > 1:
             for first in range(0, len(states), count):
                 total = total + self._together(states, self._dropped(weights, last), slice(first, first + count))
         else:

@@ -163,7 +163,11 @@ def _judged(many: Any, collector: Collector, output: Any) -> Judged:
     ids, mask = sequences[:, :read], collector.mask(read).to(sequences.device)
     judgements = {}
     for name, judge in collector.judges.items():
-        found = answer(many, name, judge.state()[:, :read], ids, mask)
+        state = judge.state()[:, :read]
+        if name in many._of_texts:  # the mean of a whole text, whichever of its positions the head picks, as in one pass
+            ends = (mask * torch.arange(read, device=mask.device)).argmax(1).to(state.device)
+            state = state.take_along_dim(ends[:, None, None], 1).expand_as(state)
+        found = answer(many, name, state, ids, mask)
         judgements[name] = Judgement(found, mask, Labels(many, name))
     return Judged(output, judgements)
 

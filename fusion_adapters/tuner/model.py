@@ -231,9 +231,12 @@ class FusionModel(LoraModel):
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
-        apart = contextlib.nullcontext() if names is None else rows_apart(self, names, kwargs)
-        with self.calls.held(), apart, super()._enable_peft_forward_hooks(*args, **kwargs):  # of a whole generation, too
-            yield
+        with self.calls.held(), super()._enable_peft_forward_hooks(*args, **kwargs):  # of a whole generation, too
+            if names is None:  # torch compiles no context that may be another
+                yield
+                return
+            with rows_apart(self, names, kwargs):
+                yield
 
     def merge_and_unload(
         self,

@@ -2,8 +2,8 @@
 
 Entities in messages (WNUT-17) and in an encyclopedia (WikiGold), intents of bank customers (Banking77), and two tasks that are made of
 these data here: which of the three a text comes from, and whether a sentence speaks of a person. The recipes are in
-recipes/five_tasks/. `python recipes/five_tasks.py --data FOLDER` prints scores and seconds (of the processor) of both ways, and answers
-a text by all five. With the LoRAs it takes some twenty minutes on two cores, without them (`--without-lora`) five.
+recipes/five_tasks/. `python recipes/five_tasks.py --data FOLDER` prints scores and seconds of both ways, and answers a text by all
+five. With the LoRAs it takes some twenty minutes on two cores, without them (`--without-lora`) five.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import csv
 import json
 import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,8 @@ def located(name: str, data: Path, made: Path) -> list[str]:
 
 def score(metrics: dict[str, Any]) -> float:
     """The test score of a run, of 100: entity F1 or accuracy."""
-    return 100 * next(metrics["test"][k] for k in ("f1", "accuracy") if k in metrics["test"])
+    found = metrics["scores"]["test"]
+    return 100 * next(found[name] for name in ("f1", "accuracy") if name in found)
 
 
 def main() -> None:
@@ -96,25 +96,19 @@ def main() -> None:
     made = given.output / "data"
     make_data(given.data, made)
     settings = {name: located(name, given.data, made) for name in NAMES}
-    started = time.process_time()
     recipes = {name: load_recipe(HERE / f"{name}.yaml", settings[name]) for name in NAMES}
     outcomes = run_recipes(recipes, given.output / "fusions", given.output / "states")
-    fusions = {name: outcome.metrics for name, outcome in outcomes.items()}
-    together = time.process_time() - started
-    loras: dict[str, Any] = {}
-    seconds: dict[str, float] = {}
+    rows = {name: [outcome.metrics] for name, outcome in outcomes.items()}
     for name in () if given.without_lora else NAMES:
-        started = time.process_time()
-        loras[name] = run_recipe(
-            load_recipe(HERE / f"{name}.yaml", settings[name] + LORA), given.output / "lora" / name, overwrite=True
-        )
-        seconds[name] = time.process_time() - started
-    print("| task | test examples | fusion | LoRA | LoRA, s |\n| --- | ---: | ---: | ---: | ---: |")
-    for name in NAMES:
-        own = fusions[name]
-        lora = f"{score(loras[name]):.1f} | {seconds[name]:.0f}" if name in loras else " | "
-        print(f"| {name} | {own['examples']['test']:,} | {score(own):.1f} | {lora} |")
-    print(f"\nall five fusions from one extraction: {together:.0f} s; the five LoRAs: {sum(seconds.values()):.0f} s\n")
+        lora = load_recipe(HERE / f"{name}.yaml", settings[name] + LORA)
+        rows[name].append(run_recipe(lora, given.output / "lora" / name, overwrite=True))
+    ways = ("fusion", "LoRA")[: len(rows[NAMES[0]])]
+    print("| task | test examples | " + " | ".join(f"{way} | training, s" for way in ways) + " |")
+    print("| --- | ---: |" + " ---: | ---: |" * len(ways))
+    for name, found in rows.items():
+        scores = " | ".join(f"{score(metrics):.1f} | {metrics['seconds']['train']:.0f}" for metrics in found)
+        print(f"| {name} | {found[0]['examples']['test']:,} | {scores} |")
+    print()
     (answers,) = load_runs([given.output / "fusions" / name for name in NAMES]).predict([given.text])
     for name, answer in answers.items():
         print(f"{name}: {answer}")

@@ -8,9 +8,10 @@ from support import METHODS
 
 from fusion_adapters import FusionConfig
 
-# each family once, the methods and LoRA in turn: each method twice, with LoRA and without
+# each family at least once, the methods and LoRA in turn: each method twice, with LoRA and without
 ROUNDS = [(method, (number + turn) % 2 == 1) for turn in (0, 1) for number, method in enumerate(METHODS)]
-TURNS = [(family, *pair) for family, pair in zip(FAMILIES, itertools.cycle(ROUNDS))]
+LONGEST = range(max(len(FAMILIES), len(ROUNDS)))
+TURNS = [(family, *pair) for _, family, pair in zip(LONGEST, itertools.cycle(FAMILIES), itertools.cycle(ROUNDS))]
 # besides, every method in four families, in two of them with LoRA
 EVERY = [
     (family, method, (number + turn) % 2 == 1)

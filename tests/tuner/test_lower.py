@@ -35,7 +35,8 @@ def test_skipping_is_what_a_shorter_list_of_blocks_does(family, head, depth):
     start = attach(family, head, fusion_depth=depth)
     (of_start,) = fusion_layers(start)
     of_start.fusions["default"].load_state_dict(fusion.state_dict())
-    torch.testing.assert_close(answer(start, data), by_hand(family, head, fusion, depth, data), rtol=0, atol=1e-6)
+    # relative, too: by hand DWAtt gets all states at once, and sums them in another order than as they come; T5's answers are large
+    torch.testing.assert_close(answer(start, data), by_hand(family, head, fusion, depth, data), rtol=1e-6, atol=1e-6)
 
 
 @places

@@ -20,6 +20,7 @@ from .heads import task_heads
 from .layer import fusion_layers
 from .weights import read_weights
 
+_TRIED = 2  # outputs of a head that is made to see which of its tensors count them
 AUTO_CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -126,10 +127,8 @@ def _check_head(made: PreTrainedModel, plain: PreTrainedModel, folder: str) -> N
 def _outputs(config: FusionConfig, plain: PreTrainedModel, kind: Any, folder: str) -> tuple[tuple[str, Any], ...]:
     """How many outputs the head has, and their names where the adapter knows them, as options of a configuration."""
     if config.fusion_labels is not None:
-        return (
-            ("id2label", _Labels(enumerate(config.fusion_labels))),
-            ("label2id", _Labels(_numbers(config.fusion_labels))),
-        )
+        names = dict(enumerate(config.fusion_labels))
+        return (("id2label", names), ("label2id", {label: i for i, label in names.items()}))
     heads = [*task_heads(config), *(config.modules_to_save or [])]
     if not heads:
         return ()
@@ -142,16 +141,5 @@ def _outputs(config: FusionConfig, plain: PreTrainedModel, kind: Any, folder: st
     return (("num_labels", _TRIED),)
 
 
-_TRIED = 2
-
-
 def _another_number(saved: Tensor, tried: Tensor) -> bool:
     return len(tried) == _TRIED and saved.shape[1:] == tried.shape[1:] and len(saved) != _TRIED
-
-
-def _numbers(labels: Iterable[str]) -> list[tuple[str, int]]:
-    return [(label, i) for i, label in enumerate(labels)]
-
-
-class _Labels(dict[Any, Any]):
-    """Compared by value, as options are."""

@@ -18,7 +18,8 @@ BELOW = {  # room: the rooms that it may import
     "backbone": ["fusions"],
     "tuner": ["backbone", "fusions"],
     "states": ["tuner", "backbone", "fusions"],
-    "runs": ["states", "tasks", "tuner", "backbone", "fusions"],
+    "shortcuts": ["states", "backbone", "fusions"],
+    "runs": ["shortcuts", "states", "tasks", "tuner", "backbone", "fusions"],
 }
 BELOW["study"] = BELOW["bench"] = ["runs", *BELOW["runs"]]
 BELOW["cli"] = ["study", "bench", *BELOW["study"]]

@@ -1,0 +1,99 @@
+"""Least squares from moments: the matrix of a shortcut, whole or of low rank, with or without ridge and bias."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .maps import Shortcut
+from .moments import Moments
+
+SINGULAR = 1e-13  # a pivot of the scaled matrix below this is rounding alone
+
+
+class SingularError(ValueError):
+    """Raised where least squares have no one solution."""
+
+
+def solve(
+    moments: Moments,
+    sources: Sequence[int],
+    target: int,
+    *,
+    bias: bool = True,
+    ridge: float = 0.0,
+    rank: int | None = None,
+    kind: str | None = None,
+) -> Shortcut:
+    """The shortcut with the least squared error over the positions that the moments were summed over.
+
+    Args:
+        moments: Sums, of the pairs `pairs_of(sources, target)` at least.
+        sources: The layers that are read, ascending.
+        target: The layer that is stood in for.
+        bias: Fit a constant too.
+        ridge: Adds `ridge` times the mean square of a source's values, times the number of positions, to the diagonal of its part: the
+            same for states of any size. scikit-learn's `Ridge(alpha=ridge * n)` on states of mean square 1.
+        rank: Keep the `rank` directions of the fitted values that explain most of them (reduced-rank regression).
+        kind: The name of the result, see `Shortcut`.
+
+    Raises:
+        SingularError: If the matrix of the equations is singular, and `ridge` is 0.
+        ValueError: If there are no positions.
+    """
+    size, sources = moments.hidden_size, tuple(sources)
+    width = size * len(sources)
+    if moments.count == 0:
+        raise ValueError(
+            "There is no position to fit a shortcut to. Give rows that are longer than what is left out of them."
+        )
+    if moments.count < width + bias:
+        warnings.warn(
+            f"The shortcut from {list(sources)} to {target} has {width:,} inputs and is fitted to {moments.count:,} positions: it will "
+            f"repeat these and fail on others. Give at least {4 * width:,} positions, or ridge (1e-3, say), or fewer sources.",
+            stacklevel=2,
+        )
+    gram = moments.product(sources, sources, centred=bias)  # (k d, k d)
+    cross = moments.product(sources, [target], centred=bias)  # (k d, d)
+    if ridge:
+        diagonal = gram.diagonal()
+        mean_squares = diagonal.unflatten(0, (len(sources), size)).mean(dim=1)  # times the number of positions
+        gram = gram + torch.diag((ridge * mean_squares).repeat_interleave(size))
+    solution = _solved(gram, cross, sources, ridge, moments.count)  # (k d, d)
+    matrix = solution.T  # (d, k d)
+    shortcut = Shortcut(size, sources, target, rank=rank, bias=bias, kind=kind)
+    if rank is None:
+        shortcut.weight.data = matrix.float().contiguous()
+    else:
+        explained = matrix @ (gram @ solution)  # (d, d), of the fitted values
+        _, vectors = torch.linalg.eigh((explained + explained.T) / 2)
+        top = vectors[:, -rank:]  # (d, r)
+        shortcut.up.data = top.float().contiguous()
+        shortcut.down.data = (top.T @ matrix).float().contiguous()
+        matrix = top @ (top.T @ matrix)
+    if shortcut.bias is not None:
+        shortcut.bias.data = (moments.mean([target]) - matrix @ moments.mean(sources)).float()
+    return shortcut
+
+
+def _solved(gram: Tensor, cross: Tensor, sources: Sequence[int], ridge: float, count: int) -> Tensor:
+    """`gram^-1 cross` by Cholesky of the matrix with a unit diagonal, refined once; the states' channels differ by orders of size."""
+    scale = gram.diagonal().clamp_min(0).sqrt()  # (k d,)
+    dead = int((scale == 0).sum())
+    scale = scale.where(scale > 0, torch.ones_like(scale))
+    unit = gram / scale[:, None] / scale[None, :]
+    factor, info = torch.linalg.cholesky_ex(unit)
+    if int(info) or dead or float(factor.diagonal().min()) ** 2 < SINGULAR:
+        raise SingularError(
+            f"The least squares from layers {list(sources)} have no one solution: over {count:,} positions the states span fewer "
+            f"than their {len(gram):,} dimensions"
+            + (f" ({dead} of them never vary)" if dead else "")
+            + f". Give ridge (1e-4, say; now {ridge:g}), more positions, or fewer sources."
+        )
+    right = cross / scale[:, None]
+    found = torch.cholesky_solve(right, factor)
+    found = found + torch.cholesky_solve(right - unit @ found, factor)
+    return found / scale[:, None]

@@ -39,6 +39,15 @@ class Claim:
                 "it. This run stops and writes nothing more there. Start it again, into a folder of its own."
             )
 
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """In the body, a file that cannot be read or written is told as what it is where the folder went: see `check`."""
+        try:
+            yield
+        except OSError:
+            self.check()
+            raise
+
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:

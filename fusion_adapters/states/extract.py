@@ -132,11 +132,13 @@ def _fill(
     """Writes what is not there yet."""
     shards = plan.manifest["shards"]
     if process.is_main_process:
-        _prepare(folder, plan, progress)
+        with Claim(folder).kept():
+            _prepare(folder, plan, progress)
     process.wait_for_everyone()
-    # its marks stand in the shards, and it may know a tokenizer that was not given now
-    plan.manifest["key"] = read_manifest(folder)["key"]
     claim = Claim(folder)
+    with claim.kept():
+        # its marks stand in the shards, and it may know a tokenizer that was not given now
+        plan.manifest["key"] = read_manifest(folder)["key"]
     todo = [i for i in range(len(shards)) if not shard_is_whole(folder, plan.manifest, i)]
     process.wait_for_everyone()  # no process may take another's fresh shard for one that was there
     mine = todo[process.process_index :: process.num_processes]

@@ -9,6 +9,7 @@ scales   (tokens, layers)     float32, for float8 and int8 only: a state is stat
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -207,7 +208,9 @@ def shard_is_whole(folder: Path, manifest: Mapping[str, Any], number: int) -> bo
 
 def is_only_begun(folder: Path) -> bool:
     """Whether a folder without a manifest holds nothing but what a run leaves that was killed before it wrote one."""
-    return all(path.name in (INDEX, LOCK) or _is_leftover(path) for path in folder.iterdir())
+    with contextlib.suppress(FileNotFoundError):  # the folder went meanwhile
+        return all(path.name in (INDEX, LOCK) or _is_leftover(path) for path in folder.iterdir())
+    return True
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from support import attached, tiny
 from support_cache import cached, pad, some_rows
 
-from fusion_adapters.states import LayerStateCache, StaleCacheError, cache_layer_states, storage
+from fusion_adapters.states import LayerStateCache, StaleCacheError, cache_layer_states, extract, storage
 from fusion_adapters.states.claim import LOCK, claimed
 
 SMALL = {"batch_size": 4, "shard_bytes": 20_000}
@@ -149,3 +149,16 @@ def test_what_safetensors_itself_leaves_is_removed(begun, tmp_path):
     (folder / f".shard-00000.safetensors.{2**22 - 1}" / ".tmpQ0qQ0q").write_text("half")
     cached(model, rows, folder)
     assert sorted(p.name for p in folder.iterdir()) == ["index.safetensors", "manifest.json", "shard-00000.safetensors"]
+
+
+@pytest.mark.parametrize("step", ["write_plan", "read_manifest", "remove_leftovers"])
+def test_a_folder_deleted_before_the_first_shard_is_told_as_that(step, tmp_path, monkeypatch):
+    own = getattr(extract, step)
+
+    def after_it_went(*args):
+        shutil.rmtree(tmp_path / "states", ignore_errors=True)
+        return own(*args)
+
+    monkeypatch.setattr(extract, step, after_it_went)
+    with pytest.raises(FileNotFoundError, match="was deleted, or begun again"):
+        cached(attached(), some_rows(20), tmp_path / "states", **SMALL)

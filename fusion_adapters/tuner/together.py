@@ -124,8 +124,13 @@ class FusingMany:
         """A fusion answers, with the state of its last block."""
         fusing = self.fusings[i]
         last, own = self._seen(i, state, context)
-        none: list[Tensor | None] = [None] * (fusing.depth + 1)  # of one that reads no state
-        fused = fusing.finish(kept, last, own) if self._absorbs[i] else fusing(kept or none, last, own)
+        if self._absorbs[i]:
+            fused = fusing.finish(kept, last, own)
+        else:
+            states: list[Tensor | None] = kept or [None] * (fusing.depth + 1)  # the latter of one that reads no state
+            # a backbone spread over devices: the fusion sits where the last block computes
+            states = [s if s is None or s.device == last.device else s.to(last.device) for s in states]
+            fused = fusing(states, last, own)
         self._fused[i] = fused.expand(state.shape) if self._texts[i] else fused
 
     def _seen(self, i: int, state: Tensor, context: Context) -> tuple[Tensor, Context]:

@@ -16,15 +16,20 @@ from ..backbone.atomic import write_text_whole, written_whole
 from ..backbone.blocks import Backbone, find_backbones
 from ..backbone.decoders import gguf_file_of
 from ..backbone.fingerprint import WHOLE, fingerprints, fingerprints_differ
+from ..states import adapters_digest
 from .maps import Shortcut, ShortcutSet
 
 WEIGHTS, CONFIG, FORMAT = "shortcuts.safetensors", "shortcuts.json", 1
+KEYS = ("model_type", "hidden_size", "num_layers", "fingerprint", "adapters", "digest", "maps")
 
 
 def save_shortcuts(
     shortcuts: ShortcutSet, model: nn.Module, folder: str | Path, notes: Mapping[str, Any] | None = None
 ) -> None:
     """Writes shortcuts, with a fingerprint of the backbone that they belong to; the JSON file comes last, whole.
+
+    LoRA that is active in the backbone is part of its layer states: a digest of it is written too, and compared at each load. A fusion
+    is not.
 
     Args:
         shortcuts: The shortcuts.
@@ -46,6 +51,7 @@ def save_shortcuts(
         "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
         "gguf": None if file is None else str(file),
         "fingerprint": fingerprints(backbone).get(WHOLE),
+        "adapters": list(adapters_digest(backbone)),
         "digest": _digest(folder / WEIGHTS),
         "maps": [
             {"kind": s.kind, "sources": list(s.sources), "target": s.target, "rank": s.rank, "bias": s.bias is not None}
@@ -79,17 +85,20 @@ def load_shortcuts(folder: str | Path, model: nn.Module) -> ShortcutSet:
             f"{str(folder / WEIGHTS)!r} is not the file that {CONFIG} was written for: it is damaged, or was replaced. "
             "Copy both again."
         )
-    maps = [
-        Shortcut(said["hidden_size"], m["sources"], m["target"], rank=m["rank"], bias=m["bias"], kind=m["kind"])
-        for m in said["maps"]
-    ]
-    shortcuts = ShortcutSet(maps, said["hidden_size"], said["num_layers"])
     if said["model_type"] != backbone.model_type:
         raise ValueError(_elsewhere(said, f"a {said['model_type']!r}, and this is a {backbone.model_type!r}"))
+    shortcuts = _described(folder, said)
     check_fits(shortcuts, backbone)
     difference = fingerprints_differ(said["fingerprint"], fingerprints(backbone, said["fingerprint"]))
     if difference:
         raise ValueError(_elsewhere(said, f"a backbone of the same shape but with {difference}"))
+    (then, digest), (now, here) = said["adapters"], adapters_digest(backbone)
+    if digest != here:
+        raise ValueError(
+            f"The shortcuts were fitted to layer states with other weights of adapters than those of this model (then active: {then}; now: "
+            f"{now}). LoRA in the blocks is part of the states. Load and activate the adapter that they were fitted with, or none if there "
+            "was none (model.disable_adapter()), or fit them anew."
+        )
     try:
         shortcuts.load_state_dict(load_file(folder / WEIGHTS))
     except (SafetensorError, RuntimeError) as error:
@@ -108,17 +117,34 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     try:
         said = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        known = said["format"], said["maps"], said["digest"], said["hidden_size"], said["num_layers"], said["model_type"]
+        number = said["format"]
     except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, error) from error
+    if number != FORMAT:
         raise ValueError(
-            f"{str(folder / CONFIG)!r} is damaged ({error}). Copy it again, or fit the shortcuts anew."
-        ) from error
-    if known[0] != FORMAT:
-        raise ValueError(
-            f"{str(folder / CONFIG)!r} is of format {known[0]}, and this version of fusion-adapters reads format {FORMAT}. Install the "
+            f"{str(folder / CONFIG)!r} is of format {number}, and this version of fusion-adapters reads format {FORMAT}. Install the "
             "version that wrote it (pip install -U fusion-adapters)."
         )
+    lacking = [name for name in KEYS if name not in said]
+    if lacking:
+        raise _damaged(folder, f"it does not say {lacking[0]!r}")
     return said
+
+
+def _described(folder: Path, said: Mapping[str, Any]) -> ShortcutSet:
+    """The shortcuts that a configuration names, without their weights."""
+    size = said["hidden_size"]
+    try:
+        maps = [
+            Shortcut(size, m["sources"], m["target"], rank=m["rank"], bias=m["bias"], kind=m["kind"]) for m in said["maps"]
+        ]
+        return ShortcutSet(maps, size, said["num_layers"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, why: Any) -> ValueError:
+    return ValueError(f"{str(folder / CONFIG)!r} is damaged ({why}). Copy it again, or fit the shortcuts anew.")
 
 
 def backbone_of(model: nn.Module) -> Backbone:

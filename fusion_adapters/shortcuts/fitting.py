@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..backbone.atomic import written_whole
 from ..backbone.fingerprint import weights_signature
-from ..fusions.layers import read_layers, resolve_layers
+from ..fusions.layers import resolve_layers
 from ..states import Source, StaleCacheError, source_of
 from ..states.key import known_inputs, row_signature
 from .maps import FUSED, MAT, Shortcut, ShortcutSet
@@ -36,8 +37,8 @@ class FitOptions:
     Attributes:
         sources: Layers to cast from; None for all below the last.
         pairs: `last`: each source to the last layer. `all`: each pair of layers among sources and the last, as in the paper.
-        fused: Layers that the fused shortcut from a source reads beside it, those below it: a list, or a rule as `every:6` (the
-            embeddings, the last block, and each sixth below it); None for no fused ones. They go to the last layer.
+        fused: Layers that the fused shortcut from a source reads beside it, those below it: a list, or a rule as `every:6`; None for no
+            fused ones.
         bias: Fit a constant too; the paper has none.
         ridge: See `solve`.
         rank: See `solve`; None for whole matrices.
@@ -70,8 +71,6 @@ class FitOptions:
             raise ValueError(f"ridge={self.ridge}: it must be 0 or more.")
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}: it must be at least 1.")
-        if self.fused is not None:
-            _named(lambda: read_layers(self.fused))
         Choice(self.positions, self.skip or 0, self.seed)
 
     def choice(self, causal: bool) -> Choice:
@@ -94,27 +93,26 @@ class FitOptions:
         targets = [*sources, num_layers] if self.pairs == "all" else [num_layers]
         found: list[tuple[str, tuple[int, ...], int]] = [(MAT, (i,), j) for i in sources for j in targets if i < j]
         if self.fused is not None:
-            beside = self._beside(num_layers)
+            beside = _beside(self.fused, num_layers)
             for i in sources:
                 read = tuple(sorted({*(layer for layer in beside if layer < i), i}))
-                found += [(FUSED, read, num_layers)] if len(read) > 1 else []
+                found += [(FUSED, read, j) for j in targets if i < j and len(read) > 1]
         return found
 
-    def _beside(self, num_layers: int) -> set[int]:
-        if isinstance(self.fused, str) and self.fused.strip().startswith(
-            "every:"
-        ):  # also a step that is larger than the model
-            return {0, *range(num_layers, 0, -int(self.fused.partition(":")[2]))}
-        layers = _named(lambda: resolve_layers(self.fused, num_layers))
-        return {*layers, 0} if isinstance(self.fused, str) else set(layers)
 
+def _beside(fused: Sequence[int] | str, num_layers: int) -> set[int]:
+    """The layers that fused shortcuts read; a rule takes the embeddings too, and of a shallow backbone these alone.
 
-def _named(read: Callable[[], Any]) -> Any:
-    """A choice of layers, of which errors say the name that it has here."""
+    Raises:
+        ValueError: If they are no layers.
+    """
+    rule = re.fullmatch(r"every:(\d+)", fused) if isinstance(fused, str) else None
+    if rule is not None and int(rule[1]) > num_layers:
+        return {0}
     try:
-        return read()
+        return {*resolve_layers(fused, num_layers), *([0] if isinstance(fused, str) else [])}
     except ValueError as error:
-        raise ValueError(str(error).replace("fusion_layers=", "fused=")) from None
+        raise ValueError(str(error).replace("fusion_layers", "fused")) from error
 
 
 @dataclass

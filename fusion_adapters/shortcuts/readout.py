@@ -76,20 +76,13 @@ class Readout:
 
     def __call__(self, state: Tensor) -> Tensor:
         """Logits `(..., V)` of a state `(..., d)` that stands for that of the last block."""
-        flat = state.reshape(1, -1, state.shape[-1])
+        flat = state.reshape(-1, 1, state.shape[-1])  # (n, 1, d): a table of positions may be shorter than n
         if self.chain is not None:
             for module in self.chain:
                 flat = module(flat)
         else:
-            flat = self._through_model(flat)
+            flat = self._answer(torch.zeros(flat.shape[:2], dtype=torch.long, device=flat.device), flat)
         return flat.reshape(*state.shape[:-1], flat.shape[-1])
-
-    def _through_model(self, state: Tensor) -> Tensor:
-        rows = state.reshape(
-            -1, 1, state.shape[-1]
-        )  # (n, 1, d): each a text of its own, whose length no table of positions limits
-        logits = self._answer(torch.zeros(rows.shape[:2], dtype=torch.long, device=state.device), rows)
-        return logits.reshape(*state.shape[:-1], logits.shape[-1])
 
     def _answer(self, ids: Tensor, state: Tensor) -> Tensor:
         with self._unfused(), fed(self.backbone, self._forms, {self.backbone.num_layers: state}):
@@ -157,10 +150,10 @@ class Readout:
             nonlocal inside
             inside -= 1
 
-        inner = {id(m) for block in backbone.blocks for m in block.modules()}
+        inside_blocks = {id(m) for block in backbone.blocks for m in block.modules()}
         handles = [block.register_forward_hook(count) for block in dict.fromkeys(backbone.blocks)]
         for module in self.model.modules():
-            if id(module) not in around and id(module) not in inner:
+            if id(module) not in around and id(module) not in inside_blocks:
                 handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
         try:
             logits = self._answer(torch.arange(state.shape[1], device=state.device).unsqueeze(0), state)

@@ -7,20 +7,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from ..backbone.atomic import write_text_whole, written_whole
 from ..backbone.blocks import Backbone, find_backbones
 from ..backbone.decoders import gguf_file_of
-from ..backbone.fingerprint import WHOLE, fingerprints, fingerprints_differ
+from ..backbone.fingerprint import WHOLE, fingerprints
+from ..backbone.shortcut_files import (
+    CONFIG,
+    FORMAT,
+    WEIGHTS,
+    check_shape,
+    check_type,
+    check_weights_of,
+    damaged,
+    damaged_weights,
+    digest_of,
+    read_config,
+    read_tensors,
+)
 from ..states import adapters_digest
 from .maps import Shortcut, ShortcutSet
-
-WEIGHTS, CONFIG, FORMAT = "shortcuts.safetensors", "shortcuts.json", 1
-KEYS = ("model_type", "hidden_size", "num_layers", "fingerprint", "adapters", "digest", "maps")
 
 
 def save_shortcuts(
@@ -52,7 +60,7 @@ def save_shortcuts(
         "gguf": None if file is None else str(file),
         "fingerprint": fingerprints(backbone).get(WHOLE),
         "adapters": list(adapters_digest(backbone)),
-        "digest": _digest(folder / WEIGHTS),
+        "digest": digest_of(folder / WEIGHTS),
         "maps": [
             {"kind": s.kind, "sources": list(s.sources), "target": s.target, "rank": s.rank, "bias": s.bias is not None}
             for s in shortcuts
@@ -74,24 +82,12 @@ def load_shortcuts(folder: str | Path, model: nn.Module) -> ShortcutSet:
         ValueError: If they were fitted on another backbone, or the files are damaged; the message says what differs.
     """
     folder, backbone = Path(folder), backbone_of(model)
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        raise FileNotFoundError(
-            f"The folder {str(folder)!r} holds no shortcuts: {CONFIG} and {WEIGHTS} are wanted. Fit them first: "
-            "fusion-adapters shortcuts fit RECIPE.yaml --output FOLDER."
-        )
     said = read_config(folder)
-    if _digest(folder / WEIGHTS) != said["digest"]:
-        raise ValueError(
-            f"{str(folder / WEIGHTS)!r} is not the file that {CONFIG} was written for: it is damaged, or was replaced. "
-            "Copy both again."
-        )
-    if said["model_type"] != backbone.model_type:
-        raise ValueError(_elsewhere(said, f"a {said['model_type']!r}, and this is a {backbone.model_type!r}"))
+    tensors = read_tensors(folder, said)
+    check_type(said, backbone)
     shortcuts = _described(folder, said)
     check_fits(shortcuts, backbone)
-    difference = fingerprints_differ(said["fingerprint"], fingerprints(backbone, said["fingerprint"]))
-    if difference:
-        raise ValueError(_elsewhere(said, f"a backbone of the same shape but with {difference}"))
+    check_weights_of(said, backbone)
     (then, digest), (now, here) = said["adapters"], adapters_digest(backbone)
     if digest != here:
         raise ValueError(
@@ -100,35 +96,10 @@ def load_shortcuts(folder: str | Path, model: nn.Module) -> ShortcutSet:
             "was none (model.disable_adapter()), or fit them anew."
         )
     try:
-        shortcuts.load_state_dict(load_file(folder / WEIGHTS))
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(
-            f"{str(folder / WEIGHTS)!r} does not hold what {CONFIG} says ({' '.join(str(error).split())[:200]}). "
-            "Copy both again."
-        ) from error
+        shortcuts.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise damaged_weights(folder, error) from error
     return shortcuts.to(backbone.device)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """What the JSON file of a folder says.
-
-    Raises:
-        ValueError: If it is damaged, or of a later version.
-    """
-    try:
-        said = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        number = said["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder, error) from error
-    if number != FORMAT:
-        raise ValueError(
-            f"{str(folder / CONFIG)!r} is of format {number}, and this version of fusion-adapters reads format {FORMAT}. Install the "
-            "version that wrote it (pip install -U fusion-adapters)."
-        )
-    lacking = [name for name in KEYS if name not in said]
-    if lacking:
-        raise _damaged(folder, f"it does not say {lacking[0]!r}")
-    return said
 
 
 def _described(folder: Path, said: Mapping[str, Any]) -> ShortcutSet:
@@ -140,11 +111,7 @@ def _described(folder: Path, said: Mapping[str, Any]) -> ShortcutSet:
         ]
         return ShortcutSet(maps, size, said["num_layers"])
     except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder, error) from error
-
-
-def _damaged(folder: Path, why: Any) -> ValueError:
-    return ValueError(f"{str(folder / CONFIG)!r} is damaged ({why}). Copy it again, or fit the shortcuts anew.")
+        raise damaged(folder, error) from error
 
 
 def backbone_of(model: nn.Module) -> Backbone:
@@ -165,26 +132,4 @@ def backbone_of(model: nn.Module) -> Backbone:
 
 def check_fits(shortcuts: ShortcutSet, backbone: Backbone) -> None:
     """Raises ValueError if shortcuts are of another width or depth than a backbone."""
-    shape, here = (shortcuts.hidden_size, shortcuts.num_layers), (backbone.hidden_size, backbone.whole.num_layers)
-    if shape != here:
-        raise ValueError(
-            f"The shortcuts are for a backbone of hidden size {shape[0]} with {shape[1]} blocks; this one has hidden size {here[0]} and "
-            f"{here[1]} blocks. Load the backbone that they were fitted on."
-        )
-
-
-def _elsewhere(said: Mapping[str, Any], what: str) -> str:
-    name = said.get("base_model_name_or_path")
-    gguf = f", from the GGUF file {said['gguf']}" if said.get("gguf") else ""
-    return (
-        f"The shortcuts were fitted on {what}. Load the checkpoint that they were fitted on{f' ({name})' if name else ''}{gguf}, "
-        "or fit them anew."
-    )
-
-
-def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+    check_shape(shortcuts.hidden_size, shortcuts.num_layers, backbone)

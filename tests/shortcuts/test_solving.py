@@ -209,8 +209,6 @@ def test_options_that_cannot_be_are_refused_before_the_model_runs():
         FitOptions(batch_size=0)
     with pytest.raises(ValueError, match="positions='some': choose one of all, one, labelled"):
         FitOptions(positions="some")
-    with pytest.raises(ValueError, match="fused='each:2' is no choice of layers"):
-        FitOptions(fused="each:2")
 
     def forbidden(*args):
         raise AssertionError("the model ran")
@@ -221,5 +219,7 @@ def test_options_that_cannot_be_are_refused_before_the_model_runs():
         fit_shortcuts(model, rows_of_tokens(4), None, FitOptions(sources=[1, 4]), progress=False)
     with pytest.raises(ValueError, match=r"fused=\[0, 9\]: \[9\] out of range"):
         fit_shortcuts(model, rows_of_tokens(4), None, FitOptions(fused=[0, 9]), progress=False)
+    with pytest.raises(ValueError, match="fused='each:2' is no choice of layers"):
+        fit_shortcuts(model, rows_of_tokens(4), None, FitOptions(fused="each:2"), progress=False)
     with pytest.raises(ValueError, match="rank=32: a shortcut of 32 dimensions"):
         fit_shortcuts(model, rows_of_tokens(4), None, FitOptions(rank=32), progress=False)

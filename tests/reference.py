@@ -77,6 +77,19 @@ def scalar_mix_token(p, states, last, residual):
     return last + mixed if residual else mixed
 
 
+def shortcut_token(p, layers, num_layers, states, last):
+    """z_L + g * sum_n softmax(w)_n (A_n z_n + b_n - z_L); z_L is cast by the identity, and without maps all states are."""
+    share = _softmax(p["logits"].tolist())
+    mixed = torch.zeros_like(last)
+    for n, (layer, state) in enumerate(zip(layers, states, strict=True)):
+        cast = state
+        if layer < num_layers and "map_bias" in p:
+            matrix = p["map_weight"][n] if "map_weight" in p else p["map_up"][n] @ p["map_down"][n]
+            cast = matrix @ state + p["map_bias"][n]
+        mixed += share[n] * (cast - last)
+    return last + p["gain"] * mixed, torch.tensor(share, dtype=torch.float64)
+
+
 def attnres_token(p, states, last):
     """sum_n softmax_n(w . RMSNorm(z_n)) z_n, as `z_L + gamma` times it where there is a gamma."""
     scores = []

@@ -39,6 +39,7 @@ _METHODS = {
     "attnres": "attnres.AttnRes",
     "laya": "laya.LAYA",
     "attnpool": "attnpool.AttnPool",
+    "shortcut": "shortcut.ShortcutFusion",
     "deeper": "deeper.Deeper",
     "mlp": "controls.MLP",
     "last": "controls.Last",
@@ -98,6 +99,7 @@ def build_fusion(
         ValueError: If the name, a layer index or an option does not fit; the message says what would.
     """
     cls = fusion_class(name)
-    if "last_block" in inspect.signature(cls).parameters:
-        options["last_block"] = last_block
+    takes = inspect.signature(cls).parameters
+    given = {"last_block": last_block, "num_layers": num_layers}
+    options.update({known: value for known, value in given.items() if known in takes})
     return cls(hidden_size, resolve_layers(layers, num_layers), **options)

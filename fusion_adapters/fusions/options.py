@@ -13,7 +13,7 @@ from typing import Any
 from .contract import Fusion
 
 # What is handed to a fusion by who builds it, and so is no option.
-GIVEN = ("last_block",)
+GIVEN = ("last_block", "num_layers")
 # What an option means in every method that has it; the docstring of a class tells what is special there.
 SHARED = {
     "bottleneck": "Width of the method's inner layer; an int, or a float as fraction of the hidden size.",

@@ -97,7 +97,7 @@ def evaluate_shortcuts(
         batch_size: Rows of one call.
         progress: Show a bar.
     """
-    source = source_of(model)
+    source = source_of(model).whole
     backbone = source.backbone
     choice = choice or Choice(skip=int(backbone.causal))
     maps: list[Shortcut] = list(shortcuts)
@@ -148,7 +148,7 @@ class _Full:
 
     def __init__(self, logits: Tensor) -> None:
         self.log_probabilities = logits.float().log_softmax(-1)
-        self.top = logits.topk(max(TOPS), dim=-1).indices  # (n, 10)
+        self.top = logits.topk(min(max(TOPS), logits.shape[-1]), dim=-1).indices  # (n, 10)
 
     def hits(self, tokens: Tensor, k: int) -> int:
         return int((self.top[:, :k] == tokens[:, None]).any(-1).sum())

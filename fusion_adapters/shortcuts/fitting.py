@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
@@ -20,7 +20,8 @@ from ..backbone.atomic import written_whole
 from ..backbone.fingerprint import weights_signature
 from ..fusions.layers import resolve_layers
 from ..states import Source, StaleCacheError, source_of
-from .maps import FUSED, MAT, ShortcutSet
+from ..states.key import known_inputs, row_signature
+from .maps import FUSED, MAT, Shortcut, ShortcutSet
 from .moments import Moments, pairs_of
 from .solving import solve
 from .stream import Choice, Collator, Rows, batches_of, stream
@@ -37,7 +38,7 @@ class FitOptions:
         sources: Layers to cast from; None for all below the last.
         pairs: `last`: each source to the last layer. `all`: each pair of layers among sources and the last, as in the paper.
         fused: Layers that the fused shortcut from a source reads beside it, those below it: a list, or a rule as `every:6`; None for no
-            fused ones. They go to the last layer.
+            fused ones.
         bias: Fit a constant too; the paper has none.
         ridge: See `solve`.
         rank: See `solve`; None for whole matrices.
@@ -92,11 +93,26 @@ class FitOptions:
         targets = [*sources, num_layers] if self.pairs == "all" else [num_layers]
         found: list[tuple[str, tuple[int, ...], int]] = [(MAT, (i,), j) for i in sources for j in targets if i < j]
         if self.fused is not None:
-            beside = set(resolve_layers(self.fused, num_layers)) | ({0} if isinstance(self.fused, str) else set())
+            beside = _beside(self.fused, num_layers)
             for i in sources:
                 read = tuple(sorted({*(layer for layer in beside if layer < i), i}))
-                found += [(FUSED, read, num_layers)] if len(read) > 1 else []
+                found += [(FUSED, read, j) for j in targets if i < j and len(read) > 1]
         return found
+
+
+def _beside(fused: Sequence[int] | str, num_layers: int) -> set[int]:
+    """The layers that fused shortcuts read; a rule takes the embeddings too, and of a shallow backbone these alone.
+
+    Raises:
+        ValueError: If they are no layers.
+    """
+    rule = re.fullmatch(r"every:(\d+)", fused) if isinstance(fused, str) else None
+    if rule is not None and int(rule[1]) > num_layers:
+        return {0}
+    try:
+        return {*resolve_layers(fused, num_layers), *([0] if isinstance(fused, str) else [])}
+    except ValueError as error:
+        raise ValueError(str(error).replace("fusion_layers", "fused")) from error
 
 
 @dataclass
@@ -144,9 +160,11 @@ def fit_shortcuts(
         StaleCacheError: If the folder holds the sums of another fit.
     """
     options, started = options or FitOptions(), time.perf_counter()
-    source = source_of(model)
+    source = source_of(model).whole
     backbone = source.backbone
     wanted = options.wanted(backbone.num_layers)
+    if options.rank is not None:
+        Shortcut(backbone.hidden_size, [0], 1, rank=options.rank)  # refuses a rank that cannot be, before the pass
     moments = Moments(backbone.hidden_size, [pair for _, sources, target in wanted for pair in pairs_of(sources, target)])
     _accumulate(source, rows, collator, options, moments, None if folder is None else Path(folder), progress)
     shortcuts = ShortcutSet([], backbone.hidden_size, backbone.num_layers)
@@ -192,15 +210,21 @@ def _save(file: Path, key: str, done: int, moments: Moments) -> None:
 
 def _resumed(file: Path, key: str, moments: Moments) -> int:
     """The number of batches that the sums in a file cover."""
-    with safe_open(file, "pt") as opened:
-        notes = opened.metadata() or {}
-        if notes.get("key") != key:
-            raise StaleCacheError(
-                f"{str(file)!r} holds the sums of another fit: other rows, another backbone, or other options. Give another folder, or "
-                "delete the file."
-            )
-        moments.load({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
-        return int(notes["batches"])
+    try:
+        with safe_open(file, "pt") as opened:
+            notes = opened.metadata() or {}
+            if notes.get("key") != key:
+                raise StaleCacheError(
+                    f"{str(file)!r} holds the sums of another fit: other rows, another backbone, or other options. Give another folder, "
+                    "or delete the file."
+                )
+            moments.load({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+            return int(notes["batches"])
+    except SafetensorError as error:
+        raise ValueError(
+            f"{str(file)!r}, the sums of a fit that was stopped, is damaged ({' '.join(str(error).split())}). Delete it; the fit then "
+            "begins anew."
+        ) from error
 
 
 def _key(source: Source, rows: Rows, choice: Choice, batch_size: int, moments: Moments) -> str:
@@ -213,7 +237,7 @@ def _key(source: Source, rows: Rows, choice: Choice, batch_size: int, moments: M
         "adapters": source.adapters,
     }
     digest.update(json.dumps(said).encode())
+    names = [*known_inputs(source.backbone), *(["labels"] if choice.positions == "labelled" else [])]
     for row in rows:
-        for name in ("input_ids", "attention_mask", "labels"):
-            digest.update(b"|" if row.get(name) is None else torch.as_tensor(row[name]).to(torch.int64).numpy().tobytes())
+        digest.update(row_signature(row, names))
     return digest.hexdigest()

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backbone.shortcut_files import map_name
+
 IDENTITY, MAT, FUSED = "identity", "mat", "fused"
 
 
@@ -128,7 +130,7 @@ class ShortcutSet(nn.Module):
                 f"A shortcut from {list(shortcut.sources)} to {shortcut.target} of width {shortcut.hidden_size} is none of a backbone of "
                 f"{self.num_layers} blocks of width {self.hidden_size}."
             )
-        self.maps[_name(shortcut.kind, shortcut.source, shortcut.target)] = shortcut
+        self.maps[map_name(shortcut.kind, shortcut.source, shortcut.target)] = shortcut
 
     def __iter__(self) -> Iterator[Shortcut]:
         yield from self.maps.values()  # type: ignore[misc]
@@ -145,7 +147,7 @@ class ShortcutSet(nn.Module):
         target = self.num_layers if target is None else target
         if kind == IDENTITY:
             return identity(self.hidden_size, source, target)
-        name = _name(kind, source, target)
+        name = map_name(kind, source, target)
         if name not in self.maps:
             there = sorted(s.source for s in self if (s.kind, s.target) == (kind, target))
             kinds = sorted({s.kind for s in self})
@@ -165,7 +167,3 @@ class ShortcutSet(nn.Module):
         """The layers from which shortcuts of a kind go to a layer, by default the last, ascending."""
         target = self.num_layers if target is None else target
         return sorted(s.source for s in self if (s.kind, s.target) == (kind, target))
-
-
-def _name(kind: str, source: int, target: int) -> str:
-    return f"{kind} {source} {target}"

@@ -54,6 +54,10 @@ class Moments:
         """The mean of states side by side, `(k d,)`."""
         return torch.cat([self.sums[layer] for layer in layers]).cpu() / max(self.count, 1)
 
+    def squares(self, layers: Sequence[int]) -> Tensor:
+        """`sum z^2` of each value of states side by side, `(k d,)`."""
+        return torch.cat([self._block(layer, layer).diagonal() for layer in layers])
+
     def product(self, rows: Sequence[int], columns: Sequence[int], centred: bool) -> Tensor:
         """`sum x y^T` of states side by side, `(k d, m d)`; about their means if `centred`."""
         found = torch.cat([torch.cat([self._block(i, j) for j in columns], dim=1) for i in rows])

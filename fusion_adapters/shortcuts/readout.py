@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,7 +11,8 @@ from torch import Tensor, nn
 
 from ..backbone.blocks import Backbone
 from ..backbone.families import output_embeddings
-from ..backbone.fed import Watched, fed, watched
+from ..backbone.fed import fed, watched
+from ..states import source_of
 from .saving import backbone_of
 
 PROBE = 4  # positions
@@ -23,7 +26,7 @@ class Readout:
     model; else (logits that are scaled or capped outside of a module) the model is called, with the state in the place of its blocks.
 
     Args:
-        model: A causal or a masked language model.
+        model: A causal or a masked language model. A fusion that is attached to it is left out.
 
     Raises:
         ValueError: If it has no head over a vocabulary.
@@ -42,6 +45,7 @@ class Readout:
         self.head: nn.Module = head
         self.chain: list[nn.Module] | None = None
         self._forms: list[Any] = []
+        self._fusions = source_of(model).fusions
         self._probe()
 
     @property
@@ -53,8 +57,12 @@ class Readout:
         """
         if not isinstance(self.head, nn.Linear) or self.chain is None or self.chain[-1] is not self.head:
             raise ValueError(
-                f"The head of {type(self.model).__name__} is not a linear layer that comes last ({type(self.head).__name__}"
-                + ("" if self.chain is not None else ", and its logits are scaled or capped after it")
+                f"The head of {type(self.model).__name__} is not a linear layer that comes last ({type(self.head).__name__}, "
+                + (
+                    "and its logits are scaled or capped after it"
+                    if self.chain is None
+                    else f"in {type(self.chain[-1]).__name__}"
+                )
                 + "), so no part of its vocabulary can be had alone. Use the whole vocabulary (leave the short list unset)."
             )
         return self.head
@@ -68,18 +76,25 @@ class Readout:
 
     def __call__(self, state: Tensor) -> Tensor:
         """Logits `(..., V)` of a state `(..., d)` that stands for that of the last block."""
-        flat = state.reshape(1, -1, state.shape[-1])
+        flat = state.reshape(-1, 1, state.shape[-1])  # (n, 1, d): a table of positions may be shorter than n
         if self.chain is not None:
             for module in self.chain:
                 flat = module(flat)
         else:
-            flat = self._through_model(flat)
+            flat = self._answer(torch.zeros(flat.shape[:2], dtype=torch.long, device=flat.device), flat)
         return flat.reshape(*state.shape[:-1], flat.shape[-1])
 
-    def _through_model(self, state: Tensor) -> Tensor:
-        ids = torch.zeros(state.shape[:2], dtype=torch.long, device=state.device)
-        with fed(self.backbone, self._forms, {self.backbone.num_layers: state}):
+    def _answer(self, ids: Tensor, state: Tensor) -> Tensor:
+        with self._unfused(), fed(self.backbone, self._forms, {self.backbone.num_layers: state}):
             return self.model(input_ids=ids).logits
+
+    @contextlib.contextmanager
+    def _unfused(self) -> Iterator[None]:
+        """In the body, a fusion that is attached is left out: the state stands for that of the last block itself."""
+        with contextlib.ExitStack() as stack:
+            for layer in self._fusions:
+                stack.enter_context(layer.unfused())
+            yield
 
     @torch.no_grad()
     def _probe(self) -> None:
@@ -89,33 +104,31 @@ class Readout:
         model.eval()
         try:
             ids = torch.arange(PROBE, device=backbone.device).unsqueeze(0)
-            with watched(backbone) as seen:
+            with self._unfused(), watched(backbone) as seen:
                 model(input_ids=ids)
             self._forms = list(seen.forms)
             state = seen.states[backbone.num_layers]
-            chain, logits = self._run_after(state, seen)
-            x = state
-            try:
-                for module in chain:
-                    x = module(x)
-            except Exception:  # a module that wants more than the state
-                return
-            if (
-                isinstance(x, Tensor)
-                and x.shape == logits.shape
-                and float((x - logits).abs().max()) <= CLOSE * float(logits.abs().max())
-            ):
-                self.chain = chain
+            # the head by itself, else with the module that holds it and computes something between its parts
+            for apart in (True, False):
+                chain, logits = self._run_after(state, apart)
+                if self.chain is None and _equals(chain, state, logits):
+                    self.chain = chain
         finally:
             for module, mode in modes:
                 module.training = mode
 
-    def _run_after(self, state: Tensor, seen: Watched) -> tuple[list[nn.Module], Tensor]:
-        """The outermost modules that are called with a state after the blocks, in order, and the logits."""
+    def _run_after(self, state: Tensor, apart: bool) -> tuple[list[nn.Module], Tensor]:
+        """The outermost modules that are called with a state after the blocks, in order, and the logits.
+
+        Args:
+            state: `(1, T, d)`.
+            apart: Go into modules that hold the head.
+        """
         found: list[nn.Module] = []
         inside, passed = 0, 0  # modules that are being called now; blocks that have answered
         backbone = self.backbone
-        around = {id(m) for m in self.model.modules() if _holds(m, backbone.blocks[-1])}
+        ends = [backbone.blocks[-1], *([self.head] if apart else [])]
+        around = {id(m) for m in self.model.modules() if any(m is not end and _holds(m, end) for end in ends)}
 
         def count(block: nn.Module, args: Any, output: Any) -> None:
             nonlocal passed
@@ -137,19 +150,29 @@ class Readout:
             nonlocal inside
             inside -= 1
 
-        # what runs before and in the blocks is no part of it
-        before = {id(m) for part in backbone.upstream for m in part.modules()}
+        inside_blocks = {id(m) for block in backbone.blocks for m in block.modules()}
         handles = [block.register_forward_hook(count) for block in dict.fromkeys(backbone.blocks)]
         for module in self.model.modules():
-            if id(module) not in around and id(module) not in before:
+            if id(module) not in around and id(module) not in inside_blocks:
                 handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
         try:
-            with fed(backbone, self._forms, {backbone.num_layers: state}):
-                logits = self.model(input_ids=torch.arange(state.shape[1], device=state.device).unsqueeze(0)).logits
+            logits = self._answer(torch.arange(state.shape[1], device=state.device).unsqueeze(0), state)
         finally:
             for handle in handles:
                 handle.remove()
         return found, logits
+
+
+def _equals(chain: list[nn.Module], state: Tensor, logits: Tensor) -> bool:
+    """Whether modules one after the other give these logits."""
+    x = state
+    try:
+        for module in chain:
+            x = module(x)
+    except Exception:  # a module that wants more than the state
+        return False
+    same = isinstance(x, Tensor) and x.shape == logits.shape
+    return same and float((x - logits).abs().max()) <= CLOSE * float(logits.abs().max())
 
 
 def _holds(module: nn.Module, block: nn.Module) -> bool:

@@ -7,24 +7,37 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from ..backbone.atomic import write_text_whole, written_whole
 from ..backbone.blocks import Backbone, find_backbones
 from ..backbone.decoders import gguf_file_of
-from ..backbone.fingerprint import WHOLE, fingerprints, fingerprints_differ
+from ..backbone.fingerprint import WHOLE, fingerprints
+from ..backbone.shortcut_files import (
+    CONFIG,
+    FORMAT,
+    WEIGHTS,
+    check_shape,
+    check_type,
+    check_weights_of,
+    damaged,
+    damaged_weights,
+    digest_of,
+    read_config,
+    read_tensors,
+)
+from ..states import adapters_digest
 from .maps import Shortcut, ShortcutSet
-
-WEIGHTS, CONFIG, FORMAT = "shortcuts.safetensors", "shortcuts.json", 1
 
 
 def save_shortcuts(
     shortcuts: ShortcutSet, model: nn.Module, folder: str | Path, notes: Mapping[str, Any] | None = None
 ) -> None:
     """Writes shortcuts, with a fingerprint of the backbone that they belong to; the JSON file comes last, whole.
+
+    LoRA that is active in the backbone is part of its layer states: a digest of it is written too, and compared at each load. A fusion
+    is not.
 
     Args:
         shortcuts: The shortcuts.
@@ -46,7 +59,8 @@ def save_shortcuts(
         "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
         "gguf": None if file is None else str(file),
         "fingerprint": fingerprints(backbone).get(WHOLE),
-        "digest": _digest(folder / WEIGHTS),
+        "adapters": list(adapters_digest(backbone)),
+        "digest": digest_of(folder / WEIGHTS),
         "maps": [
             {"kind": s.kind, "sources": list(s.sources), "target": s.target, "rank": s.rank, "bias": s.bias is not None}
             for s in shortcuts
@@ -68,57 +82,36 @@ def load_shortcuts(folder: str | Path, model: nn.Module) -> ShortcutSet:
         ValueError: If they were fitted on another backbone, or the files are damaged; the message says what differs.
     """
     folder, backbone = Path(folder), backbone_of(model)
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        raise FileNotFoundError(
-            f"The folder {str(folder)!r} holds no shortcuts: {CONFIG} and {WEIGHTS} are wanted. Fit them first: "
-            "fusion-adapters shortcuts fit RECIPE.yaml --output FOLDER."
-        )
     said = read_config(folder)
-    if _digest(folder / WEIGHTS) != said["digest"]:
-        raise ValueError(
-            f"{str(folder / WEIGHTS)!r} is not the file that {CONFIG} was written for: it is damaged, or was replaced. "
-            "Copy both again."
-        )
-    maps = [
-        Shortcut(said["hidden_size"], m["sources"], m["target"], rank=m["rank"], bias=m["bias"], kind=m["kind"])
-        for m in said["maps"]
-    ]
-    shortcuts = ShortcutSet(maps, said["hidden_size"], said["num_layers"])
-    if said["model_type"] != backbone.model_type:
-        raise ValueError(_elsewhere(said, f"a {said['model_type']!r}, and this is a {backbone.model_type!r}"))
+    tensors = read_tensors(folder, said)
+    check_type(said, backbone)
+    shortcuts = _described(folder, said)
     check_fits(shortcuts, backbone)
-    difference = fingerprints_differ(said["fingerprint"], fingerprints(backbone, said["fingerprint"]))
-    if difference:
-        raise ValueError(_elsewhere(said, f"a backbone of the same shape but with {difference}"))
-    try:
-        shortcuts.load_state_dict(load_file(folder / WEIGHTS))
-    except (SafetensorError, RuntimeError) as error:
+    check_weights_of(said, backbone)
+    (then, digest), (now, here) = said["adapters"], adapters_digest(backbone)
+    if digest != here:
         raise ValueError(
-            f"{str(folder / WEIGHTS)!r} does not hold what {CONFIG} says ({' '.join(str(error).split())[:200]}). "
-            "Copy both again."
-        ) from error
+            f"The shortcuts were fitted to layer states with other weights of adapters than those of this model (then active: {then}; now: "
+            f"{now}). LoRA in the blocks is part of the states. Load and activate the adapter that they were fitted with, or none if there "
+            "was none (model.disable_adapter()), or fit them anew."
+        )
+    try:
+        shortcuts.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise damaged_weights(folder, error) from error
     return shortcuts.to(backbone.device)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """What the JSON file of a folder says.
-
-    Raises:
-        ValueError: If it is damaged, or of a later version.
-    """
+def _described(folder: Path, said: Mapping[str, Any]) -> ShortcutSet:
+    """The shortcuts that a configuration names, without their weights."""
+    size = said["hidden_size"]
     try:
-        said = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        known = said["format"], said["maps"], said["digest"], said["hidden_size"], said["num_layers"], said["model_type"]
+        maps = [
+            Shortcut(size, m["sources"], m["target"], rank=m["rank"], bias=m["bias"], kind=m["kind"]) for m in said["maps"]
+        ]
+        return ShortcutSet(maps, size, said["num_layers"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{str(folder / CONFIG)!r} is damaged ({error}). Copy it again, or fit the shortcuts anew."
-        ) from error
-    if known[0] != FORMAT:
-        raise ValueError(
-            f"{str(folder / CONFIG)!r} is of format {known[0]}, and this version of fusion-adapters reads format {FORMAT}. Install the "
-            "version that wrote it (pip install -U fusion-adapters)."
-        )
-    return said
+        raise damaged(folder, error) from error
 
 
 def backbone_of(model: nn.Module) -> Backbone:
@@ -139,26 +132,4 @@ def backbone_of(model: nn.Module) -> Backbone:
 
 def check_fits(shortcuts: ShortcutSet, backbone: Backbone) -> None:
     """Raises ValueError if shortcuts are of another width or depth than a backbone."""
-    shape, here = (shortcuts.hidden_size, shortcuts.num_layers), (backbone.hidden_size, backbone.whole.num_layers)
-    if shape != here:
-        raise ValueError(
-            f"The shortcuts are for a backbone of hidden size {shape[0]} with {shape[1]} blocks; this one has hidden size {here[0]} and "
-            f"{here[1]} blocks. Load the backbone that they were fitted on."
-        )
-
-
-def _elsewhere(said: Mapping[str, Any], what: str) -> str:
-    name = said.get("base_model_name_or_path")
-    gguf = f", from the GGUF file {said['gguf']}" if said.get("gguf") else ""
-    return (
-        f"The shortcuts were fitted on {what}. Load the checkpoint that they were fitted on{f' ({name})' if name else ''}{gguf}, "
-        "or fit them anew."
-    )
-
-
-def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+    check_shape(shortcuts.hidden_size, shortcuts.num_layers, backbone)

@@ -11,7 +11,9 @@ from torch import Tensor
 from .maps import Shortcut
 from .moments import Moments
 
-SINGULAR = 1e-13  # a pivot of the scaled matrix below this is rounding alone
+# A share of the variance below this is the rounding of float32 states alone, 2^-48 in each and some more in sums.
+ROUNDING = 1e-12
+STEPS = 4  # of inverse iteration: each shrinks what is no null direction by a hundred at least
 
 
 class SingularError(ValueError):
@@ -30,6 +32,10 @@ def solve(
 ) -> Shortcut:
     """The shortcut with the least squared error over the positions that the moments were summed over.
 
+    A layer norm at the end of a block (BERT and its like) leaves the state in one dimension less, up to the rounding of float32.
+    That direction, one a source, is left out (weight 0): a least-squares weight there is some ten thousand times as large as others
+    (all-MiniLM-L6-v2: 14,000), fits rounding, and would blow up that of another dtype.
+
     Args:
         moments: Sums, of the pairs `pairs_of(sources, target)` at least.
         sources: The layers that are read, ascending.
@@ -41,7 +47,7 @@ def solve(
         kind: The name of the result, see `Shortcut`.
 
     Raises:
-        SingularError: If the matrix of the equations is singular, and `ridge` is 0.
+        SingularError: If the matrix of the equations is singular in more directions than these, and `ridge` is 0.
         ValueError: If there are no positions.
     """
     size, sources = moments.hidden_size, tuple(sources)
@@ -62,7 +68,7 @@ def solve(
         diagonal = gram.diagonal()
         mean_squares = diagonal.unflatten(0, (len(sources), size)).mean(dim=1)  # times the number of positions
         gram = gram + torch.diag((ridge * mean_squares).repeat_interleave(size))
-    solution = _solved(gram, cross, sources, ridge, moments.count)  # (k d, d)
+    solution = _solved(gram, cross, moments.squares(sources), sources, ridge, moments.count)  # (k d, d)
     matrix = solution.T  # (d, k d)
     shortcut = Shortcut(size, sources, target, rank=rank, bias=bias, kind=kind)
     if rank is None:
@@ -79,21 +85,40 @@ def solve(
     return shortcut
 
 
-def _solved(gram: Tensor, cross: Tensor, sources: Sequence[int], ridge: float, count: int) -> Tensor:
+def _solved(gram: Tensor, cross: Tensor, squares: Tensor, sources: Sequence[int], ridge: float, count: int) -> Tensor:
     """`gram^-1 cross` by Cholesky of the matrix with a unit diagonal, refined once; the states' channels differ by orders of size."""
-    scale = gram.diagonal().clamp_min(0).sqrt()  # (k d,)
-    dead = int((scale == 0).sum())
-    scale = scale.where(scale > 0, torch.ones_like(scale))
+    diagonal = gram.diagonal()  # (k d,)
+    dead = int((diagonal <= ROUNDING * squares).sum())
+    scale = diagonal.where(diagonal > ROUNDING * squares, torch.ones_like(diagonal)).sqrt()
     unit = gram / scale[:, None] / scale[None, :]
-    factor, info = torch.linalg.cholesky_ex(unit)
-    if int(info) or dead or float(factor.diagonal().min()) ** 2 < SINGULAR:
+    right = cross / scale[:, None]
+    factor, failed = torch.linalg.cholesky_ex(unit)
+    null = unit[:, :0]
+    if not dead and (int(failed) or float(factor.diagonal().min()) ** 2 < ROUNDING * len(unit)):
+        null = _null_directions(unit, len(sources) + 1)
+        unit = unit + null @ null.T
+        right = right - null @ (null.T @ right)
+        factor, failed = torch.linalg.cholesky_ex(unit)
+    if dead or int(failed) or null.shape[1] > len(sources):
         raise SingularError(
             f"The least squares from layers {list(sources)} have no one solution: over {count:,} positions the states span fewer "
             f"than their {len(gram):,} dimensions"
             + (f" ({dead} of them never vary)" if dead else "")
             + f". Give ridge (1e-4, say; now {ridge:g}), more positions, or fewer sources."
         )
-    right = cross / scale[:, None]
     found = torch.cholesky_solve(right, factor)
     found = found + torch.cholesky_solve(right - unit @ found, factor)
-    return found / scale[:, None]
+    return (found - null @ (null.T @ found)) / scale[:, None]
+
+
+def _null_directions(unit: Tensor, most: int) -> Tensor:
+    """The directions in which a matrix of unit diagonal is rounding alone, at most so many, orthonormal, `(k d, n)`."""
+    most = min(most, len(unit))
+    factor, failed = torch.linalg.cholesky_ex(unit + ROUNDING * torch.eye(len(unit), dtype=unit.dtype))
+    if int(failed):
+        return unit[:, :0]
+    found = torch.randn(len(unit), most, dtype=unit.dtype, generator=torch.Generator().manual_seed(0))
+    for _ in range(STEPS):  # inverse iteration
+        found = torch.linalg.qr(torch.cholesky_solve(found, factor)).Q
+    values, vectors = torch.linalg.eigh(found.T @ unit @ found)
+    return found @ vectors[:, values < ROUNDING]

@@ -9,7 +9,7 @@ from .dataset import CachedCollator, CachedDataset
 from .extract import cache_layer_states
 from .key import cache_key
 from .plan import Plan, plan_cache
-from .source import Source, source_of
+from .source import Source, adapters_digest, source_of
 from .storage import StaleCacheError
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Plan",
     "Source",
     "StaleCacheError",
+    "adapters_digest",
     "cache_key",
     "cache_layer_states",
     "plan_cache",

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 
 from ..backbone.blocks import Backbone, find_backbones
-from ..tuner import FusionLayer, adapters_in_use, fusion_layers, idle_tensors, layers_read, reads_means, scalings_in_use
+from ..tuner import (
+    FusionLayer,
+    adapters_in_use,
+    fusion_layers,
+    idle_tensors,
+    layers_read,
+    reads_means,
+    scalings_in_use,
+    tensors_in_use,
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ def source_of(model: nn.Module | Source) -> Source:
     if isinstance(model, Source):
         return model
     fusions = fusion_layers(model)
-    backbones = [layer.running for layer in fusions] or find_backbones(model)
+    backbones = [layer.running for layer in fusions] or find_backbones(base_of(model))
     backbone = backbones[0]
     if len(backbones) > 1 or backbone.stack is not None:
         raise ValueError(
@@ -95,6 +106,25 @@ def source_of(model: nn.Module | Source) -> Source:
         tuple(fusions),
         bool(fusions) and reads_means(base_of(model), fusions[0]),
     )
+
+
+def adapters_digest(backbone: Backbone) -> tuple[str, str]:
+    """The names of the adapters that take part in a backbone's layer states, and a digest of their weights; `none` without any.
+
+    The weights count as rounded to bfloat16, so that the digest survives a cast to it, and their names do not.
+    """
+    names = adapters_in_use(backbone)
+    tensors = list(tensors_in_use(backbone))
+    if not tensors:
+        return names, "none"
+    digest = xxhash.xxh3_128()
+    for scaling in scalings_in_use(backbone):
+        digest.update(struct.pack("<d", scaling))
+    for tensor in tensors:
+        value = tensor.detach().to(torch.bfloat16).cpu().contiguous()
+        digest.update(f"{tuple(value.shape)}".encode())
+        digest.update(value.view(-1).view(torch.uint8).numpy().data if value.numel() else b"")
+    return names, digest.hexdigest()
 
 
 def base_of(model: nn.Module) -> nn.Module:

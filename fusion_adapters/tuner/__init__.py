@@ -9,7 +9,7 @@ import peft
 from peft import mapping
 from peft.tuners.lora import LoraModel
 
-from .active import adapters_in_use, idle_tensors, scalings_in_use
+from .active import adapters_in_use, idle_tensors, scalings_in_use, tensors_in_use
 from .config import FusionConfig, FusionPeftType
 from .depth import depth_weights
 from .heads import TASK_HEADS
@@ -32,6 +32,7 @@ __all__ = [
     "reads_means",
     "register",
     "scalings_in_use",
+    "tensors_in_use",
     "use_adapter",
 ]
 

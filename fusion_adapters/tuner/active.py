@@ -8,7 +8,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from ..backbone.blocks import Backbone
 
@@ -31,6 +31,14 @@ def idle_tensors(backbone: Backbone) -> set[int]:
         for name, tensor in (*module.named_parameters(), *module.named_buffers())
         if name.split(".")[0] not in FROZEN and used.isdisjoint(name.split(".")[1:2])  # lora_A.NAME.weight
     }
+
+
+def tensors_in_use(backbone: Backbone) -> Iterator[Tensor]:
+    """The tensors of the adapters that take part in the layer states, in the order of the modules."""
+    for module, used in _adapted(backbone):
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if name.split(".")[0] not in FROZEN and not used.isdisjoint(name.split(".")[1:2]):
+                yield tensor
 
 
 def scalings_in_use(backbone: Backbone) -> list[float]:

@@ -33,6 +33,7 @@ model = PeftModel.from_pretrained(backbone, "path/or/id/of/this/adapter")
 ```
 """
 WEIGHTS = "adapter_model.safetensors"
+MAPS = "fixed maps"  # of `fusion="shortcut"`
 LABELLED = "Classification"  # in the names of classes whose outputs have labels
 # Asked first, since others of transformers' auto classes list the same models.
 USUAL = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText")
@@ -187,12 +188,14 @@ def _backbone_lines(config: AdapterConfig) -> str:
 
 
 def count_parts(weights: Path) -> dict[str, int]:
-    """The number of values in an adapter's file by part: fusion, LoRA, and the rest, which is the head."""
+    """The number of values in an adapter's file by part: fusion, LoRA, the rest, which is the head, and maps that never train."""
     counts = {"fusion": 0, "LoRA": 0, "head": 0}
     with safe_open(weights, "np") as file:
         for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
             part = "fusion" if f"{LAYER_NAME}." in name else "LoRA" if "lora_" in name else "head"
-            counts[part] += prod(file.get_slice(name).get_shape())
+            if part == "fusion" and ".map_" in name:
+                part = MAPS
+            counts[part] = counts.get(part, 0) + prod(file.get_slice(name).get_shape())
     return counts
 
 

@@ -84,6 +84,13 @@ def _check_method(config: Any) -> None:
             f"fusion_init='paper' is the published form of {config.fusion!r}, without fusion_norm={config.fusion_norm!r} or "
             f"fusion_alpha={alpha!r}. Leave these out, or fusion_init."
         )
+    if config.fusion_shortcuts is not None and config.fusion != "shortcut":
+        raise ValueError(
+            f"fusion_shortcuts={str(config.fusion_shortcuts)!r} names maps for fusion='shortcut', and this is {config.fusion!r}. Leave "
+            "one of them out."
+        )
+    if config.fusion_shortcuts is not None:
+        config.fusion_shortcuts = str(config.fusion_shortcuts)  # a Path, which no file of a config holds
     if config.fusion_layers is not None:
         config.fusion_layers = read_layers(config.fusion_layers)
 

@@ -81,6 +81,8 @@ class FusionConfig(_MethodOptions):
         fusion_alpha: How many times a parameter of the fusion, or of the task head, counts for what is stored: Adam moves both as a
             learning rate so many times as high would, so that their best rate lies where LoRA's does. None means 2 on
             decoders and 8 on other backbones, in the papers' forms 1.
+        fusion_shortcuts: For `fusion="shortcut"`: the folder of linear shortcuts (`save_shortcuts`) whose maps a fresh adapter takes
+            over. They are saved with it, and this field is then None: the folder is not needed again.
         fusion_lora: Whether there is LoRA in the backbone; None: if an option of LoRA or its modules are given. True or
             False in a saved adapter.
         fusion_blocks: Name of the backbone's list of blocks, for models where it is not found.
@@ -112,6 +114,7 @@ class FusionConfig(_MethodOptions):
     fusion_pool: str | None = _optional("'mean': means over a text's positions in the place of its layer states.")
     fusion_norm: str | None = _optional("'rms' to fuse the states in units of their root mean square; 'none'.")
     fusion_alpha: float | None = _optional("How many times the parameters of fusion and head count; None: 8, on decoders 2.")
+    fusion_shortcuts: str | None = _optional("'shortcut': folder of linear shortcuts whose maps a fresh adapter takes over.")
     fusion_lora: bool | None = _optional("Whether there is LoRA in the backbone; None: if an option of LoRA is given.")
     fusion_blocks: str | None = _optional("Name of the backbone's list of blocks.")
     fusion_stack: str | None = _optional("Stack of an encoder-decoder: 'encoder', 'decoder' or 'both'.")

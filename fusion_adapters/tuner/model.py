@@ -43,6 +43,7 @@ from .offloaded import fill_heads, in_memory, is_offloaded
 from .refill import check_same_options
 from .replay import checked_states
 from .rows import rows_apart
+from .shortcut_maps import fill_maps, settle_maps
 from .threads import ATTACHING, Calls
 from .undo import Before
 from .weights import (
@@ -151,12 +152,14 @@ class FusionModel(LoraModel):
         bind(config, backbones, join_fingerprints(marks))
         if load is not None and saved is not None and saved is not config:
             check_same_options(saved, config, backbones[0].num_layers, "the config that was given", load.folder)
+        maps = settle_maps(config, backbones, filled)
         name_task_heads(config, model)
         check_labels(config, model)
         check_head(model, backbones, config)
         weights = None if load is None else weights_of(load)
         with init_empty_weights() if low_cpu_mem_usage else undrawn() if filled else contextlib.nullcontext():
             fusions = [build_for(backbone, config) for backbone in backbones]
+        fill_maps(fusions[0], maps)
         if not meant:
             warn_if_large(config, fusions)
         there = [fusion for layer in layers.values() for fusion in layer.fusions.values()]

@@ -33,7 +33,7 @@ class PartOptions:
         modes: Of `attention`, `feed_forward` and `norms`.
         above: Of the blocks above this layer; 0 for all.
         bias: Fit a constant too; the paper has none.
-        ridge: See `solve`.
+        ridge: See `solve`. Above 0, because what a LayerNorm answers never spans its space.
         names: What the norm before attention, attention, the norm before the feed-forward and the feed-forward are called inside of a
             block, for families that are not known.
         positions: See `Choice`.
@@ -49,7 +49,7 @@ class PartOptions:
     modes: Sequence[str] = tuple(MODES)
     above: int = 0
     bias: bool = True
-    ridge: float = 0.0
+    ridge: float = 1e-6
     names: Sequence[str] | None = None
     positions: str = "all"
     skip: int | None = None

@@ -16,9 +16,8 @@ LIKELY = 16  # of the model's own first tokens at each position, which no step l
 
 
 def divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """`KL(softmax(teacher) || softmax(student))` of logits `(n, V)`, in nats, `(n,)`; tuned-lens's loss (arXiv 2303.08112, eq. 5)."""
-    p = teacher.float().log_softmax(-1)
-    return (p.exp() * (p - student.float().log_softmax(-1))).sum(-1)
+    """`KL(p || q)` in nats, `(n,)`: `teacher` is `log p`, `q` the softmax of `student`, both `(n, V)`; the loss of tuned-lens."""
+    return F.kl_div(student.float().log_softmax(-1), teacher, reduction="none", log_target=True).sum(-1)
 
 
 @dataclass
@@ -77,6 +76,10 @@ class Teacher:
         if len(drawn):
             offsets[len(kept) :] += math.log(len(rest) / len(drawn))
         return Words(weight[ids], offsets)
+
+    def says(self, states: Tensor, words: Words | None = None) -> Tensor:
+        """The log-probabilities of `logits`, float32."""
+        return self.logits(states, words).float().log_softmax(-1)
 
     def logits(self, states: Tensor, words: Words | None = None) -> Tensor:
         """`(n, m)` of states of the last layer `(n, d)`, over some tokens or, without these, over all."""

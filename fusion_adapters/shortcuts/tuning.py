@@ -221,7 +221,7 @@ def _train(
                 states = held.at(train[some], device)
                 words = None if likely is None else teacher.draw(likely[some], generator)
                 with torch.no_grad():
-                    aim = teacher.logits(states[last], words)
+                    aim = teacher.says(states[last], words)
                 total = 0.0
                 for m in maps:
                     with torch.enable_grad():
@@ -251,7 +251,7 @@ def _judged(maps: list[_Trained], teacher: Teacher, held: HeldStates, numbers: T
     totals = [0.0] * len(maps)
     for some in numbers.split(AT_ONCE):
         states = held.at(some, device)
-        aim = teacher.logits(states[max(states)])
+        aim = teacher.says(states[max(states)])
         for i, m in enumerate(maps):
             totals[i] += float(divergence(aim, teacher.logits(m(states))).double().sum())
     return [total / len(numbers) for total in totals]

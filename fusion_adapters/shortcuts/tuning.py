@@ -35,11 +35,12 @@ class TuneOptions:
 
     Attributes:
         kinds: Which of a set are; those to the last layer.
-        rate: AdamW's, of values that are scaled to a variance of 1. It falls to 0 along a cosine.
+        rate: AdamW's, of values that are scaled to a variance of 1; divided by the number of sources, because a step moves the sum over
+            all of them. It falls to 0 along a cosine.
         epochs: Passes over the positions.
         positions: How many a step takes, a batch.
         drawn: How many tokens a step compares beside the likely ones, see `Teacher`; None for the whole vocabulary.
-        held_out: The part of the rows that is not trained on, by which the best state of each map is kept.
+        held_out: The part of the rows that is not trained on, by which the best state of each map is kept, where no others are given.
         judged: The most positions of these that are looked at after each pass.
         seed: Of the order of positions and of what is drawn.
         skip: See `Choice`; None for 1 in a causal model, else 0.
@@ -123,6 +124,7 @@ def tune_shortcuts(
     collator: Collator,
     options: TuneOptions | None = None,
     *,
+    watched: Rows | None = None,
     readout: Readout | None = None,
     cache: LayerStateCache | None = None,
     progress: bool = True,
@@ -139,8 +141,10 @@ def tune_shortcuts(
         rows: Tokenised rows, those of the fit or others.
         collator: Pads them on the right.
         options: How.
+        watched: Rows by which the best state is chosen; None holds back some of the others. Those that least squares were fitted to
+            flatter the start, so give some that they were not.
         readout: Of the same model; None makes one.
-        cache: States of these rows on disk, of all layers that are read; None computes them.
+        cache: States of all these rows on disk, of all layers that are read; None computes them.
         progress: Show bars.
 
     Returns:
@@ -165,9 +169,12 @@ def tune_shortcuts(
         readout = Readout(model)
     choice = Choice(skip=int(backbone.causal) if options.skip is None else options.skip)
     layers = sorted({layer for s in starts for layer in s.sources} | {backbone.num_layers})
-    held = hold_states(source, rows, layers, collator, choice, batch_size=options.batch_size, cache=cache, progress=progress)
+    everything = [*rows, *(watched or [])]
+    held = hold_states(
+        source, everything, layers, collator, choice, batch_size=options.batch_size, cache=cache, progress=progress
+    )
     generator = torch.Generator().manual_seed(options.seed)
-    train, judge = _split(held, len(rows), options, generator)
+    train, judge = _split(held, len(rows), len(watched or []), options, generator)
     with source.quiet():
         maps = [_Trained(s, held, train) for s in starts]
         teacher = Teacher(readout, held.dtype, options.drawn)
@@ -177,17 +184,20 @@ def tune_shortcuts(
     return Tuned(result.to(backbone.device), tunings, len(train), len(judge), seconds, options)
 
 
-def _split(held: HeldStates, rows: int, options: TuneOptions, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _split(
+    held: HeldStates, rows: int, watched: int, options: TuneOptions, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """The numbers of the positions to train on, and of those to judge by: of other rows."""
-    order = torch.randperm(rows, generator=generator)
-    out = torch.zeros(rows, dtype=torch.bool)
-    out[order[: max(1, round(options.held_out * rows))]] = True
+    out = torch.zeros(rows + watched, dtype=torch.bool)
+    out[rows:] = True
+    if not watched:
+        out[torch.randperm(rows, generator=generator)[: max(1, round(options.held_out * rows))]] = True
     apart = out[held.rows]
     train, judge = (~apart).nonzero()[:, 0], apart.nonzero()[:, 0]
     if not len(train) or not len(judge):
         raise ValueError(
-            f"{rows} rows, of which held_out={options.held_out} are kept for judging, leave {len(train)} positions to train on and "
-            f"{len(judge)} to judge by. Give more rows: shorter ones of the same text, for example."
+            f"{rows} rows to train on and {watched or f'held_out={options.held_out} of these'} to judge by leave {len(train)} positions to "
+            f"train on and {len(judge)} to judge by. Give more rows: shorter ones of the same text, for example."
         )
     return train, judge[torch.randperm(len(judge), generator=generator)[: options.judged]]
 
@@ -208,8 +218,8 @@ def _train(
     if teacher.linear is not None:
         parts = tqdm(train.split(AT_ONCE), desc="likely tokens", unit="batch", disable=not progress)
         likely = torch.cat([teacher.likely(held.states[last][some].to(device)).cpu() for some in parts])
-    parameters = [p for m in maps for p in m.parameters]
-    optimizer = torch.optim.AdamW(parameters, options.rate, weight_decay=0.0)
+    groups = [{"params": m.parameters, "lr": options.rate / len(m.start.sources)} for m in maps]
+    optimizer = torch.optim.AdamW(groups, options.rate, weight_decay=0.0)
     steps = options.epochs * -(-len(train) // options.positions)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     found = [[value] for value in _judged(maps, teacher, held, judge, device)]

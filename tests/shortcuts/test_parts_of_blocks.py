@@ -1,5 +1,7 @@
 """Linear stand-ins for attention, feed-forward and norms."""
 
+import functools
+
 import numpy
 import pytest
 import torch
@@ -27,20 +29,25 @@ def parts(model, **options):
     return fit_parts(model, ROWS, padded, PartOptions(**options), progress=False)
 
 
-def inside(model, block, name, rows, skip=1):
-    """What goes into a module of a block and what comes out, at all positions but the first of each row, row by row."""
-    found = []
+def inside(model, family, rows, skip=1):
+    """What goes into each part of each block and comes out, at all positions but the first of each row, by block and part."""
+    found = {}
 
-    def hook(module, args, kwargs, output):
-        given = args[0] if args else kwargs["hidden_states"]
-        found.append((given[0, skip:], (output[0] if isinstance(output, tuple) else output)[0, skip:]))
+    def hook(key, module, args, kwargs, output):
+        given, answered = args[0] if args else kwargs["hidden_states"], output[0] if isinstance(output, tuple) else output
+        found.setdefault(key, []).append((given[0, skip:], answered[0, skip:]))
 
-    handle = getattr(blocks_of(model)[block - 1], name).register_forward_hook(hook, with_kwargs=True)
+    handles = [
+        getattr(block, name).register_forward_hook(functools.partial(hook, (number, part)), with_kwargs=True)
+        for number, block in enumerate(blocks_of(model), start=1)
+        for part, name in zip(PARTS, NAMES[family], strict=True)
+    ]
     with torch.no_grad():
         for row in rows:
             model(input_ids=torch.tensor([row["input_ids"]]))
-    handle.remove()
-    return (torch.cat(each).double().numpy() for each in zip(*found, strict=True))
+    for handle in handles:
+        handle.remove()
+    return {key: [torch.cat(e).double().numpy() for e in zip(*each, strict=True)] for key, each in found.items()}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -49,16 +56,14 @@ def test_the_matrices_are_least_squares_of_what_goes_in_and_comes_out(family, bi
     model = decoder(family)
     fitted = parts(model, bias=bias, ridge=1e-9)
     assert fitted.modes == list(MODES) and len(fitted.maps) == 4 * DEPTH
-    for block in (1, DEPTH):
-        for part, name in zip(PARTS, NAMES[family], strict=True):
-            x, y = inside(model, block, name, ROWS)
-            x = numpy.hstack([x, numpy.ones((len(x), 1))]) if bias else x
-            # what a LayerNorm answers spans its space but for rounding: the matrix is then not the only one, what it answers is
-            expected = x @ numpy.linalg.lstsq(x, y, rcond=1e-6)[0]
-            stand_in = fitted.get(block, part)
-            assert (stand_in.bias is not None) == bias
-            found = stand_in(torch.tensor(x[:, :WIDTH])).detach().numpy()
-            assert abs(found - expected).max() < 1e-4 * abs(y).max()
+    for (block, part), (given, y) in inside(model, family, ROWS).items():
+        x = numpy.hstack([given, numpy.ones((len(given), 1))]) if bias else given
+        # what a LayerNorm answers spans its space but for rounding: the matrix is then not the only one, what it answers is
+        expected = x @ numpy.linalg.lstsq(x, y, rcond=1e-6)[0]
+        stand_in = fitted.get(block, part)
+        assert (stand_in.bias is not None) == bias
+        found = stand_in(torch.tensor(given)).detach().numpy()
+        assert abs(found - expected).max() < 1e-4 * abs(y).max()
 
 
 def linearised(model, family):

@@ -74,6 +74,19 @@ def test_what_is_reported_is_the_divergence_of_what_is_kept():
         assert mean_divergence(model, kept, apart) == pytest.approx(tuning.divergences[tuning.best], rel=2e-3)
 
 
+def test_rows_to_watch_are_not_trained_on_and_choose_the_best():
+    model = decoder()
+    start = fitted(model, fused=None)
+    result = tune_shortcuts(
+        model, start, ROWS, padded, TuneOptions(**OPTIONS, judged=10_000), watched=OTHERS, progress=False
+    )
+    assert result.positions == sum(len(row["input_ids"]) - 1 for row in ROWS)
+    assert result.held_out == sum(len(row["input_ids"]) - 1 for row in OTHERS)
+    for tuning in result.tunings:
+        kept = result.shortcuts.get(tuning.source, kind="kl")
+        assert mean_divergence(model, kept, OTHERS) == pytest.approx(tuning.divergences[tuning.best], rel=2e-3)
+
+
 def test_a_training_that_only_harms_gives_back_the_start():
     model = decoder()
     start = fitted(model)

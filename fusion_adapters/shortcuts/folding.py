@@ -106,7 +106,7 @@ def last_matrix(source: Source, block: int, rows: Rows, collator: Collator, name
             for handle in handles:
                 handle.remove()
     added, (state, without) = outputs[feed_forward], states
-    rounding = 64 * torch.finfo(added.dtype).eps * state.abs().amax(-1, keepdim=True)
+    rounding = 4 * torch.finfo(added.dtype).eps * state.abs().amax(-1, keepdim=True)
     if not bool(((state - without - added.double()).abs() <= rounding).all()):
         raise ValueError(
             f"A block of a {source.backbone.model_type!r} does not simply add what its feed-forward answers to its state (a norm or a "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -285,10 +285,11 @@ def perplexity(model: nn.Module, rows: Rows, collator: Collator, *, batch_size: 
     chunks = stream(source, rows, [last], collator, Choice(), batch_size)
     batches = len(batches_of(rows, batch_size))
     for chunk in tqdm(chunks, total=batches, desc="perplexity", unit="batch", disable=not progress):
-        ids = [rows[row]["input_ids"] for row in chunk.rows.tolist()]
-        place = chunk.places.tolist()
-        within = torch.tensor([p + 1 < len(row) for p, row in zip(place, ids, strict=True)])
-        follow = torch.tensor([int(row[p + 1]) for p, row in zip(place, ids, strict=True) if p + 1 < len(row)])
+        following = [
+            _following(rows[row], place) for row, place in zip(chunk.rows.tolist(), chunk.places.tolist(), strict=True)
+        ]
+        within = torch.tensor([token is not None for token in following], dtype=torch.bool)
+        follow = torch.tensor([token for token in following if token is not None], dtype=torch.long)
         states = chunk.states[last][within.to(chunk.states[last].device)]
         count += len(follow)
         for state, token in zip(states.split(AT_ONCE), follow.split(AT_ONCE), strict=True):
@@ -296,3 +297,10 @@ def perplexity(model: nn.Module, rows: Rows, collator: Collator, *, batch_size: 
     if not count:
         raise ValueError("No row has two tokens, so nothing is predicted. Give longer rows.")
     return math.exp(loss / count)
+
+
+def _following(row: Mapping[str, Any], place: int) -> int | None:
+    """The token after a place in a row; None after the last."""
+    mask, ids = row.get("attention_mask"), row["input_ids"]
+    length = len(ids) if mask is None else int(torch.as_tensor(mask).sum())
+    return int(ids[place + 1]) if place + 1 < length else None

@@ -38,11 +38,12 @@ class TuneOptions:
         rate: AdamW's, of values that are scaled to a variance of 1; divided by the number of sources, because a step moves the sum over
             all of them. It falls to 0 along a cosine.
         epochs: Passes over the positions.
-        positions: How many a step takes, a batch.
+        per_step: How many positions a step takes, a batch.
         drawn: How many tokens a step compares beside the likely ones, see `Teacher`; None for the whole vocabulary.
         held_out: The part of the rows that is not trained on, by which the best state of each map is kept, where no others are given.
         judged: The most positions of these that are looked at after each pass.
         seed: Of the order of positions and of what is drawn.
+        positions: See `Choice`.
         skip: See `Choice`; None for 1 in a causal model, else 0.
         batch_size: Rows of one call of the backbone.
 
@@ -53,11 +54,12 @@ class TuneOptions:
     kinds: Sequence[str] = (MAT, FUSED)
     rate: float = 1e-3
     epochs: int = 4
-    positions: int = 256
+    per_step: int = 256
     drawn: int | None = 4096
     held_out: float = 0.1
     judged: int = 1024
     seed: int = 0
+    positions: str = "all"
     skip: int | None = None
     batch_size: int = 8
 
@@ -66,7 +68,7 @@ class TuneOptions:
             raise ValueError(
                 f"kinds={self.kinds!r}: give a list of kinds of shortcuts that have a matrix, ['{MAT}', '{FUSED}'] for example."
             )
-        counts = {"epochs": self.epochs, "positions": self.positions, "judged": self.judged, "batch_size": self.batch_size}
+        counts = {"epochs": self.epochs, "per_step": self.per_step, "judged": self.judged, "batch_size": self.batch_size}
         for name, value in {**counts, **({} if self.drawn is None else {"drawn": self.drawn})}.items():
             if value < 1:
                 raise ValueError(f"{name}={value}: it must be at least 1.")
@@ -76,7 +78,7 @@ class TuneOptions:
             raise ValueError(
                 f"held_out={self.held_out}: the part of the rows by which the best state is chosen must lie between 0 and 1; 0.1, say."
             )
-        Choice("all", self.skip or 0)
+        Choice(self.positions, self.skip or 0, self.seed)
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def tune_shortcuts(
         if isinstance(model, Source):
             raise ValueError("A source has no head to train by. Give the model, or its readout.")
         readout = Readout(model)
-    choice = Choice(skip=int(backbone.causal) if options.skip is None else options.skip)
+    choice = Choice(options.positions, int(backbone.causal) if options.skip is None else options.skip, options.seed)
     layers = sorted({layer for s in starts for layer in s.sources} | {backbone.num_layers})
     everything = [*rows, *(watched or [])]
     held = hold_states(
@@ -220,14 +222,14 @@ def _train(
         likely = torch.cat([teacher.likely(held.states[last][some].to(device)).cpu() for some in parts])
     groups = [{"params": m.parameters, "lr": options.rate / len(m.start.sources)} for m in maps]
     optimizer = torch.optim.AdamW(groups, options.rate, weight_decay=0.0)
-    steps = options.epochs * -(-len(train) // options.positions)
+    steps = options.epochs * -(-len(train) // options.per_step)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     found = [[value] for value in _judged(maps, teacher, held, judge, device)]
     best = [m.state() for m in maps]
     bar = tqdm(total=steps, desc="training", unit="step", disable=not progress)
     with bar:
         for _ in range(options.epochs):
-            for some in torch.randperm(len(train), generator=generator).split(options.positions):
+            for some in torch.randperm(len(train), generator=generator).split(options.per_step):
                 states = held.at(train[some], device)
                 words = None if likely is None else teacher.draw(likely[some], generator)
                 with torch.no_grad():

@@ -12,6 +12,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForSequenceClassification,
     MixtralConfig,
@@ -232,6 +236,28 @@ def test_lists_of_one_value_a_block_lose_the_right_ones(tmp_path):
         assert torch.equal(again(input_ids=IDS).logits, expected(input_ids=IDS).logits)
 
 
+def test_a_map_is_folded_where_attention_and_feed_forward_stand_side_by_side(tmp_path):
+    torch.manual_seed(0)
+    shape = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "vocab_size": 40,
+    }
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**shape, use_parallel_residual=True, initializer_range=0.2)).eval()
+    model.gpt_neox.layers[2].attention.dense.weight.data.zero_()
+    model.gpt_neox.layers[2].mlp.dense_4h_to_h.weight.data.zero_()
+    with torch.no_grad():
+        before = model(input_ids=IDS).logits
+        removed(model, 1, first=3)
+        assert torch.equal(model(input_ids=IDS).logits, before)
+        removed(model, 1, first=2)
+        model.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
 def test_a_classifier_loses_blocks_too(tmp_path):
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPE, num_hidden_layers=4, num_labels=3, pad_token_id=0, initializer_range=0.2)
@@ -266,6 +292,8 @@ def test_models_that_cannot_be_thinned_are_refused_untouched():
     removed(decoder("gpt2", scale_attn_by_inverse_layer_idx=True), 1, first=DEPTH)
     gemma = Gemma2Config(**SHAPE, num_hidden_layers=4, head_dim=8, pad_token_id=0)
     refused(Gemma2ForCausalLM(gemma).eval(), "a norm or a factor.*fold=False", first=3, feed_forward="mlp")
+    granite = GraniteConfig(**SHAPE, num_hidden_layers=4, residual_multiplier=0.3, pad_token_id=0)
+    refused(GraniteForCausalLM(granite).eval(), "a norm or a factor.*fold=False", first=3)
     torch.manual_seed(0)
     mixtral = MixtralConfig(**SHAPE, num_hidden_layers=4, num_local_experts=2, pad_token_id=0)
     refused(MixtralForCausalLM(mixtral).eval(), "experts.*fold=False", first=3)

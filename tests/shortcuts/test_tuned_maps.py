@@ -5,13 +5,22 @@ import torch
 from support_linear import DEPTH, WIDTH, padded, some_rows
 from support_linear import decoder as tame
 
-from fusion_adapters.shortcuts import FitOptions, Readout, ShortcutSet, TuneOptions, fit_shortcuts, tune_shortcuts
+from fusion_adapters.shortcuts import (
+    FitOptions,
+    Readout,
+    ShortcutSet,
+    TuneOptions,
+    fit_shortcuts,
+    load_shortcuts,
+    save_shortcuts,
+    tune_shortcuts,
+)
 from fusion_adapters.shortcuts.stream import Choice, stream
 from fusion_adapters.shortcuts.teaching import Teacher, divergence
 from fusion_adapters.states import cache_layer_states, source_of
 
 ROWS, OTHERS = some_rows(100), some_rows(40, seed=1)
-OPTIONS = {"epochs": 4, "positions": 64, "rate": 3e-3, "held_out": 0.2}
+OPTIONS = {"epochs": 4, "per_step": 64, "rate": 3e-3, "held_out": 0.2}
 
 
 def decoder(family="llama", **settings):
@@ -165,6 +174,23 @@ def test_a_head_behind_which_something_is_done_is_taught_whole():
         model, fitted(model, fused=None), ROWS[:50], padded, TuneOptions(**OPTIONS, drawn=8), readout=readout, progress=False
     )
     assert all(tuning.best > 0 for tuning in result.tunings)
+
+
+def test_trained_maps_are_saved_beside_the_others(tmp_path):
+    model = decoder()
+    result = tuned(model, fitted(model), epochs=1).shortcuts
+    save_shortcuts(result, model, tmp_path)
+    again = load_shortcuts(tmp_path, model)
+    assert again.kinds() == ["mat", "fused", "kl", "kl fused"]
+    for kind in ("kl", "kl fused"):
+        assert torch.equal(again.get(2, kind=kind).weight, result.get(2, kind=kind).weight)
+
+
+def test_labelled_positions_alone():
+    model = decoder()
+    rows = [{**row, "labels": [7 if i in (2, 5) else -100 for i in range(len(row["input_ids"]))]} for row in ROWS]
+    result = tuned(model, fitted(model, fused=None), rows=rows, positions="labelled", epochs=1)
+    assert result.positions + result.held_out == 2 * len(ROWS)
 
 
 def test_nothing_of_the_model_trains_or_changes():

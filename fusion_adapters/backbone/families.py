@@ -85,6 +85,14 @@ POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")  # tables of
 # of these, and the convolution beside its first block.
 FEED_BLOCKS = ("rel_embeddings", "relative_attention_bias", "LayerNorm", "conv")
 
+# The parts of a pre-norm block, in the order in which they run, and what families call them.
+PARTS = ("attention_norm", "attention", "feed_forward_norm", "feed_forward")
+NAMES_OF_PARTS = (
+    ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),  # Llama, Mistral, Qwen, StableLM
+    ("ln_1", "attn", "ln_2", "mlp"),  # GPT-2, GPT-BigCode
+    ("input_layernorm", "attention", "post_attention_layernorm", "mlp"),  # GPT-NeoX
+)
+
 # Arguments of a call
 
 STATE = "hidden_states"  # of a block
@@ -191,6 +199,13 @@ def output_embeddings(model: nn.Module) -> Any:
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a layer norm or the like."""
     return "norm" in type(module).__name__.lower()
+
+
+def parts_of(block: nn.Module) -> dict[str, nn.Module] | None:
+    """The parts of a block, by their names in `PARTS`; None if it has others with weights, or some under other names."""
+    children = {name for name, child in block.named_children() if any(True for _ in child.parameters())}
+    fitting = next((names for names in NAMES_OF_PARTS if children == set(names)), None)
+    return None if fitting is None else {part: getattr(block, name) for part, name in zip(PARTS, fitting, strict=True)}
 
 
 def positions_of(name: str, module: nn.Module) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,11 +143,16 @@ def truncate(config: Any, depth: int | float) -> tuple[int, int]:
             f"depth={depth}: the blocks of a {kind!r} depend on how many there are ({reason}), so the first {wanted} of a smaller model "
             f"would not be those of the {blocks}. Load the whole model; FusionConfig(fusion_depth=...) skips the blocks above there."
         )
+    keep_in_config(text, range(wanted), blocks)
+    return wanted, blocks
+
+
+def keep_in_config(text: Any, kept: Sequence[int], blocks: int) -> None:
+    """Makes a configuration of so many blocks in place that of some of them, by their numbers from 0."""
     for key, value in list(vars(text).items()):
         if not key.startswith("_") and is_per_block(key, value, blocks):
-            setattr(text, key, value[:wanted])
-    setattr(text, COUNT, wanted)
-    return wanted, blocks
+            setattr(text, key, [value[i] for i in kept] if isinstance(value, list) else tuple(value[i] for i in kept))
+    setattr(text, COUNT, len(kept))
 
 
 def cut_model(model: nn.Module, depth: int | float) -> nn.Module:
@@ -168,13 +174,16 @@ def cut_model(model: nn.Module, depth: int | float) -> nn.Module:
     blocks: Any = backbone.base.get_submodule(backbone.path)
     unreached = backbone.lower(wanted).unreached
     kept = [block for block in blocks if id(block) not in unreached]
-    # configurations of parts of the model are mostly the same object
-    for each in {
-        id(c): c for c in (text_config(m) for m in model.modules()) if getattr(c, COUNT, None) == backbone.num_layers
-    }.values():
+    for each in configs_of(model, backbone.num_layers):
         truncate(each, depth)
     del blocks[len(kept) :]
     return model
+
+
+def configs_of(model: nn.Module, blocks: int) -> list[Any]:
+    """The configurations, of a model and of its parts, that say it has so many blocks; mostly one object."""
+    found = (text_config(module) for module in model.modules())
+    return list({id(c): c for c in found if getattr(c, COUNT, None) == blocks}.values())
 
 
 def blocks_of_fraction(depth: int | float, blocks: int) -> int:

@@ -52,7 +52,7 @@ class Score:
         }
 
 
-class _R2:
+class R2:
     """`1 - sum (y - f)^2 / sum (y - mean y)^2`, summed coordinate by coordinate over chunks, in float64."""
 
     def __init__(self) -> None:
@@ -60,6 +60,7 @@ class _R2:
         self.errors = self.sums = self.squares = torch.zeros((), dtype=torch.float64)  # become (d,)
 
     def add(self, wanted: Tensor, found: Tensor, shift: Tensor) -> None:
+        """Takes in states `(n, d)` and what stands for them; `shift` `(d,)` is near their mean, the same in each call."""
         wide = wanted.double() - shift  # near the mean, so that the squares are of what varies
         self.count += len(wide)
         self.errors = self.errors + (wanted.double() - found.double()).square().sum(0)
@@ -67,6 +68,7 @@ class _R2:
         self.squares = self.squares + wide.square().sum(0)
 
     def value(self) -> float:
+        """The mean over the coordinates."""
         total = self.squares - self.sums**2 / self.count  # (d,)
         each = torch.where(total > 0, 1 - self.errors / total.clamp_min(1e-300), (self.errors == 0).double())
         return float(each.mean())
@@ -106,7 +108,7 @@ def evaluate_shortcuts(
         maps += [identity(shortcuts.hidden_size, i, j) for i, j in ends]
     last = backbone.num_layers
     layers = sorted({layer for s in maps for layer in (*s.sources, s.target)} | {last})
-    r2 = {i: _R2() for i in range(len(maps))}
+    r2 = {i: R2() for i in range(len(maps))}
     hits: dict[int, dict[int, int]] = {i: dict.fromkeys(TOPS, 0) for i in range(len(maps))}
     surprisal = dict.fromkeys(range(len(maps)), 0.0)
     shifts: dict[int, Tensor] = {}
@@ -118,7 +120,7 @@ def evaluate_shortcuts(
                 count += len(some[last])
                 for layer in {s.target for s in maps}:
                     shifts.setdefault(layer, some[layer].double().mean(0))
-                full = None if readout is None else _Full(readout(some[last]))
+                full = None if readout is None else FullModel(readout(some[last]))
                 for number, shortcut in enumerate(maps):
                     cast = shortcut(some)
                     r2[number].add(some[shortcut.target], cast, shifts[shortcut.target])
@@ -139,7 +141,7 @@ def evaluate_shortcuts(
     ]
 
 
-class _Full:
+class FullModel:
     """What the full model says at some positions.
 
     Args:
@@ -151,9 +153,11 @@ class _Full:
         self.top = logits.topk(min(max(TOPS), logits.shape[-1]), dim=-1).indices  # (n, 10)
 
     def hits(self, tokens: Tensor, k: int) -> int:
+        """How many tokens `(n,)` are among its first k."""
         return int((self.top[:, :k] == tokens[:, None]).any(-1).sum())
 
     def surprisal(self, tokens: Tensor) -> float:
+        """The sum of `-log p` of tokens `(n,)`, in nats."""
         return -float(self.log_probabilities.gather(-1, tokens[:, None]).double().sum())
 
 

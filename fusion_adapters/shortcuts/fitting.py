@@ -180,7 +180,7 @@ def _accumulate(
     rows: Rows,
     collator: Collator,
     options: FitOptions,
-    moments: Moments,
+    moments: Moments[int],
     folder: Path | None,
     progress: bool,
 ) -> None:
@@ -203,12 +203,12 @@ def _accumulate(
                 saved = time.monotonic()
 
 
-def _save(file: Path, key: str, done: int, moments: Moments) -> None:
+def _save(file: Path, key: str, done: int, moments: Moments[int]) -> None:
     with written_whole(file) as temporary:
         save_file(moments.tensors(), temporary, metadata={"key": key, "batches": str(done)})
 
 
-def _resumed(file: Path, key: str, moments: Moments) -> int:
+def _resumed(file: Path, key: str, moments: Moments[int]) -> int:
     """The number of batches that the sums in a file cover."""
     try:
         with safe_open(file, "pt") as opened:
@@ -227,7 +227,7 @@ def _resumed(file: Path, key: str, moments: Moments) -> int:
         ) from error
 
 
-def _key(source: Source, rows: Rows, choice: Choice, batch_size: int, moments: Moments) -> str:
+def _key(source: Source, rows: Rows, choice: Choice, batch_size: int, moments: Moments[int]) -> str:
     """What sums depend on, as a digest."""
     digest = hashlib.sha256(weights_signature(source.backbone, source.idle, source.scalings).encode())
     said: dict[str, Any] = {

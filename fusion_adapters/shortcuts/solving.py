@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .maps import Shortcut
-from .moments import Moments
+from .moments import Key, Moments
 
 # A share of the variance below this is the rounding of float32 states alone, 2^-48 in each and some more in sums.
 ROUNDING = 1e-12
@@ -21,7 +21,7 @@ class SingularError(ValueError):
 
 
 def solve(
-    moments: Moments,
+    moments: Moments[int],
     sources: Sequence[int],
     target: int,
     *,
@@ -51,30 +51,13 @@ def solve(
         ValueError: If there are no positions.
     """
     size, sources = moments.hidden_size, tuple(sources)
-    width = size * len(sources)
-    if moments.count == 0:
-        raise ValueError(
-            "There is no position to fit a shortcut to. Give rows that are longer than what is left out of them."
-        )
-    if moments.count < width + bias:
-        warnings.warn(
-            f"The shortcut from {list(sources)} to {target} has {width:,} inputs and is fitted to {moments.count:,} positions: it will "
-            f"repeat these and fail on others. Give at least {4 * width:,} positions, or ridge (1e-3, say), or fewer sources.",
-            stacklevel=2,
-        )
-    gram = moments.product(sources, sources, centred=bias)  # (k d, k d)
-    cross = moments.product(sources, [target], centred=bias)  # (k d, d)
-    if ridge:
-        diagonal = gram.diagonal()
-        mean_squares = diagonal.unflatten(0, (len(sources), size)).mean(dim=1)  # times the number of positions
-        gram = gram + torch.diag((ridge * mean_squares).repeat_interleave(size))
-    solution = _solved(gram, cross, moments.squares(sources), sources, ridge, moments.count)  # (k d, d)
-    matrix = solution.T  # (d, k d)
+    what = f"The shortcut from {list(sources)} to {target}"
+    matrix, gram = least_squares(moments, sources, target, what, bias=bias, ridge=ridge)
     shortcut = Shortcut(size, sources, target, rank=rank, bias=bias, kind=kind)
     if rank is None:
         shortcut.weight.data = matrix.float().contiguous()
     else:
-        explained = matrix @ (gram @ solution)  # (d, d), of the fitted values
+        explained = matrix @ (gram @ matrix.T)  # (d, d), of the fitted values
         _, vectors = torch.linalg.eigh((explained + explained.T) / 2)
         top = vectors[:, -rank:]  # (d, r)
         shortcut.up.data = top.float().contiguous()
@@ -85,7 +68,48 @@ def solve(
     return shortcut
 
 
-def _solved(gram: Tensor, cross: Tensor, squares: Tensor, sources: Sequence[int], ridge: float, count: int) -> Tensor:
+def least_squares(
+    moments: Moments[Key], sources: Sequence[Key], target: Key, what: str, *, bias: bool, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """The matrix of `solve`, of any vectors that have moments.
+
+    Args:
+        moments: Sums.
+        sources: What is read.
+        target: What is stood in for.
+        what: The beginning of messages: what is fitted.
+        bias: See `solve`; the constant is `mean of the target - matrix @ mean of the sources`.
+        ridge: See there.
+
+    Returns:
+        The matrix, float64 `(d, k d)`, and that of the equations, `(k d, k d)`, with the ridge.
+
+    Raises:
+        SingularError: See `solve`.
+        ValueError: See there.
+    """
+    size, width = moments.hidden_size, moments.hidden_size * len(sources)
+    if moments.count == 0:
+        raise ValueError(
+            "There is no position to fit a shortcut to. Give rows that are longer than what is left out of them."
+        )
+    if moments.count < width + bias:
+        warnings.warn(
+            f"{what} has {width:,} inputs and is fitted to {moments.count:,} positions: it will repeat these and fail on others. Give at "
+            f"least {4 * width:,} positions, or ridge (1e-3, say){', or fewer sources' if len(sources) > 1 else ''}.",
+            stacklevel=3,
+        )
+    gram = moments.product(sources, sources, centred=bias)  # (k d, k d)
+    cross = moments.product(sources, [target], centred=bias)  # (k d, d)
+    if ridge:
+        diagonal = gram.diagonal()
+        mean_squares = diagonal.unflatten(0, (len(sources), size)).mean(dim=1)  # times the number of positions
+        gram = gram + torch.diag((ridge * mean_squares).repeat_interleave(size))
+    squares = moments.squares(sources)
+    return _solved(gram, cross, squares, what, len(sources), ridge, moments.count).T, gram
+
+
+def _solved(gram: Tensor, cross: Tensor, squares: Tensor, what: str, sources: int, ridge: float, count: int) -> Tensor:
     """`gram^-1 cross` by Cholesky of the matrix with a unit diagonal, refined once; the states' channels differ by orders of size."""
     diagonal = gram.diagonal()  # (k d,)
     dead = int((diagonal <= ROUNDING * squares).sum())
@@ -95,14 +119,14 @@ def _solved(gram: Tensor, cross: Tensor, squares: Tensor, sources: Sequence[int]
     factor, failed = torch.linalg.cholesky_ex(unit)
     null = unit[:, :0]
     if not dead and (int(failed) or float(factor.diagonal().min()) ** 2 < ROUNDING * len(unit)):
-        null = _null_directions(unit, len(sources) + 1)
+        null = _null_directions(unit, sources + 1)
         unit = unit + null @ null.T
         right = right - null @ (null.T @ right)
         factor, failed = torch.linalg.cholesky_ex(unit)
-    if dead or int(failed) or null.shape[1] > len(sources):
+    if dead or int(failed) or null.shape[1] > sources:
         raise SingularError(
-            f"The least squares from layers {list(sources)} have no one solution: over {count:,} positions the states span fewer "
-            f"than their {len(gram):,} dimensions"
+            f"{what} has no one solution by least squares: over {count:,} positions what it reads spans fewer than its {len(gram):,} "
+            "dimensions"
             + (f" ({dead} of them never vary)" if dead else "")
             + f". Give ridge (1e-4, say; now {ridge:g}), more positions, or fewer sources."
         )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backbone.blocks import Backbone
+from ..backbone.families import state_in, state_out
 from ..backbone.record import recorded, run
 from ..states import Source
 
@@ -18,6 +21,7 @@ POSITIONS = ("all", "one", "labelled")
 IGNORED = -100  # a label that is none, as everywhere in transformers
 Rows = Sequence[Mapping[str, Any]]
 Collator = Callable[[list[Any]], Any]
+TakePart = Callable[[str, Tensor, Tensor], None]  # name, what went in and what came out
 
 
 @dataclass
@@ -77,6 +81,34 @@ class Choice:
         return places
 
 
+@dataclass
+class Places:
+    """The chosen positions of one padded batch.
+
+    Attributes:
+        rows: int64 `(n,)`, see `Chunk`.
+        line: int64 `(n,)`, the row in the batch.
+        where: int64 `(n,)`, the place in that row.
+    """
+
+    rows: Tensor
+    line: Tensor
+    where: Tensor
+
+    def of(self, state: Tensor) -> Tensor:
+        """The values at these positions, `(n, d)`, of all of the batch, `(B, T, d)`."""
+        return state[self.line.to(state.device), self.where.to(state.device)]
+
+
+def places_of(rows: Rows, batch: Sequence[int], choice: Choice, device: torch.device) -> Places:
+    """The chosen positions of the rows of a batch."""
+    places = [choice.of(rows[i], i) for i in batch]
+    count = torch.tensor([len(found) for found in places])
+    where = torch.tensor([place for found in places for place in found], dtype=torch.long, device=device)
+    line = torch.repeat_interleave(torch.arange(len(batch)), count).to(device)  # (n,)
+    return Places(torch.repeat_interleave(torch.tensor(batch), count), line, where)
+
+
 def batches_of(rows: Rows, batch_size: int) -> list[list[int]]:
     """Numbers of rows, in batches of like length, the longest first; the same for the same rows."""
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]["input_ids"]), i))
@@ -91,28 +123,45 @@ def stream(
     choice: Choice,
     batch_size: int = 8,
     first: int = 0,
+    parts: Mapping[str, nn.Module] | None = None,
+    take_part: TakePart | None = None,
 ) -> Iterator[Chunk]:
     """Yields the layer states of rows, a batch at a time, from batch `first` on.
 
     The backbone runs in evaluation mode, without a graph and without a fusion that is attached. The longest rows come first, so what
     does not fit fails at once.
+
+    What goes into `parts` of the blocks and comes out of them is handed to `take_part` while the backbone runs, `(n, d)` at the same
+    positions: of all parts together it would be many times the states.
     """
     backbone = source.backbone
     for batch in batches_of(rows, batch_size)[first:]:
         inputs = model_inputs(backbone, [rows[i] for i in batch], collator)
-        places = [choice.of(rows[i], i) for i in batch]
+        places = places_of(rows, batch, choice, backbone.device)
         states: dict[int, Tensor] = {}
-        count = torch.tensor([len(found) for found in places])
-        where = torch.tensor([place for found in places for place in found], dtype=torch.long, device=backbone.device)
-        line = torch.repeat_interleave(torch.arange(len(batch)), count).to(backbone.device)  # (n,)
 
-        def take(layer: int, state: Tensor, line: Tensor = line, where: Tensor = where, states: Any = states) -> None:
-            states[layer] = state[line.to(state.device), where.to(state.device)]  # (n, d)
+        def take(layer: int, state: Tensor, places: Places = places, states: dict[int, Tensor] = states) -> None:
+            states[layer] = places.of(state)  # (n, d)
 
-        with source.quiet(), recorded(backbone, layers, take):
+        with source.quiet(), recorded(backbone, layers, take), _listening(parts or {}, places, take_part):
             run(backbone, inputs)
-        numbers = torch.repeat_interleave(torch.tensor(batch), count)
-        yield Chunk(states, numbers, where.cpu(), inputs)
+        yield Chunk(states, places.rows, places.where.cpu(), inputs)
+
+
+@contextlib.contextmanager
+def _listening(parts: Mapping[str, nn.Module], places: Places, take: TakePart | None) -> Iterator[None]:
+    """Hands the inputs and outputs of parts to `take`."""
+
+    def hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if take is not None:
+            take(name, places.of(state_in(args, kwargs)), places.of(state_out(output)))
+
+    handles = [m.register_forward_hook(functools.partial(hook, name), with_kwargs=True) for name, m in parts.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def model_inputs(backbone: Backbone, rows: Rows, collator: Collator) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def test_too_few_positions_warn_with_the_number_that_is_wanted(states):
 @pytest.mark.parametrize("bias", [False, True])
 def test_equations_without_one_solution_are_refused_with_the_remedy(states, bias):
     few = {layer: state[:20] for layer, state in states.items()}
-    with pytest.raises(SingularError, match=r"layers \[2\].*over 20 positions.*fewer than their 32 dim.*Give ridge \(1e-4"):
+    with pytest.raises(SingularError, match=r"from \[2\].*over 20 positions.*fewer than its 32 dim.*Give ridge \(1e-4"):
         solved(few, (2,), bias=bias)
     assert solved(few, (2,), bias=bias, ridge=1e-4).weight.isfinite().all()
     half = {layer: state.clone() for layer, state in states.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -92,11 +93,26 @@ class FitOptions:
         targets = [*sources, num_layers] if self.pairs == "all" else [num_layers]
         found: list[tuple[str, tuple[int, ...], int]] = [(MAT, (i,), j) for i in sources for j in targets if i < j]
         if self.fused is not None:
-            beside = set(resolve_layers(self.fused, num_layers)) | ({0} if isinstance(self.fused, str) else set())
+            beside = _beside(self.fused, num_layers)
             for i in sources:
                 read = tuple(sorted({*(layer for layer in beside if layer < i), i}))
                 found += [(FUSED, read, num_layers)] if len(read) > 1 else []
         return found
+
+
+def _beside(fused: Sequence[int] | str, num_layers: int) -> set[int]:
+    """The layers that fused shortcuts read; a rule takes the embeddings too, and of a shallow backbone these alone.
+
+    Raises:
+        ValueError: If they are no layers.
+    """
+    rule = re.fullmatch(r"every:(\d+)", fused) if isinstance(fused, str) else None
+    if rule is not None and int(rule[1]) > num_layers:
+        return {0}
+    try:
+        return {*resolve_layers(fused, num_layers), *([0] if isinstance(fused, str) else [])}
+    except ValueError as error:
+        raise ValueError(str(error).replace("fusion_layers", "fused")) from error
 
 
 @dataclass

@@ -19,7 +19,9 @@ MOST = 24  # positions that are drawn
 WIDEST = 9  # letters in a cell
 COLUMN, ROW = 0.74, 0.235  # inches
 AGREE, OTHER = (0.0, 0.447, 0.698), (0.902, 0.624, 0.0)  # Okabe and Ito's blue and orange
+GREY = (0.6, 0.6, 0.6)
 LEAST = 0.08  # of the colour, at a probability of 0
+SHADES = (0.1, 0.5, 0.9)  # in the legend
 
 
 def draw_lens(folder: str | Path, text: str, output: Path, kind: str | None = None) -> None:
@@ -36,11 +38,20 @@ def draw_lens(folder: str | Path, text: str, output: Path, kind: str | None = No
     """
     if output.suffix.lower() != ".png":
         raise ValueError(f"The picture {str(output)!r} must be a .png file.")
-    pieces, view, said, model = view_text(folder, text, kind)
-    draw_view(pieces, view, said, output, f"What each layer of {model} would say")
+    found = view_text(folder, text, kind)
+    title = f"What each layer of {found.model} would say"
+    draw_view(found.pieces, found.view, found.said, output, title, found.skip, found.next)
 
 
-def draw_view(pieces: Sequence[str], view: View, said: Sequence[Sequence[str]], path: Path, title: str) -> None:
+def draw_view(
+    pieces: Sequence[str],
+    view: View,
+    said: Sequence[Sequence[str]],
+    path: Path,
+    title: str,
+    skip: int = 0,
+    says_next: bool = True,
+) -> None:
     """Draws layers against positions, each cell with the first token under the cast.
 
     Blue where it is the one that the model itself says at the end, orange elsewhere; the deeper, the more probable.
@@ -51,13 +62,15 @@ def draw_view(pieces: Sequence[str], view: View, said: Sequence[Sequence[str]], 
         said: Its tokens as text, `N` lists of `T`.
         path: The PNG to write.
         title: Printed above.
+        skip: So many positions at the beginning were left out of the fit; what is cast from there is grey.
+        says_next: Whether what is said at a position is the piece after it.
     """
     agrees, sure = view.agrees[:, :MOST].numpy(), view.probabilities[:, :MOST].numpy()  # (N, T)
     rows, columns = agrees.shape
-    hue = np.where(agrees[..., None], AGREE, OTHER)
-    depth = LEAST + (1 - LEAST) * sure[..., None]
-    picture = 1 - depth * (1 - hue)  # (N, T, 3), towards white
-    figure = Figure(figsize=(COLUMN * columns + 1.9, ROW * rows + 1.75), layout="constrained")
+    hue = np.where(agrees[..., None], AGREE, OTHER)  # (N, T, 3)
+    hue[:-1, :skip] = GREY
+    picture = _shade(hue, sure[..., None])
+    figure = Figure(figsize=(max(7.0, COLUMN * columns + 1.5), ROW * rows + 1.75), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(picture, aspect="auto", origin="lower", interpolation="nearest")
     for (row, column), probability in np.ndenumerate(sure):
@@ -66,20 +79,30 @@ def draw_view(pieces: Sequence[str], view: View, said: Sequence[Sequence[str]], 
             column, row, _short(said[row][column]), ha="center", va="center", fontsize=7, parse_math=False,
             color="white" if dark else "black", clip_on=True,
         )  # fmt: skip
-    last = len(view.layers) - 1
-    axes.set_yticks(range(rows), [_name(view, i) for i in range(rows)], fontsize=7.5)
+    usual = max(view.kinds[:-1], key=view.kinds[:-1].count)
+    axes.set_yticks(range(rows), [_name(view, i, usual) for i in range(rows)], fontsize=7.5)
     axes.set_xticks(range(columns), [_short(piece) for piece in pieces[:MOST]], fontsize=8, parse_math=False)
-    axes.set_xlabel("the text; a causal model says what comes next")
+    axes.tick_params(labeltop=True)
+    axes.set_ylabel("layer", fontsize=9)
+    axes.set_xlabel(
+        "the text; a cell says what comes next" if says_next else "the text; a cell says what stands there", fontsize=9
+    )
     axes.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=1)
     axes.tick_params(which="minor", length=0)
-    axes.add_patch(Rectangle((-0.5, last - 0.5), columns, 1, fill=False, edgecolor="black", linewidth=1.2, clip_on=False))
-    cut = f" (first {MOST} of {len(pieces)} tokens)" if len(pieces) > MOST else ""
-    axes.set_title(title + cut, fontsize=10)
-    keys = [Patch(color=AGREE, label="the model's own answer"), Patch(color=OTHER, label="another token")]
+    own = Rectangle((-0.5, rows - 1.5), columns, 1, fill=False, edgecolor="black", linewidth=1.2, clip_on=False)
+    axes.add_patch(own)
+    cut = f", first {MOST} of {len(pieces)} tokens" if len(pieces) > MOST else ""
+    axes.set_title(f"{title} ({usual}{cut})", fontsize=10)
+    keys = [
+        Patch(color=tuple(_shade(np.array(hue), np.array(p)).tolist()), label=f"{name}, p = {p}")
+        for name, hue in (("the model's own answer", AGREE), ("another token", OTHER))
+        for p in SHADES
+    ]
+    keys += [Patch(color=GREY, label="not fitted here")] if skip else []
     figure.legend(
-        handles=keys, loc="outside lower center", ncols=2, frameon=False, fontsize=8, title="deeper: more probable"
+        handles=keys, loc="outside lower center", ncols=min(len(keys), max(2, columns // 3)), frameon=False, fontsize=8
     )
     with written_whole(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings(
@@ -88,12 +111,17 @@ def draw_view(pieces: Sequence[str], view: View, said: Sequence[Sequence[str]], 
         figure.savefig(temporary, dpi=150, format="png")
 
 
-def _name(view: View, row: int) -> str:
+def _shade(hue: np.ndarray, probability: np.ndarray) -> np.ndarray:
+    """A colour, the nearer to white the smaller the probability."""
+    return 1 - (LEAST + (1 - LEAST) * probability) * (1 - hue)
+
+
+def _name(view: View, row: int, usual: str) -> str:
     layer = view.layers[row]
     if row == len(view.layers) - 1:
         return f"{layer} (the model)"
-    where = f"{layer} (embeddings)" if layer == 0 else str(layer)
-    return f"{where}, {view.kinds[row]}" if len(set(view.kinds[:-1])) > 1 else where
+    notes = [note for note in ("embeddings" if layer == 0 else "", view.kinds[row]) if note not in ("", usual)]
+    return f"{layer} ({', '.join(notes)})" if notes else str(layer)
 
 
 def _short(piece: str) -> str:

@@ -159,16 +159,34 @@ def readout_of(recipe: ShortcutRecipe, subject: Subject) -> Readout | TextReadou
     return Readout(subject.model) if recipe.task.vocabulary_head else TextReadout(subject.model)
 
 
-def view_text(folder: str | Path, text: str, kind: str | None = None) -> tuple[list[str], View, list[list[str]], str]:
+@dataclasses.dataclass
+class TextView:
+    """What the layers of a language model say of a text.
+
+    Attributes:
+        pieces: The pieces of the text, `T` of them.
+        view: What the `N` layers say.
+        said: Its tokens as text, `N` lists of `T`.
+        model: The model's name.
+        skip: So many positions at the beginning were left out of the fit.
+        next: Whether what is said at a position is the piece after it.
+    """
+
+    pieces: list[str]
+    view: View
+    said: list[list[str]]
+    model: str
+    skip: int
+    next: bool
+
+
+def view_text(folder: str | Path, text: str, kind: str | None = None) -> TextView:
     """What each layer of a language model would say at each position of a text.
 
     Args:
         folder: A folder that `fit_recipe` wrote.
         text: The text; of a masked language model with its mask token where something is to be said.
         kind: The kind of shortcuts, see `look`.
-
-    Returns:
-        The pieces of the text, what the layers say, its tokens as text, and the model's name.
 
     Raises:
         FileNotFoundError: If there are no shortcuts in the folder.
@@ -187,7 +205,8 @@ def view_text(folder: str | Path, text: str, kind: str | None = None) -> tuple[l
     view = look(subject.model, maps, pieces, readout=Readout(subject.model), kind=kind)
     names = [str(name) for name in subject.tokenizer.convert_ids_to_tokens(pieces)]
     said = [[_as_text(subject, token) for token in row] for row in view.tokens.tolist()]
-    return pieces_as_text(subject.tokenizer, names), view, said, backbone_recipe(recipe).model
+    shown, skip = pieces_as_text(subject.tokenizer, names), recipe.options().choice(backbone_of(subject.model).causal).skip
+    return TextView(shown, view, said, backbone_recipe(recipe).model, skip, recipe.task.predicts_next)
 
 
 def read_fitted(folder: str | Path) -> ShortcutRecipe:

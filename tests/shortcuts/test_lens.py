@@ -3,8 +3,8 @@
 import pytest
 import torch
 from support_causal import model as causal
-from transformers import DataCollatorWithPadding
 from support_causal import tokenizer
+from transformers import DataCollatorWithPadding
 
 from fusion_adapters.shortcuts import FitOptions, Readout, fit_shortcuts, look
 
@@ -59,7 +59,9 @@ def test_only_the_layers_of_a_kind_are_looked_at(fitted):
 
 def test_what_is_not_there_is_refused(fitted):
     model, shortcuts = fitted
-    with pytest.raises(ValueError, match=r"no 'tuned' shortcut to layer 4.*The kinds that go there are: mat, fused, identity"):
+    with pytest.raises(
+        ValueError, match=r"no 'tuned' shortcut to layer 4.*The kinds that go there are: mat, fused, identity"
+    ):
         look(model, shortcuts, TEXT, readout=Readout(model), kind="tuned")
     with pytest.raises(ValueError, match="no word pieces"):
         look(model, shortcuts, [], readout=Readout(model))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from sklearn.metrics import r2_score
 from support import tiny
-from transformers import AutoModel, DataCollatorWithPadding
 from support_text import tokenizer
+from transformers import AutoModel, DataCollatorWithPadding
 
 from fusion_adapters.shortcuts import FitOptions, TextReadout, fit_shortcuts
 from fusion_adapters.shortcuts.evaluate import evaluate_shortcuts
@@ -99,7 +99,9 @@ def test_a_decoder_that_reads_the_last_token_is_judged_in_padded_batches_as_alon
     model, rows = classifier("llama"), some_rows(40)
     fitted = fit_shortcuts(model, rows, collator, FitOptions(ridge=1e-3), progress=False)
     one, many = (
-        evaluate_shortcuts(model, fitted.shortcuts, rows[:8], collator, readout=TextReadout(model), batch_size=n, progress=False)
+        evaluate_shortcuts(
+            model, fitted.shortcuts, rows[:8], collator, readout=TextReadout(model), batch_size=n, progress=False
+        )
         for n in (1, 8)
     )
     for first, second in zip(one, many, strict=True):

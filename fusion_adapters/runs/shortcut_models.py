@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate import PartialState
-from torch import nn
 from transformers import AutoConfig, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ..tasks.base import Encoded
@@ -40,7 +39,7 @@ class Subject:
 
 
 def load_subject(recipe: ShortcutRecipe) -> Subject:
-    """Loads the model of a recipe: a checkpoint with its own head, or what a run of `fusion-adapters train` made.
+    """Loads the model of a recipe: a checkpoint with its own head, or what a run of `fusion-adapters train` made, its LoRA folded in.
 
     Raises:
         OSError: If there is no such model.
@@ -97,9 +96,14 @@ def _of_run(recipe: ShortcutRecipe, folder: str) -> Subject:
             f"The run {folder!r} has fusion: {method}{below}, whose head reads other layers than the last, so a state that stands for the "
             f"last one does not decide. Train the head, with or without LoRA, by adapter.fusion: {PLAIN}, and name that run."
         )
+    if trained.adapter.get("fusion_pool") is not None:
+        raise ValueError(
+            f"The run {folder!r} has fusion_pool: {trained.adapter['fusion_pool']}, by which its head reads one mean of a text, not the "
+            f"states that shortcuts stand for. Train the head with adapter.fusion: {PLAIN} and without fusion_pool, and name that run."
+        )
     run = load_run(folder)
-    model: nn.Module = run.model
+    model: Any = run.model.merge_and_unload()  # a transformers model: LoRA is in the weights that the fingerprint covers
     if trained.backbone.bits is None:
         model.to(PartialState().device)
     model.requires_grad_(False)
-    return Subject(model, run.tokenizer)
+    return Subject(model.eval(), run.tokenizer)

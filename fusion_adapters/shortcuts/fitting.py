@@ -38,7 +38,7 @@ class FitOptions:
         sources: Layers to cast from; None for all below the last.
         pairs: `last`: each source to the last layer. `all`: each pair of layers among sources and the last, as in the paper.
         fused: Layers that the fused shortcut from a source reads beside it, those below it: a list, or a rule as `every:6`; None for no
-            fused ones. They go to the last layer.
+            fused ones.
         bias: Fit a constant too; the paper has none.
         ridge: See `solve`.
         rank: See `solve`; None for whole matrices.
@@ -96,7 +96,7 @@ class FitOptions:
             beside = _beside(self.fused, num_layers)
             for i in sources:
                 read = tuple(sorted({*(layer for layer in beside if layer < i), i}))
-                found += [(FUSED, read, num_layers)] if len(read) > 1 else []
+                found += [(FUSED, read, j) for j in targets if i < j and len(read) > 1]
         return found
 
 

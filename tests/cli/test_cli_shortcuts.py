@@ -48,7 +48,7 @@ def test_a_fit_leaves_shortcuts_recipe_and_notes(fitted, capsys):
     names = sorted(p.name for p in (folder / "fit").iterdir() if p.is_file())
     assert names == ["recipe.yaml", "run.json", "shortcuts.json", "shortcuts.safetensors"]
     notes = json.loads((folder / "fit" / "run.json").read_text())
-    assert notes["kind"] == "shortcuts" and notes["shortcuts"] == 10 + 3 and notes["positions"] > 300
+    assert notes["kind"] == "shortcuts" and notes["shortcuts"] == 10 + 6 and notes["positions"] > 300
     said = json.loads((folder / "fit" / "shortcuts.json").read_text())
     assert said["base_model_name_or_path"] == str(folder / "model") and said["notes"]["options"]["ridge"] == 1e-3
     assert "is not empty (4 entries)" in fails(capsys, "fit", recipe, "--output", folder / "fit")
@@ -65,7 +65,7 @@ def test_an_evaluation_leaves_tables_and_pictures(fitted, capsys):
     found = folder / "fit" / "evaluation"
     assert (found / "summary.md").read_text().strip() in shown and str(found) in shown
     scores = json.loads((found / "scores.json").read_text())
-    assert len(scores) == 10 + 3 + 10  # mat of all pairs, fused to the last layer, the identity of all pairs
+    assert len(scores) == 10 + 6 + 10  # mat, fused (from 1 to 3), and the identity, of all pairs
     last = [s for s in scores if s["target"] == 4]
     assert all(0 <= s["precision@1"] <= s["precision@5"] <= s["precision@10"] <= 1 for s in last)
     assert all("surprisal" not in s for s in scores if s["target"] < 4)
@@ -74,7 +74,7 @@ def test_an_evaluation_leaves_tables_and_pictures(fitted, capsys):
     assert [float(row["r2"]) for row in rows] == [s["r2"] for s in scores]
     assert {row["precision@1"] for row in rows if row["target"] != "4"} == {""}
     pictures = sorted(p.name for p in found.glob("*.png"))
-    assert pictures == ["curves.png", "r2-identity.png", "r2-mat.png"]
+    assert pictures == ["curves.png", "r2-fused.png", "r2-identity.png", "r2-mat.png"]
     for name in pictures:
         width, height = size_of(found / name)
         assert 500 < width < 3000 and 400 < height < 3000

@@ -11,7 +11,9 @@ import torch
 import yaml
 from support_shortcut_runs import write_causal, write_classes
 from support_text import save_model
+from transformers import BertForSequenceClassification
 
+from fusion_adapters.runs.predicting import load_run
 from fusion_adapters.runs.recipe import load_recipe
 from fusion_adapters.runs.shortcut_models import load_subject
 from fusion_adapters.runs.shortcut_recipe import load_shortcut_recipe
@@ -112,7 +114,6 @@ def test_shortcuts_of_a_classifier_that_train_made(trained):
     # by hand: the class of each test text after the cast, by the trained model itself
     subject = load_subject(recipe)
     shortcut = load_shortcuts(folder / "fit", subject.model).get(2)
-    base = subject.model.get_base_model()
     right = 0
     texts = [line.rpartition(",")[0] for line in (folder / "data" / "test.csv").read_text().splitlines()[1:]]
     for text in texts:
@@ -120,8 +121,13 @@ def test_shortcuts_of_a_classifier_that_train_made(trained):
         with torch.no_grad():
             states = subject.model(**inputs, output_hidden_states=True)
             cast = shortcut({2: states.hidden_states[2]})
-            right += int(base.classifier(base.bert.pooler(cast)).argmax()) == int(states.logits.argmax())
+            right += int(subject.model.classifier(subject.model.bert.pooler(cast)).argmax()) == int(states.logits.argmax())
     assert mat[2].precision[1] == right / len(texts)
+    # it is the trained model: with its head, and with the LoRA in its weights, to which the shortcuts are bound
+    own = load_run(folder / "run").model(**inputs).logits
+    torch.testing.assert_close(subject.model(**inputs).logits, own, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="other weights"):
+        load_shortcuts(folder / "fit", BertForSequenceClassification.from_pretrained(folder / "data" / "model"))
 
 
 def test_runs_whose_head_reads_other_layers_or_that_are_of_another_task(trained):
@@ -130,6 +136,7 @@ def test_runs_whose_head_reads_other_layers_or_that_are_of_another_task(trained)
     for adapter, message in (
         ({"fusion": "dwatt"}, "has fusion: dwatt, whose head reads other layers than the last"),
         ({"fusion": "last", "fusion_depth": 2}, "has fusion: last, below block 2"),
+        ({"fusion": "last", "fusion_pool": "mean"}, "has fusion_pool: mean"),
     ):
         changed = {**run, "recipe": {**run["recipe"], "adapter": adapter}}
         (folder / "run" / "run.json").write_text(json.dumps(changed))

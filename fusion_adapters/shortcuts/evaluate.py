@@ -19,6 +19,7 @@ from .texts import TextReadout
 
 TOPS = (1, 5, 10)
 AT_ONCE = 512  # positions whose logits are held at a time
+DEAD = 1e-12  # of the mean variance: what varies less is below the rounding of the others
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Score:
         source: The layer that it casts from.
         target: The layer that it stands in for.
         positions: The number of positions.
-        r2: Of the states, a mean over their coordinates (scikit-learn's `r2_score`).
+        r2: Of the states, a mean over their coordinates (scikit-learn's `r2_score`) without those that never vary, which some models have.
         precision: For each k of 1, 5, 10: how often the first token after the cast is among the first k of the full model; empty for a
             target below the last layer. Of a classifier: the class of a text, for each k below the number of classes.
         surprisal: The mean of `-log p_full` of that token or class, in nats; None likewise.
@@ -72,8 +73,9 @@ class _R2:
 
     def value(self) -> float:
         total = self.squares - self.sums**2 / self.count  # (d,)
-        each = torch.where(total > 0, 1 - self.errors / total.clamp_min(1e-300), (self.errors == 0).double())
-        return float(each.mean())
+        alive = total > DEAD * total.mean()
+        each = 1 - self.errors[alive] / total[alive]
+        return float(each.mean()) if bool(alive.any()) else float((self.errors == 0).all())
 
 
 def evaluate_shortcuts(

@@ -1,5 +1,7 @@
 """Linear shortcuts: cast a layer state straight to a later layer, see through the layers, stop early, draft and verify."""
 
+from .exit_options import ExitOptions
+from .exits import EarlyExit, Exited
 from .fitting import FitOptions, Fitted, fit_shortcuts
 from .maps import FUSED, IDENTITY, MAT, Shortcut, ShortcutSet
 from .readout import Readout
@@ -7,6 +9,9 @@ from .saving import load_shortcuts, save_shortcuts
 from .solving import SingularError, solve
 
 __all__ = [
+    "EarlyExit",
+    "ExitOptions",
+    "Exited",
     "FUSED",
     "FitOptions",
     "Fitted",

@@ -1,0 +1,89 @@
+"""Which models and calls early exit refuses, and what to do then."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.configuration_utils import GenerationMode
+
+from ..backbone.blocks import Backbone
+from ..backbone.families import ACROSS_BLOCKS, text_config
+from ..states import source_of
+from .maps import ShortcutSet
+from .saving import check_fits
+
+_ALONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def check_exits(model: nn.Module, backbone: Backbone, shortcuts: ShortcutSet, layers: Sequence[int]) -> None:
+    """Raises ValueError if a model's passes cannot end at these layers."""
+    check_fits(shortcuts, backbone)
+    if source_of(model).fusions:
+        raise ValueError(
+            "A fusion is attached to this model, which reads all layers and replaces the last one's state, so no pass can end before it. "
+            "Exit early from the model without it (model.unload()), or choose a fusion_depth for the fusion, which skips the blocks above."
+        )
+    wrong = [layer for layer in layers if not 1 <= layer < backbone.num_layers]
+    if wrong:
+        raise ValueError(
+            f"layers={list(layers)}: a backbone of {backbone.num_layers} blocks can be left after block 1 to "
+            f"{backbone.num_layers - 1}, not at {wrong}."
+        )
+    if len(set(map(id, backbone.blocks))) < backbone.num_layers:
+        raise ValueError(
+            f"The blocks of {backbone.model_type!r} share their weights, and one module runs several times in a pass; early exit tells "
+            "blocks apart. Choose a model with blocks of its own for each layer."
+        )
+
+
+def check_writer(host: Any, backbone: Backbone) -> None:
+    """Raises ValueError if a model writes no text, or keeps no keys and values by block."""
+    config, name = text_config(host), type(host).__name__
+    if not (hasattr(host, "generate") and host.can_generate() and backbone.causal):
+        raise ValueError(
+            f"{name} writes no text, token by token. Early exit in generate is for causal language models (AutoModelForCausalLM); for "
+            "classifiers take EarlyExitClassifier."
+        )
+    shared = [field for field in ACROSS_BLOCKS if getattr(config, field, None)]
+    try:
+        kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(_no_cache(name, f"its configuration describes none ({error})")) from error
+    if shared:
+        raise ValueError(_no_cache(name, f"blocks share parts with others ({', '.join(shared)})"))
+    if not kinds.issubset(_LAYERS):
+        raise ValueError(_no_cache(name, f"it keeps {', '.join(sorted(kind.__name__ for kind in kinds - {*_LAYERS}))}"))
+
+
+def _no_cache(name: str, why: str) -> str:
+    return (
+        f"{name} has no KV cache with keys and values of each block by themselves: {why}. Blocks that a token skips could not be made up "
+        "for. Choose a decoder with attention in each block (Llama, Qwen, Gemma 2, Mistral, GPT-2, ...)."
+    )
+
+
+def check_call(config: GenerationConfig, given: Mapping[str, Any]) -> None:
+    """Raises ValueError unless a call of `generate` is one that early exit can follow."""
+    mode = config.get_generation_mode()
+    if mode not in _ALONE:
+        raise ValueError(
+            f"Early exit writes one token after the other, by greedy search or sampling, and this call asks for "
+            f"{mode.value.replace('_', ' ')}. Leave out what asks for it (num_beams, prompt_lookup_num_tokens, assistants), or write "
+            "without early exit."
+        )
+    asked = [name for name in ("output_hidden_states", "output_attentions") if getattr(config, name, False)]
+    if asked:
+        raise ValueError(
+            f"{asked[0]} asks for something of each block, and early exit leaves blocks out. Leave {asked[0]} out."
+        )
+    cache = given.get("past_key_values")
+    if type(cache) is not DynamicCache or cache.offloading or not {type(c) for c in cache.layers}.issubset(_LAYERS):
+        raise ValueError(
+            f"Early exit writes with a KV cache that grows (a DynamicCache), and this call has "
+            f"{'none' if cache is None else f'a {type(cache).__name__}'}. Leave use_cache, cache_implementation and past_key_values out."
+        )

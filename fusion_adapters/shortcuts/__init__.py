@@ -1,15 +1,22 @@
 """Linear shortcuts: cast a layer state straight to a later layer, see through the layers, stop early, draft and verify."""
 
+from .calibrate import Calibration, Saving, calibrate, choose_exits, exit_curve
+from .exit_classifier import Classified, EarlyExitClassifier, text_margins
 from .exit_options import ExitOptions
 from .exits import EarlyExit, Exited
 from .fitting import FitOptions, Fitted, fit_shortcuts
 from .maps import FUSED, IDENTITY, MAT, Shortcut, ShortcutSet
+from .margins import Margins, exit_margins
 from .readout import Readout
 from .saving import load_shortcuts, save_shortcuts
 from .solving import SingularError, solve
+from .sure import frequent_tokens
 
 __all__ = [
+    "Calibration",
+    "Classified",
     "EarlyExit",
+    "EarlyExitClassifier",
     "ExitOptions",
     "Exited",
     "FUSED",
@@ -17,12 +24,20 @@ __all__ = [
     "Fitted",
     "IDENTITY",
     "MAT",
+    "Margins",
     "Readout",
+    "Saving",
     "Shortcut",
     "ShortcutSet",
     "SingularError",
+    "calibrate",
+    "choose_exits",
+    "exit_curve",
+    "exit_margins",
     "fit_shortcuts",
+    "frequent_tokens",
     "load_shortcuts",
     "save_shortcuts",
     "solve",
+    "text_margins",
 ]

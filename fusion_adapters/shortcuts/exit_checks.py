@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 
 from ..backbone.blocks import Backbone
-from ..backbone.families import ACROSS_BLOCKS, text_config
+from ..backbone.families import ACROSS_BLOCKS, is_causal_lm, text_config
 from ..states import source_of
 from .maps import ShortcutSet
 from .saving import check_fits
@@ -34,11 +34,6 @@ def check_exits(model: nn.Module, backbone: Backbone, shortcuts: ShortcutSet, la
             f"layers={list(layers)}: a backbone of {backbone.num_layers} blocks can be left after block 1 to "
             f"{backbone.num_layers - 1}, not at {wrong}."
         )
-    if len(set(map(id, backbone.blocks))) < backbone.num_layers:
-        raise ValueError(
-            f"The blocks of {backbone.model_type!r} share their weights, and one module runs several times in a pass; early exit tells "
-            "blocks apart. Choose a model with blocks of its own for each layer."
-        )
 
 
 def check_writer(host: Any, backbone: Backbone) -> None:
@@ -58,6 +53,19 @@ def check_writer(host: Any, backbone: Backbone) -> None:
         raise ValueError(_no_cache(name, f"blocks share parts with others ({', '.join(shared)})"))
     if not kinds.issubset(_LAYERS):
         raise ValueError(_no_cache(name, f"it keeps {', '.join(sorted(kind.__name__ for kind in kinds - {*_LAYERS}))}"))
+
+
+def check_classifier(host: Any) -> None:
+    """Raises ValueError if a model is no classifier of whole texts into one of several classes."""
+    config, name = text_config(host), type(host).__name__
+    if is_causal_lm(host):
+        raise ValueError(f"{name} writes texts. Take EarlyExit, whose generate exits early.")
+    labels, problem = getattr(config, "num_labels", 0), getattr(config, "problem_type", None)
+    if labels < 2 or problem in ("regression", "multi_label_classification"):
+        raise ValueError(
+            f"{name} has {labels} output{'s' * (labels != 1)}{f' and problem_type={problem!r}' if problem else ''}: whether it is sure is "
+            "told by the margin between the two likeliest of several classes, one of which holds. Choose a classifier of that kind."
+        )
 
 
 def _no_cache(name: str, why: str) -> str:

@@ -13,6 +13,7 @@ from .exit_checks import check_exits, check_writer
 from .exit_options import ExitOptions
 from .maps import ShortcutSet
 from .readout import Readout
+from .segments import evaluating
 from .sure import TokenCheck
 from .writing import Writing
 
@@ -103,13 +104,8 @@ class EarlyExit:
                 "Early exit writes by a loop of its own, and custom_generate names another. Leave custom_generate out."
             )
         writing = Writing(self.host, self.backbone, self.maps, self.shortcuts, self.check, self.options)
-        modes = [(module, module.training) for module in self.host.modules()]
-        self.host.eval()
-        try:
+        with evaluating(self.host):
             output = self.host.generate(inputs, custom_generate=writing.write, **given)
-        finally:
-            for module, mode in modes:
-                module.training = mode
         written = (output if isinstance(output, Tensor) else output.sequences).shape[1] - writing.prompt
         steps = max(written - 1, 0)  # some devices let one more step run before they look whether the text has ended
         return Exited(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..backbone.blocks import Backbone
 from ..backbone.calls import WrappedForward
-from ..backbone.families import state_in, with_state_in, with_state_out
+from ..backbone.families import state_in, state_out, with_state_in, with_state_out
 
 Own = Callable[[tuple[Any, ...], dict[str, Any]], Any]  # a block's own forward
 Visit = Callable[[int, Own, tuple[Any, ...], dict[str, Any]], Tensor | None]
@@ -51,6 +51,7 @@ class Segments:
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         self.passes = 0  # blocks that ran, each call of one counted once
+        self.below: Tensor | None = None  # in a visit, what the block below answered; None if none ran before in this call
         self._form: Any = None
         self._seen = False
         self._call: _Call | None = None
@@ -80,11 +81,11 @@ class Segments:
             start: The first block that runs. A call that starts at 0 must have come before.
             state: `(B, T, d)`, what that block is given; None for what the model gives it.
         """
-        before, self._call = self._call, _Call(visit, start, state)
+        before, self._call, self.below = self._call, _Call(visit, start, state), None
         try:
             return model(**inputs)
         finally:
-            self._call = before
+            self._call, self.below = before, None
 
     def answer(self, own: Own, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a block answers."""
@@ -101,6 +102,10 @@ class Segments:
         answer = call.visit(layer, own, args, kwargs)
         return self._run(own, args, kwargs) if answer is None else with_state_out(self._form, answer)
 
+    def state(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The layer state `(B, T, d)` that a block is about to read; some models change it on the way from the block below."""
+        return state_in(args, kwargs) if self.below is None else self.below
+
     def forms(self) -> list[Any]:
         """How each block answers, without the state, see `fed`; known once a block has run."""
         return [self._form] * self.backbone.num_layers
@@ -108,6 +113,19 @@ class Segments:
     def _run(self, own: Own, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.passes += 1
         answer = own(args, kwargs)
+        self.below = state_out(answer)
         if not self._seen:
             self._form, self._seen = with_state_out(answer, None), True
         return answer
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the time of the body."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

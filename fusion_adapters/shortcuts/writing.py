@@ -221,7 +221,7 @@ class Writing:
         if self._left is not None:
             return self._fill(layer, own, args, kwargs)
         if layer in self._reads:
-            self._states[layer] = state[:, -1:]
+            self._states[layer] = self.segments.state(args, kwargs)[:, -1:]
         if layer not in self.maps or (layer == self._start and layer > 0):
             return None
         waiting = self._waiting[layer]

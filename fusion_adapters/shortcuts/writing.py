@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -23,6 +23,7 @@ from .sure import TokenCheck, threshold
 
 _BY_TOKEN = ("input_ids", "position_ids", "token_type_ids")  # inputs that have a column for each token of a call
 _CACHE = "past_key_values"
+QUERY = "attn.q_proj"  # Llama and its like; others project queries, keys and values together
 
 
 class _DecidedError(Exception):
@@ -49,13 +50,28 @@ class _Steps(WrappedForward):
     """Takes the place of the model's `forward` while it writes."""
 
     def __init__(self, writing: Writing) -> None:
-        super().__init__(writing.host, writing)  # type: ignore[arg-type]
+        super().__init__(writing.host, cast(Any, writing))
         self.writing = writing
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.opener is None:
             return self._own(args, kwargs)
         return self.writing.step(lambda **inputs: self._own(args, inputs), kwargs)
+
+
+class _Query(WrappedForward):
+    """Takes the place of a query projection's `forward`: where keys and values alone are wanted, queries are zeros."""
+
+    def __init__(self, module: nn.Module, writing: Writing) -> None:
+        super().__init__(module, cast(Any, writing))
+        self.writing = writing
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.opener is None or not self.writing.fills:
+            return self._own(args, kwargs)
+        given: Tensor = args[0]
+        width: Any = self.module.out_features
+        return given.new_zeros(*given.shape[:-1], width)
 
 
 class _Followed(StoppingCriteriaList):
@@ -108,14 +124,15 @@ class Writing:
                 if shortcut.kind == options.kind and shortcut.source in maps and shortcut.target < self.last:
                     self._between[shortcut.source][shortcut.target] = shortcut
         casts = [*maps.values(), *(s for found in self._between.values() for s in found.values())]
+        parts = [] if self.exact else [named for block in backbone.blocks for named in block.named_modules()]
+        self._queries = [m for name, m in parts if name.endswith(QUERY) and hasattr(m, "out_features")]
         self._reads = {source for shortcut in casts for source in shortcut.sources}
         self._states: dict[int, Tensor] = {}  # (B, 1, d) of the newest token, by layer
         self._waiting: dict[int, list[Tensor]] = {layer: [] for layer in maps}  # (B, n, d) by exit
         self._recent: list[dict[str, Tensor]] = []  # inputs of the tokens that wait
         self._criteria = _Followed()
-        self._call: tuple[Callable[..., Any], dict[str, Any]] | None = (
-            None  # the model's own forward, and its inputs in this step
-        )
+        # the model's own forward, and its inputs in this step
+        self._call: tuple[Callable[..., Any], dict[str, Any]] | None = None
         self._writer: Any = None  # a view of the cache that ends a block once it has written
         self._least = torch.zeros(())
         self._start = 0  # the first block that runs in this call
@@ -124,6 +141,11 @@ class Writing:
         self._left: tuple[int, Tensor] | None = (
             None  # where this pass was decided, and its logits, while keys and values are cast
         )
+
+    @property
+    def fills(self) -> bool:
+        """Whether keys and values of blocks are written that do not run."""
+        return self._left is not None
 
     def write(
         self,
@@ -148,11 +170,12 @@ class Writing:
     @contextlib.contextmanager
     def _attached(self) -> Iterator[None]:
         with self.segments.attached():
-            steps = _Steps(self)
+            wrapped: list[WrappedForward] = [_Steps(self), *(_Query(query, self) for query in self._queries)]
             try:
                 yield
             finally:
-                steps.remove()
+                for one in wrapped:
+                    one.remove()
 
     def step(self, own: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """What the model answers for one token more: its logits `(B, 1, V)`, by as many blocks as are needed."""
@@ -174,6 +197,7 @@ class Writing:
         except _DecidedError as decided:
             output = CausalLMOutputWithPast(logits=decided.logits.unsqueeze(1), past_key_values=cache)
             self.layers.append(decided.layer)
+            self._left = None
         self.passes.append(self.segments.passes - before)
         return output
 
@@ -239,11 +263,11 @@ class Writing:
 
     def _logits(self, layer: int) -> Tensor | None:
         """Those of the newest token, `(B, V)`, cast from a layer, if all rows that still write are sure."""
-        cast = self.maps[layer](self._states)[:, 0]  # (B, d)
+        stands = self.maps[layer](self._states)[:, 0]  # (B, d)
         ended = self._criteria.ended
         self._inside = True
         try:
-            return self.check(cast, self._least, None if ended is None else ~ended)
+            return self.check(stands, self._least, None if ended is None else ~ended)
         finally:
             self._inside = False
 
@@ -252,13 +276,12 @@ class Writing:
         left, state = self._left, state_in(args, kwargs)
         assert left is not None and self._call is not None
         between = self._between[left[0]].get(layer)
-        cast = (
-            state if between is None else between(self._states)
-        )  # (B, 1, d); at the exit itself the state is the block's own input
+        # (B, 1, d); at the exit itself the state is what the block would read
+        filled = state if between is None else between(self._states)
         cache = self._call[1][_CACHE]
         if self._writer is None or self._writer.layers is not cache.layers:
             self._writer = _writer_of(cache)
-        args, kwargs = with_state_in(args, kwargs, cast)
+        args, kwargs = with_state_in(args, kwargs, filled)
         args = tuple(self._writer if a is cache else a for a in args)
         kwargs = {name: self._writer if value is cache else value for name, value in kwargs.items()}
         with contextlib.suppress(_WrittenError):

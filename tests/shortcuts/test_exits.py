@@ -401,3 +401,21 @@ def test_options_that_cannot_be(given, says):
 def test_a_head_without_a_short_list():
     with pytest.raises(ValueError, match="Use the whole vocabulary"):
         EarlyExit(build("gemma2"), some_shortcuts(), options(0.5, short_list=[3, 4]))
+
+
+def test_queries_of_skipped_blocks_are_not_computed():
+    model, batch, seen = build("llama"), prompts("llama", rows=1), []
+    own = torch.nn.functional.linear
+    weights = {id(b.self_attn.q_proj.weight): i for i, b in enumerate(model.model.layers)}
+    keys = {id(b.self_attn.k_proj.weight): i for i, b in enumerate(model.model.layers)}
+
+    def linear(x, weight, bias=None):
+        seen.append((id(weight) in weights, weights.get(id(weight), keys.get(id(weight)))))
+        return own(x, weight, bias)
+
+    exits = EarlyExit(model, some_shortcuts(), options(ALWAYS, kv="cast"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", linear)
+        exits.generate(**batch, **WRITING)
+    queries = [sum(found == (True, i) for found in seen) for i in range(DEPTH)]
+    assert queries == [14, 1, 1, 1] and [sum(found == (False, i) for found in seen) for i in range(DEPTH)] == [14] * DEPTH

@@ -21,6 +21,7 @@ from support_exits import (
 )
 from transformers import DynamicCache, GenerationConfig
 
+import fusion_adapters
 from fusion_adapters.shortcuts import FUSED, IDENTITY, EarlyExit, ExitOptions, Readout
 
 KV = ("later", "cast")
@@ -419,3 +420,21 @@ def test_queries_of_skipped_blocks_are_not_computed():
         exits.generate(**batch, **WRITING)
     queries = [sum(found == (True, i) for found in seen) for i in range(DEPTH)]
     assert queries == [14, 1, 1, 1] and [sum(found == (False, i) for found in seen) for i in range(DEPTH)] == [14] * DEPTH
+
+
+@pytest.mark.parametrize("kv", KV)
+@pytest.mark.parametrize("bits", [16, 8])
+def test_backbones_of_few_bits(bits, kv, tmp_path):
+    model = build("llama")
+    if bits == 8:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra: quantised)")
+        model.save_pretrained(tmp_path)
+        model = type(model).from_pretrained(tmp_path, quantization_config=fusion_adapters.quantization_config(bits=8))
+    model = model.bfloat16() if bits == 16 else model
+    batch = prompts("llama", "left")
+    plain = model.generate(**batch, **WRITING)
+    shortcuts = some_shortcuts()
+    exits = EarlyExit(model, shortcuts, options(NEVER, kv=kv)).generate(**batch, **WRITING)
+    assert torch.equal(torch.stack(exits.output.logits), torch.stack(plain.logits))
+    exits = EarlyExit(model, shortcuts, options(middling(model, batch), kv=kv)).generate(**batch, **WRITING)
+    assert exits.saved > 0 and exits.sequences.shape == plain.sequences.shape

@@ -75,8 +75,24 @@ def _no_cache(name: str, why: str) -> str:
     )
 
 
+def check_given(given: Mapping[str, Any]) -> None:
+    """Raises ValueError if what `generate` is given calls for another loop than early exit's."""
+    found = [name for name in ("custom_generate", "assistant_model") if given.get(name) is not None]
+    if given.get("cache_implementation") == "paged":
+        found.append("cache_implementation")
+    if found:
+        raise ValueError(
+            f"{found[0]} has texts written by a loop of its own, and so has early exit. Leave {found[0]} out, or write without early exit."
+        )
+
+
 def check_call(config: GenerationConfig, given: Mapping[str, Any]) -> None:
-    """Raises ValueError unless a call of `generate` is one that early exit can follow."""
+    """Raises ValueError unless a call of `generate` is one that early exit can follow.
+
+    Args:
+        config: Its settings.
+        given: What else the loop gets, the cache among it.
+    """
     mode = config.get_generation_mode()
     if mode not in _ALONE:
         raise ValueError(
@@ -84,14 +100,24 @@ def check_call(config: GenerationConfig, given: Mapping[str, Any]) -> None:
             f"{mode.value.replace('_', ' ')}. Leave out what asks for it (num_beams, prompt_lookup_num_tokens, assistants), or write "
             "without early exit."
         )
+    if config.guidance_scale not in (None, 1):
+        raise ValueError(
+            f"guidance_scale={config.guidance_scale} runs the model on a second text beside each, which early exit does not follow. Leave "
+            "it out, or write without early exit."
+        )
     asked = [name for name in ("output_hidden_states", "output_attentions") if getattr(config, name, False)]
     if asked:
         raise ValueError(
             f"{asked[0]} asks for something of each block, and early exit leaves blocks out. Leave {asked[0]} out."
         )
     cache = given.get("past_key_values")
+    if cache is None and not config.use_cache:
+        raise ValueError(
+            "Early exit writes with a KV cache, and use_cache is off, in this call or in the model's own settings. Set use_cache=True."
+        )
     if type(cache) is not DynamicCache or cache.offloading or not {type(c) for c in cache.layers}.issubset(_LAYERS):
         raise ValueError(
             f"Early exit writes with a KV cache that grows (a DynamicCache), and this call has "
-            f"{'none' if cache is None else f'a {type(cache).__name__}'}. Leave use_cache, cache_implementation and past_key_values out."
+            f"{'none' if cache is None else f'a {type(cache).__name__}'}. Leave cache_implementation and past_key_values out; if the model "
+            "keeps no such cache, choose another."
         )

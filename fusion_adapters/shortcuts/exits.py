@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..states.source import base_of
-from .exit_checks import check_exits, check_writer
+from .exit_checks import check_exits, check_given, check_writer
 from .exit_options import ExitOptions
 from .maps import ShortcutSet
 from .readout import Readout
@@ -99,11 +99,11 @@ class EarlyExit:
             ValueError: If texts are not written token by token (beams, assistants), without a cache or with one that does not grow, or
                 the states of all layers are asked for.
         """
-        if "custom_generate" in given:
-            raise ValueError(
-                "Early exit writes by a loop of its own, and custom_generate names another. Leave custom_generate out."
-            )
-        writing = Writing(self.host, self.backbone, self.maps, self.shortcuts, self.check, self.options)
+        check_given(given)
+        # transformers gives a streamer to its own loops alone
+        writing = Writing(
+            self.host, self.backbone, self.maps, self.shortcuts, self.check, self.options, given.get("streamer")
+        )
         with evaluating(self.host):
             output = self.host.generate(inputs, custom_generate=writing.write, **given)
         written = (output if isinstance(output, Tensor) else output.sequences).shape[1] - writing.prompt

@@ -100,6 +100,7 @@ class Writing:
         shortcuts: Those that cast to the inputs of the blocks between, with `kv="cast"`, where there are such.
         check: Whether tokens are sure.
         options: The options.
+        streamer: Is handed the tokens as they are written.
     """
 
     def __init__(
@@ -110,7 +111,9 @@ class Writing:
         shortcuts: ShortcutSet,
         check: TokenCheck,
         options: ExitOptions,
+        streamer: Any = None,
     ) -> None:
+        self.streamer = streamer
         self.host, self.maps, self.check, self.options = host, maps, check, options
         self.exact = options.kv == LATER
         self.last = backbone.num_layers
@@ -162,6 +165,7 @@ class Writing:
         cache = given[_CACHE]
         kept = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
         with self._attached():
+            given = {"streamer": self.streamer, **given}
             output = model._sample(input_ids, logits_processor, self._criteria, generation_config, **given)
             if kept:
                 self._settle()

@@ -20,6 +20,7 @@ from support_exits import (
     some_shortcuts,
 )
 from transformers import DynamicCache, GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 
 import fusion_adapters
 from fusion_adapters.shortcuts import FUSED, IDENTITY, EarlyExit, ExitOptions, Readout
@@ -301,6 +302,21 @@ def test_the_prompt_runs_whole(given):
         assert exits.layers.tolist() == [1] * 13
 
 
+def test_a_streamer_hears_each_token():
+    class Heard(BaseStreamer):
+        tokens, ended = [], False
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    model, batch, heard = build("llama"), prompts("llama", rows=1), Heard()
+    exits = EarlyExit(model, some_shortcuts(), options(ALWAYS)).generate(**batch, **WRITING, streamer=heard)
+    assert heard.tokens == exits.sequences[0].tolist() and heard.ended
+
+
 def test_lora_takes_part():
     model = build("llama")
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
@@ -337,7 +353,10 @@ def test_the_model_is_left_as_it_was():
     [
         ({"num_beams": 2}, "beam search"),
         ({"prompt_lookup_num_tokens": 2}, "assisted generation"),
-        ({"use_cache": False}, "KV cache that grows"),
+        ({"use_cache": False}, "Set use_cache=True"),
+        ({"guidance_scale": 2.0}, "guidance_scale=2.0"),
+        ({"cache_implementation": "paged"}, "Leave cache_implementation out"),
+        ({"cache_implementation": "offloaded"}, "DynamicCache"),
         ({"cache_implementation": "static"}, "StaticCache"),
         ({"output_hidden_states": True}, "output_hidden_states"),
         ({"custom_generate": lambda *_, **__: None}, "Leave custom_generate out"),
@@ -348,6 +367,30 @@ def test_calls_that_cannot_exit_early(given, says):
     with pytest.raises(ValueError, match=says):
         EarlyExit(model, some_shortcuts(), options(ALWAYS)).generate(**batch, **{**WRITING, **given})
     assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_an_assistant():
+    model, batch = build("llama"), prompts("llama", rows=1)
+    with pytest.raises(ValueError, match="Leave assistant_model out"):
+        EarlyExit(model, some_shortcuts(), options(ALWAYS)).generate(**batch, assistant_model=build("llama", seed=1))
+
+
+def test_a_prompt_of_embeddings():
+    model, batch = build("llama"), prompts("llama", rows=1)
+    embeddings = {
+        "inputs_embeds": model.get_input_embeddings()(batch["input_ids"]),
+        "attention_mask": batch["attention_mask"],
+    }
+    plain = model.generate(**embeddings, **WRITING)
+    assert torch.equal(
+        EarlyExit(model, some_shortcuts(), options(NEVER)).generate(**embeddings, **WRITING).sequences, plain.sequences
+    )
+    chosen = options(middling(model, batch))
+    found, wanted = (
+        EarlyExit(model, some_shortcuts(), chosen).generate(**given, **WRITING) for given in (embeddings, batch)
+    )
+    assert torch.equal(found.sequences, wanted.sequences[:, batch["input_ids"].shape[1] :])
+    assert torch.equal(found.layers, wanted.layers) and found.saved > 0
 
 
 def test_settings_of_the_model_count_too():

@@ -68,7 +68,7 @@ class Readout:
 
     def __call__(self, state: Tensor) -> Tensor:
         """Logits `(..., V)` of a state `(..., d)` that stands for that of the last block."""
-        flat = state.reshape(1, -1, state.shape[-1])
+        flat = state.reshape(-1, 1, state.shape[-1])  # (n, 1, d): a table of positions may be shorter than n
         if self.chain is not None:
             for module in self.chain:
                 flat = module(flat)
@@ -137,11 +137,10 @@ class Readout:
             nonlocal inside
             inside -= 1
 
-        # what runs before and in the blocks is no part of it
-        before = {id(m) for part in backbone.upstream for m in part.modules()}
+        inside_blocks = {id(m) for block in backbone.blocks for m in block.modules()}
         handles = [block.register_forward_hook(count) for block in dict.fromkeys(backbone.blocks)]
         for module in self.model.modules():
-            if id(module) not in around and id(module) not in before:
+            if id(module) not in around and id(module) not in inside_blocks:
                 handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
         try:
             with fed(backbone, self._forms, {backbone.num_layers: state}):

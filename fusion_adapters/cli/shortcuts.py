@@ -65,6 +65,32 @@ def evaluate(
     print(folder)
 
 
+@app.command(name="exit")
+def exit_early(
+    recipe: ShortcutRecipeFile,
+    shortcuts: Fitted,
+    output: Annotated[Path, typer.Option(help="Folder of the exits; it appears when it is complete.")],
+    agreement: Annotated[
+        float, typer.Option(help="Share of positions, or texts, that keep the full model's choice.")
+    ] = 0.95,
+    exits: Annotated[int, typer.Option(help="Also choose so many layers to leave at; each costs a look at the head.")] = 3,
+    settings: Settings = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace earlier exits in that folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Find when to leave the model early: thresholds for an agreement on dev rows, and the layers that they save on test rows."""
+    from ..runs.shortcut_exits import exit_recipe
+    from ..runs.shortcut_recipe import load_shortcut_recipe
+
+    chosen = load_shortcut_recipe(recipe, settings)
+    folder, found = exit_recipe(chosen, shortcuts, output, agreement, exits, overwrite)
+    if as_json:
+        print(json_line(found))
+        return
+    print(visible((folder / "summary.md").read_text(encoding="utf-8")))
+    print(folder)
+
+
 @app.command()
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that 'shortcuts fit' wrote.")],

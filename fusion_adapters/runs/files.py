@@ -23,6 +23,7 @@ KINDS = {
     "export": "an exported program",
     "shortcuts": "linear shortcuts",
     "shortcut scores": "scores of linear shortcuts",
+    "shortcut exits": "early exits of linear shortcuts",
 }
 EXPORT = "program.json"  # what an exported program has in the place of run.json
 

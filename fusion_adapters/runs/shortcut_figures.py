@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..backbone.atomic import written_whole
-from ..shortcuts import FUSED, IDENTITY, MAT
+from ..shortcuts import FUSED, IDENTITY, MAT, Saving
 from ..shortcuts.evaluate import TOPS, Score
 from .plots import COLOURS, MARKERS, pyplot, spaced
 
@@ -97,6 +97,29 @@ def draw_r2(scores: Sequence[Score], num_layers: int, path: Path, title: str) ->
     axis.set_title(title, fontsize=10)
     bar = figure.colorbar(image, ax=axis, shrink=0.85, extend="min")
     bar.set_label("r2 (0 or less: no better than the mean)")
+    _save(figure, path)
+
+
+def draw_exits(curves: Mapping[str, Sequence[Saving]], agreement: float, path: Path, title: str) -> None:
+    """Draws the share of layers saved over the agreement with the full model, a line a kind, a point a threshold.
+
+    Args:
+        curves: By kind, from low thresholds to high ones.
+        agreement: The one that was asked for, marked.
+        path: The PNG to write.
+        title: Printed above.
+    """
+    styles = _style(list(curves))
+    figure, axis = pyplot().subplots(figsize=(6.2, 4.4), layout="constrained")
+    for kind, points in curves.items():
+        axis.plot([100 * p.agreement for p in points], [100 * p.saved for p in points], label=kind, **styles[kind])
+    axis.axvline(100 * agreement, color="grey", linewidth=1, linestyle=":")
+    axis.set_xlabel(f"agreement with the full model (%), dotted: {100 * agreement:g} %")
+    axis.set_ylabel("layers saved (%)")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3, linewidth=0.5)
+    axis.legend(frameon=False)
+    axis.set_title(title, fontsize=10)
     _save(figure, path)
 
 

@@ -82,7 +82,7 @@ def fit_recipe(recipe: ShortcutRecipe, output: str | Path, overwrite: bool = Fal
             "bytes": {path.name: path.stat().st_size for path in sorted(folder.glob("shortcuts.*"))},
             "versions": versions(),
         }
-        _write(folder, recipe, run)
+        write_run(folder, recipe, run)
     shutil.rmtree(sums, ignore_errors=True)
     return run
 
@@ -108,7 +108,7 @@ def evaluate_recipe(
         FileNotFoundError: If there are no shortcuts in the folder, or a file of the data is missing.
         ValueError: If the shortcuts were fitted on another backbone, or data and model do not fit.
     """
-    _check_there(shortcuts)
+    check_there(shortcuts)
     output = check_output(Path(shortcuts) / EVALUATION if output is None else output, overwrite, SCORES)
     started = time.perf_counter()
     subject = load_subject(recipe)
@@ -133,7 +133,7 @@ def evaluate_recipe(
             "versions": versions(),
         }
         write_report(scores, maps.num_layers, backbone_recipe(recipe).model, run, folder)
-        _write(folder, recipe, run)
+        write_run(folder, recipe, run)
     return output, scores
 
 
@@ -148,10 +148,14 @@ def judged_rows(recipe: ShortcutRecipe, encoded: dict[str, Encoded]) -> tuple[st
         raise ValueError(
             f"evaluation.split: {name}, and the data have no such examples. Name their file in data.{name}, or choose the other split."
         )
-    rows, most = encoded[name].rows, recipe.evaluation.rows
+    return name, spread(encoded[name].rows, recipe.evaluation.rows)
+
+
+def spread(rows: Rows, most: int | None) -> Rows:
+    """So many of some rows, from all parts of them; None for all."""
     if most is None or most >= len(rows):
-        return name, rows
-    return name, [rows[i * len(rows) // most] for i in range(most)]
+        return rows
+    return [rows[i * len(rows) // most] for i in range(most)]
 
 
 def readout_of(recipe: ShortcutRecipe, subject: Subject) -> Readout | TextReadout:
@@ -216,7 +220,7 @@ def read_fitted(folder: str | Path) -> ShortcutRecipe:
         FileNotFoundError: If there are none.
         ValueError: If their description is damaged.
     """
-    _check_there(folder)
+    check_there(folder)
     description = Path(folder) / "run.json"
     if not description.is_file():
         raise FileNotFoundError(
@@ -231,7 +235,8 @@ def read_fitted(folder: str | Path) -> ShortcutRecipe:
     return parse_shortcut_recipe(values, str(description))
 
 
-def _check_there(folder: str | Path) -> None:
+def check_there(folder: str | Path) -> None:
+    """Raises FileNotFoundError if a folder holds no shortcuts."""
     if not (Path(folder) / CONFIG).is_file():
         raise FileNotFoundError(
             f"{str(folder)!r} holds no shortcuts: there is no {CONFIG} in it. Give the folder that was --output of fusion-adapters "
@@ -244,6 +249,7 @@ def _as_text(subject: Subject, token: int) -> str:
     return pieces_as_text(subject.tokenizer, [str(subject.tokenizer.convert_ids_to_tokens(token))])[0]
 
 
-def _write(folder: Path, recipe: ShortcutRecipe, run: dict[str, Any]) -> None:
+def write_run(folder: Path, recipe: ShortcutRecipe, run: dict[str, Any]) -> None:
+    """Writes what was done, and the recipe of it."""
     (folder / "run.json").write_text(json_text(run), encoding="utf-8")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False), encoding="utf-8")

@@ -7,8 +7,10 @@ import struct
 import pytest
 from support_causal import save_model
 from support_shortcut_runs import SENTENCES, write_causal, write_classes, write_masked
+from transformers import AutoModelForCausalLM
 
 from fusion_adapters.cli import main
+from fusion_adapters.shortcuts import EarlyExit, ExitOptions, load_shortcuts
 
 
 def run(*arguments):
@@ -135,6 +137,38 @@ def test_shortcuts_of_another_backbone_or_none(fitted, tmp_path, capsys):
     assert not (tmp_path / "scores").exists()
     for command in (("evaluate", recipe, "--shortcuts"), ("inspect", "--text", "anna", "--output", tmp_path / "x.png")):
         assert "holds no shortcuts" in fails(capsys, *command, tmp_path)
+
+
+def test_early_exits_are_calibrated_on_dev_and_judged_on_test(fitted, tmp_path, capsys):
+    folder, recipe = fitted
+    ask = ("exit", recipe, "--shortcuts", folder / "fit", "--output", tmp_path / "exits")
+    run(*ask, "--agreement", "0.8", "--exits", "2")
+    assert "80 % on dev" in capsys.readouterr().out
+    names = sorted(p.name for p in (tmp_path / "exits").iterdir())
+    assert names == ["exits.csv", "exits.json", "exits.png", "recipe.yaml", "run.json", "summary.md"]
+    size_of(tmp_path / "exits" / "exits.png")
+    found = json.loads((tmp_path / "exits" / "exits.json").read_text())
+    assert list(found["kinds"]) == ["identity", "mat", "fused"]
+    assert found["look_cost"] == 330 * 32 / (4 * 32 * 32 - 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    for each in found["kinds"].values():
+        assert each["all"]["layers"] == [1, 2, 3] and 1 <= len(each["few"]["layers"]) <= 2
+        for exits in each.values():
+            assert exits["dev"]["agreement"] >= 0.8 and 0 <= exits["test"]["saved"] < 0.75
+            options = ExitOptions(**exits["options"])  # ready for use
+            EarlyExit(model, load_shortcuts(folder / "fit", model), options)
+    assert "agreement=1.2" in fails(capsys, *ask[:-1], tmp_path / "x", "--agreement", "1.2")
+    assert "no test examples" in fails(capsys, *ask[:-1], tmp_path / "x", "--set", "data.test=null")
+    assert "--overwrite" in fails(capsys, *ask) and not (tmp_path / "x").exists()
+
+
+def test_early_exits_of_a_classifier(tmp_path, capsys):
+    recipe = write_classes(tmp_path, evaluation={"rows": 8})
+    run("fit", recipe, "--output", tmp_path / "fit")
+    capsys.readouterr()
+    run("exit", recipe, "--shortcuts", tmp_path / "fit", "--output", tmp_path / "exits", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["look_cost"] == 0 and {e["all"]["test"]["positions"] for e in found["kinds"].values()} == {8}
 
 
 @pytest.mark.parametrize(

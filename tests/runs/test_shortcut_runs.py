@@ -19,7 +19,7 @@ from fusion_adapters.runs.shortcut_models import load_subject
 from fusion_adapters.runs.shortcut_recipe import load_shortcut_recipe
 from fusion_adapters.runs.shortcut_runs import evaluate_recipe, fit_recipe
 from fusion_adapters.runs.training import run_recipe
-from fusion_adapters.shortcuts import fitting, load_shortcuts
+from fusion_adapters.shortcuts import SingularError, fitting, load_shortcuts
 
 # saves the sums after every batch, and dies of the third saving
 KILLED = """
@@ -79,6 +79,21 @@ def test_sums_of_another_recipe_are_not_gone_on_with(tmp_path, monkeypatch):
     sums.unlink()
     fit_recipe(changed, tmp_path / "fit")
     assert not sums.parent.exists()
+
+
+def test_a_fit_that_was_singular_goes_on_with_ridge_without_another_pass(tmp_path, monkeypatch):
+    recipe = write_causal(tmp_path, data={"limit": 2})
+    with pytest.warns(UserWarning, match="Give at least"), pytest.raises(SingularError, match="Give ridge"):
+        fit_recipe(load_shortcut_recipe(recipe, ["shortcuts.ridge=0"]), tmp_path / "fit")
+    ran, stream = [], fitting.stream
+    monkeypatch.setattr(fitting, "stream", lambda *a, **k: (ran.append(chunk) or chunk for chunk in stream(*a, **k)))
+    with pytest.warns(UserWarning, match="Give at least"):
+        fit_recipe(load_shortcut_recipe(recipe), tmp_path / "fit")
+        assert not ran
+        fit_recipe(load_shortcut_recipe(recipe), tmp_path / "whole")
+    assert ran
+    first, second = ((tmp_path / name / "shortcuts.safetensors").read_bytes() for name in ("fit", "whole"))
+    assert first == second and not list(tmp_path.glob(".*"))
 
 
 @pytest.fixture(scope="module")

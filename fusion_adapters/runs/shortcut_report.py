@@ -41,7 +41,7 @@ def write_report(scores: Sequence[Score], num_layers: int, model: str, run: dict
     for kind in kinds_of(scores):
         own = [score for score in scores if score.kind == kind]
         if len({score.target for score in own}) >= PAIRS:
-            draw_r2(own, num_layers, folder / f"r2-{kind}.png", f"{model}: r2 of {kind} on {run['split']}")
+            draw_r2(own, num_layers, folder / f"r2-{kind.replace(' ', '-')}.png", f"{model}: r2 of {kind} on {run['split']}")
 
 
 def kinds_of(scores: Sequence[Score]) -> list[str]:

@@ -57,7 +57,7 @@ class Score:
         }
 
 
-class _R2:
+class R2:
     """`1 - sum (y - f)^2 / sum (y - mean y)^2`, summed coordinate by coordinate over chunks, in float64."""
 
     def __init__(self) -> None:
@@ -65,6 +65,7 @@ class _R2:
         self.errors = self.sums = self.squares = torch.zeros((), dtype=torch.float64)  # become (d,)
 
     def add(self, wanted: Tensor, found: Tensor, shift: Tensor) -> None:
+        """Takes in states `(n, d)` and what stands for them; `shift` `(d,)` is near their mean, the same in each call."""
         wide = wanted.double() - shift  # near the mean, so that the squares are of what varies
         self.count += len(wide)
         self.errors = self.errors + (wanted.double() - found.double()).square().sum(0)
@@ -72,6 +73,7 @@ class _R2:
         self.squares = self.squares + wide.square().sum(0)
 
     def value(self) -> float:
+        """The mean over the coordinates."""
         total = self.squares - self.sums**2 / self.count  # (d,)
         alive = total > DEAD * total.mean()
         each = 1 - self.errors[alive] / total[alive]
@@ -104,7 +106,7 @@ def evaluate_shortcuts(
         batch_size: Rows of one call.
         progress: Show a bar.
     """
-    source = source_of(model)
+    source = source_of(model).whole
     backbone = source.backbone
     choice = Choice() if isinstance(readout, TextReadout) else choice or Choice(skip=int(backbone.causal))
     maps: list[Shortcut] = list(shortcuts)
@@ -113,7 +115,7 @@ def evaluate_shortcuts(
         maps += [identity(shortcuts.hidden_size, i, j) for i, j in ends]
     last = backbone.num_layers
     layers = sorted({layer for s in maps for layer in (*s.sources, s.target)} | {last})
-    r2 = {i: _R2() for i in range(len(maps))}
+    r2 = {i: R2() for i in range(len(maps))}
     said = {i: _Said() for i, s in enumerate(maps) if readout is not None and s.target == last}
     shifts: dict[int, Tensor] = {}
     count = 0
@@ -124,7 +126,7 @@ def evaluate_shortcuts(
                 count += len(some[last])
                 for layer in {s.target for s in maps}:
                     shifts.setdefault(layer, some[layer].double().mean(0))
-                full = _Full(logits_of(some[last])) if said else None
+                full = FullModel(logits_of(some[last])) if said else None
                 for number, shortcut in enumerate(maps):
                     cast = shortcut(some)
                     r2[number].add(some[shortcut.target], cast, shifts[shortcut.target])
@@ -138,7 +140,7 @@ def evaluate_shortcuts(
     ]
 
 
-class _Full:
+class FullModel:
     """What the full model says at some positions.
 
     Args:
@@ -152,6 +154,14 @@ class _Full:
         self.tops = tuple(k for k in TOPS if k == 1 or k < choices)
         self.top = logits.topk(max(self.tops), dim=-1).indices  # (n, 10)
 
+    def hits(self, tokens: Tensor, k: int) -> int:
+        """How many tokens `(n,)` are among its first k."""
+        return int((self.top[:, :k] == tokens[:, None]).any(-1).sum())
+
+    def surprisal(self, tokens: Tensor) -> float:
+        """The sum of `-log p` of tokens `(n,)`, in nats."""
+        return -float(self.log_probabilities.gather(-1, tokens[:, None]).double().sum())
+
 
 class _Said:
     """How what is said after a cast compares with the full model, summed up over parts."""
@@ -160,13 +170,12 @@ class _Said:
         self.count, self.surprisal = 0, 0.0
         self.hits: dict[int, int] = {}
 
-    def add(self, full: _Full, logits: Tensor) -> None:
+    def add(self, full: FullModel, logits: Tensor) -> None:
         first = logits.argmax(-1)  # (n,)
-        found = full.top == first[:, None]  # (n, 10)
         self.count += len(first)
+        self.surprisal += full.surprisal(first)
         for k in full.tops:
-            self.hits[k] = self.hits.get(k, 0) + int(found[:, :k].any(-1).sum())
-        self.surprisal -= float(full.log_probabilities.gather(-1, first[:, None]).double().sum())
+            self.hits[k] = self.hits.get(k, 0) + full.hits(first, k)
 
     def values(self) -> tuple[dict[int, float], float, int]:
         """Precision by k, surprisal, and the number of predictions."""

@@ -17,7 +17,14 @@ from typing import Any
 import psutil
 
 OWNER = ".written_by"  # in a folder that is not complete: which process writes it
-KINDS = {"run": "a run of fusion-adapters train", "bench": "a benchmark", "export": "an exported program"}
+KINDS = {
+    "run": "a run of fusion-adapters train",
+    "bench": "a benchmark",
+    "export": "an exported program",
+    "shortcuts": "linear shortcuts",
+    "shortcut scores": "scores of linear shortcuts",
+    "shortcut exits": "early exits of linear shortcuts",
+}
 EXPORT = "program.json"  # what an exported program has in the place of run.json
 
 
@@ -27,7 +34,7 @@ def check_output(path: str | Path, overwrite: bool = False, kind: str = "run") -
     Args:
         path: The folder.
         overwrite: Whether an earlier result of the same kind may be replaced.
-        kind: What will be written: `run` or `bench`, as `run.json` names it, or `export`.
+        kind: What will be written, one of `KINDS`: as `run.json` names it, or `export`.
 
     Returns:
         The folder, with links followed.
@@ -68,7 +75,8 @@ def _kind_of(path: Path) -> str | None:
         return "export" if (path / EXPORT).is_file() else None
     except ValueError:
         return "run"
-    return "bench" if isinstance(content, dict) and content.get("kind") == "bench" else "run"
+    kind = content.get("kind") if isinstance(content, dict) else None
+    return kind if kind in KINDS else "run"
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ def draw_depth_map(
         raise ValueError(f"The picture {str(path)!r} must be a .png file.")
     heads = weights.shape[1] if weights.dim() == 3 else 1
     grid = (weights.mean(dim=1) if weights.dim() == 3 else weights)[:MAX_TOKENS].T  # (N, T)
-    shown = [_shown(token) for token in tokens[:MAX_TOKENS]]
+    shown = [shown_piece(token) for token in tokens[:MAX_TOKENS]]
     height = min(0.42 * len(layers), max(TALLEST, LINE * len(layers) / 2))  # inches of the map itself
     figure = Figure(figsize=(max(5.0, 0.42 * len(shown) + 2.2), max(2.6, height + 1.9)), layout="constrained")
     axes = figure.add_subplot()
@@ -63,7 +63,7 @@ def draw_depth_map(
         figure.savefig(temporary, dpi=150, format="png")
 
 
-def _shown(token: str) -> str:
+def shown_piece(token: str) -> str:
     """A piece as a label: without the blanks around it, unless it has nothing else."""
     text = token.strip(" ") or "\N{OPEN BOX}" * len(token)
     return visible(text.translate(_BLANKS))

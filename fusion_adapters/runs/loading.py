@@ -29,6 +29,7 @@ def load_model(
     labels: Sequence[str],
     trained: Sequence[str] = (),
     depth: int | float | None = None,
+    fresh_head: bool = True,
 ) -> nn.Module:
     """Loads the backbone with a fresh task head, quantised if the recipe says so.
 
@@ -41,6 +42,7 @@ def load_model(
         labels: The label set, in the order of the outputs.
         trained: Names of further modules that will be trained (`modules_to_save`).
         depth: The adapter's `fusion_depth`: blocks above it are not loaded, if the model can be cut.
+        fresh_head: Whether the checkpoint may lack the task head; where nothing is trained it may not.
 
     Raises:
         OSError: If the model is neither a folder nor to be had from a hub.
@@ -89,7 +91,7 @@ def load_model(
         _check_causal(model, recipe)
     if task.vocabulary_head:
         _check_tied_head(model, trained)
-    fresh = (*TASK_HEADS.get(task.peft_type or "", ()), *trained)
+    fresh = (*(TASK_HEADS.get(task.peft_type or "", ()) if fresh_head else ()), *trained)
     absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     random = sorted(
         key for key in absent if not any(f".{name}." in f".{key}." for name in fresh) and not _zero_output_bias(model, key)
@@ -97,10 +99,14 @@ def load_model(
     if random:
         modules = sorted({key.rpartition(".")[0].rpartition(".")[0] or key.partition(".")[0] for key in random})
         named = ", ".join(random[:6]) + (", ..." if len(random) > 6 else "")
+        remedy = (
+            f"Train them with the adapter (adapter.modules_to_save, for example {modules}), or use another checkpoint."
+            if fresh_head
+            else "Use a checkpoint that has them, or a run of fusion-adapters train that trained them (run: FOLDER)."
+        )
         raise ValueError(
             f"The checkpoint {recipe.model!r} lacks {len(random)} tensors that {type(model).__name__} needs, or has them in other "
-            f"shapes ({named}); frozen, they would stay at random values. Train them with the adapter "
-            f"(adapter.modules_to_save, for example {modules}), or use another checkpoint."
+            f"shapes ({named}); frozen, they would stay at random values. {remedy}"
         )
     return model
 

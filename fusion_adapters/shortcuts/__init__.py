@@ -1,7 +1,13 @@
 """Linear shortcuts: cast a layer state straight to a later layer, see through the layers, stop early, draft and verify."""
 
+from .calibrate import Calibration, Saving, calibrate, choose_exits, exit_curve
+from .exit_classifier import Classified, EarlyExitClassifier, text_margins
+from .exit_options import ExitOptions
+from .exits import EarlyExit, Exited
 from .fitting import FitOptions, Fitted, fit_shortcuts
+from .lens import View, look
 from .maps import FUSED, IDENTITY, MAT, Shortcut, ShortcutSet
+from .margins import Margins, exit_margins
 from .part_scores import evaluate_parts
 from .readout import Readout
 from .removal import (
@@ -17,37 +23,56 @@ from .removal import (
 from .saving import load_shortcuts, save_shortcuts
 from .solving import SingularError, solve
 from .submodules import PartOptions, PartSet, fit_parts
+from .sure import frequent_tokens
+from .texts import TextReadout
 from .tuning import KL, Tuned, TuneOptions, tune_shortcuts, tuned_kind
 
 __all__ = [
-    "KL",
-    "PartOptions",
-    "PartSet",
-    "RemovalOptions",
-    "RemovalScore",
-    "Removed",
-    "TuneOptions",
-    "Tuned",
-    "block_distances",
-    "chosen_run",
-    "evaluate_parts",
-    "fit_parts",
-    "perplexity",
-    "removal_curve",
-    "remove_blocks",
-    "tune_shortcuts",
-    "tuned_kind",
+    "Calibration",
+    "Classified",
+    "EarlyExit",
+    "EarlyExitClassifier",
+    "ExitOptions",
+    "Exited",
     "FUSED",
     "FitOptions",
     "Fitted",
     "IDENTITY",
+    "KL",
     "MAT",
+    "Margins",
+    "PartOptions",
+    "PartSet",
     "Readout",
+    "RemovalOptions",
+    "RemovalScore",
+    "Removed",
+    "Saving",
     "Shortcut",
     "ShortcutSet",
     "SingularError",
+    "TextReadout",
+    "TuneOptions",
+    "Tuned",
+    "View",
+    "block_distances",
+    "calibrate",
+    "choose_exits",
+    "chosen_run",
+    "evaluate_parts",
+    "exit_curve",
+    "exit_margins",
+    "fit_parts",
     "fit_shortcuts",
+    "frequent_tokens",
     "load_shortcuts",
+    "look",
+    "perplexity",
+    "removal_curve",
+    "remove_blocks",
     "save_shortcuts",
     "solve",
+    "text_margins",
+    "tune_shortcuts",
+    "tuned_kind",
 ]

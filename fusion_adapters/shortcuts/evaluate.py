@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from tqdm.auto import tqdm
 from ..states import Source, source_of
 from .maps import IDENTITY, Shortcut, ShortcutSet, identity
 from .readout import Readout
-from .stream import Choice, Collator, Rows, stream
+from .stream import Choice, Chunk, Collator, Rows, stream
+from .texts import TextReadout
 
 TOPS = (1, 5, 10)
 AT_ONCE = 512  # positions whose logits are held at a time
+DEAD = 1e-12  # of the mean variance: what varies less is below the rounding of the others
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,11 @@ class Score:
         source: The layer that it casts from.
         target: The layer that it stands in for.
         positions: The number of positions.
-        r2: Of the states, a mean over their coordinates (scikit-learn's `r2_score`).
+        r2: Of the states, a mean over their coordinates (scikit-learn's `r2_score`) without those that never vary, which some models have.
         precision: For each k of 1, 5, 10: how often the first token after the cast is among the first k of the full model; empty for a
-            target below the last layer.
-        surprisal: The mean of `-log p_full` of that token, in nats; None likewise.
+            target below the last layer. Of a classifier: the class of a text, for each k below the number of classes.
+        surprisal: The mean of `-log p_full` of that token or class, in nats; None likewise.
+        predictions: The number of tokens, or of classes, that were compared: positions, or texts; 0 likewise.
     """
 
     kind: str
@@ -41,6 +45,7 @@ class Score:
     r2: float
     precision: dict[int, float]
     surprisal: float | None
+    predictions: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """For a file."""
@@ -48,7 +53,7 @@ class Score:
         return {
             **{"kind": self.kind, "source": self.source, "target": self.target, "positions": self.positions, "r2": self.r2},
             **tops,
-            **({} if self.surprisal is None else {"surprisal": self.surprisal}),
+            **({} if self.surprisal is None else {"surprisal": self.surprisal, "predictions": self.predictions}),
         }
 
 
@@ -70,8 +75,9 @@ class R2:
     def value(self) -> float:
         """The mean over the coordinates."""
         total = self.squares - self.sums**2 / self.count  # (d,)
-        each = torch.where(total > 0, 1 - self.errors / total.clamp_min(1e-300), (self.errors == 0).double())
-        return float(each.mean())
+        alive = total > DEAD * total.mean()
+        each = 1 - self.errors[alive] / total[alive]
+        return float(each.mean()) if bool(alive.any()) else float((self.errors == 0).all())
 
 
 def evaluate_shortcuts(
@@ -81,7 +87,7 @@ def evaluate_shortcuts(
     collator: Collator,
     choice: Choice | None = None,
     *,
-    readout: Readout | None = None,
+    readout: Readout | TextReadout | None = None,
     with_identity: bool = True,
     batch_size: int = 8,
     progress: bool = True,
@@ -94,14 +100,15 @@ def evaluate_shortcuts(
         rows: Tokenised rows.
         collator: Pads them on the right.
         choice: Which positions; None for all but the first in a causal model.
-        readout: Of the same model; None for r2 alone.
+        readout: Of the same model; of a classifier of texts a `TextReadout`, for which all positions of a text are cast, whatever
+            `choice` says, and r2 is over these; None for r2 alone.
         with_identity: Also judge the states as they are.
         batch_size: Rows of one call.
         progress: Show a bar.
     """
     source = source_of(model).whole
     backbone = source.backbone
-    choice = choice or Choice(skip=int(backbone.causal))
+    choice = Choice() if isinstance(readout, TextReadout) else choice or Choice(skip=int(backbone.causal))
     maps: list[Shortcut] = list(shortcuts)
     if with_identity:
         ends = sorted({(s.source, s.target) for s in maps if s.kind != IDENTITY})
@@ -109,34 +116,26 @@ def evaluate_shortcuts(
     last = backbone.num_layers
     layers = sorted({layer for s in maps for layer in (*s.sources, s.target)} | {last})
     r2 = {i: R2() for i in range(len(maps))}
-    hits: dict[int, dict[int, int]] = {i: dict.fromkeys(TOPS, 0) for i in range(len(maps))}
-    surprisal = dict.fromkeys(range(len(maps)), 0.0)
+    said = {i: _Said() for i, s in enumerate(maps) if readout is not None and s.target == last}
     shifts: dict[int, Tensor] = {}
     count = 0
     chunks: Iterable[Any] = stream(source, rows, layers, collator, choice, batch_size)
     with torch.no_grad():
         for chunk in tqdm(chunks, total=-(-len(rows) // batch_size), unit="batch", desc="judging", disable=not progress):
-            for some in _parts(chunk.states):
+            for some, logits_of in _parts(chunk, readout):
                 count += len(some[last])
                 for layer in {s.target for s in maps}:
                     shifts.setdefault(layer, some[layer].double().mean(0))
-                full = None if readout is None else FullModel(readout(some[last]))
+                full = FullModel(logits_of(some[last])) if said else None
                 for number, shortcut in enumerate(maps):
                     cast = shortcut(some)
                     r2[number].add(some[shortcut.target], cast, shifts[shortcut.target])
-                    if full is not None and readout is not None and shortcut.target == last:
-                        first = readout(cast).argmax(-1)  # (n,)
-                        for k in TOPS:
-                            hits[number][k] += full.hits(first, k)
-                        surprisal[number] += full.surprisal(first)
+                    if full is not None and number in said:
+                        said[number].add(full, logits_of(cast))
     if not count:
         raise ValueError("There is no position to judge by. Give rows that are longer than what is left out of them.")
     return [
-        Score(
-            *(s.kind, s.source, s.target, count, r2[i].value()),
-            {k: hits[i][k] / count for k in TOPS} if readout is not None and s.target == last else {},
-            surprisal[i] / count if readout is not None and s.target == last else None,
-        )
+        Score(*(s.kind, s.source, s.target, count, r2[i].value()), *(said[i].values() if i in said else ({}, None, 0)))
         for i, s in enumerate(maps)
     ]
 
@@ -150,7 +149,10 @@ class FullModel:
 
     def __init__(self, logits: Tensor) -> None:
         self.log_probabilities = logits.float().log_softmax(-1)
-        self.top = logits.topk(min(max(TOPS), logits.shape[-1]), dim=-1).indices  # (n, 10)
+        choices = logits.shape[-1]
+        # among the first ten of five classes is every class
+        self.tops = tuple(k for k in TOPS if k == 1 or k < choices)
+        self.top = logits.topk(max(self.tops), dim=-1).indices  # (n, 10)
 
     def hits(self, tokens: Tensor, k: int) -> int:
         """How many tokens `(n,)` are among its first k."""
@@ -161,10 +163,33 @@ class FullModel:
         return -float(self.log_probabilities.gather(-1, tokens[:, None]).double().sum())
 
 
-def _parts(states: Mapping[int, Tensor]) -> Iterable[dict[int, Tensor]]:
-    count = len(next(iter(states.values())))
+class _Said:
+    """How what is said after a cast compares with the full model, summed up over parts."""
+
+    def __init__(self) -> None:
+        self.count, self.surprisal = 0, 0.0
+        self.hits: dict[int, int] = {}
+
+    def add(self, full: FullModel, logits: Tensor) -> None:
+        first = logits.argmax(-1)  # (n,)
+        self.count += len(first)
+        self.surprisal += full.surprisal(first)
+        for k in full.tops:
+            self.hits[k] = self.hits.get(k, 0) + full.hits(first, k)
+
+    def values(self) -> tuple[dict[int, float], float, int]:
+        """Precision by k, surprisal, and the number of predictions."""
+        return {k: hits / self.count for k, hits in self.hits.items()}, self.surprisal / self.count, self.count
+
+
+def _parts(chunk: Chunk, readout: Readout | TextReadout | None) -> Iterable[tuple[dict[int, Tensor], Any]]:
+    """States `(n, d)` by layer, and what makes logits of such: of few positions at a time, or of whole texts."""
+    if isinstance(readout, TextReadout):
+        yield chunk.states, partial(readout.of_positions, chunk)
+        return
+    count = len(next(iter(chunk.states.values())))
     for start in range(0, count, AT_ONCE):
-        yield {layer: state[start : start + AT_ONCE] for layer, state in states.items()}
+        yield {layer: state[start : start + AT_ONCE] for layer, state in chunk.states.items()}, readout
 
 
 def best_of(scores: Sequence[Score], kind: str) -> dict[int, Score]:

@@ -198,7 +198,8 @@ def _accumulate(
         ):
             moments.add(chunk.states)
             bar.update()
-            if file is not None and number < len(batches) and time.monotonic() - saved > SAVE_EVERY:
+            # at the end too: where the equations turn out to be singular, another ridge needs no other pass
+            if file is not None and (number == len(batches) or time.monotonic() - saved > SAVE_EVERY):
                 _save(file, key, number, moments)
                 saved = time.monotonic()
 

@@ -17,6 +17,7 @@ from fusion_adapters.bench import load_bench
 from fusion_adapters.fusions import fusion_options
 from fusion_adapters.runs.pretrained import locate
 from fusion_adapters.runs.recipe import BackboneRecipe, load_recipe
+from fusion_adapters.runs.shortcut_recipe import ShortcutFields, load_shortcut_recipe
 from fusion_adapters.runs.tokenizers import load_tokenizer
 from fusion_adapters.study import load_study
 from fusion_adapters.tasks.readers import READERS
@@ -130,6 +131,8 @@ def test_every_recipe_is_valid_explains_itself_and_stands_in_the_docs(recipe):
         load_study(recipe, quick=True)
     elif recipe.parent.name == "benchmark":
         load_bench(recipe)
+    elif recipe.name.startswith("shortcuts_"):
+        load_shortcut_recipe(recipe)
     else:
         load_recipe(recipe)
     assert f"`{recipe.relative_to(ROOT / 'recipes')}`" in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
@@ -143,6 +146,25 @@ def test_the_recipe_in_the_docs_is_valid_also_with_the_lines_that_other_tasks_ch
         lines.update({line.partition(":")[0]: line for line in block.splitlines()})
         (tmp_path / "recipe.yaml").write_text("\n".join(lines.values()))
         load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_the_recipe_and_the_options_of_shortcuts_in_the_docs_are_those_of_the_code(tmp_path):
+    text = (ROOT / "docs" / "shortcuts.md").read_text(encoding="utf-8")
+    found = re.findall(r"```yaml\n(.*?)```", text, flags=re.S)
+    assert found
+    for number, block in enumerate(found):
+        (tmp_path / f"{number}.yaml").write_text(block)
+        load_shortcut_recipe(tmp_path / f"{number}.yaml")
+    told = {
+        row[0].strip("`"): row[1].strip("`")
+        for row in table("docs/shortcuts.md", "option of `FitOptions`, key in `shortcuts:`")
+    }
+    defaults = {name: field.default for name, field in ShortcutFields.model_fields.items()}
+    words = {"sources": "all", "rank": "whole", "positions": "by task", "skip": "1 if causal"}  # for None
+    written = {True: "yes", 0.0: "0"}
+    assert told == {
+        name: words[name] if value is None else written.get(value, str(value)) for name, value in defaults.items()
+    }
 
 
 def test_tasks_and_formats_in_the_docs_are_those_of_the_code():

@@ -21,7 +21,9 @@ except ImportError as error:
         f"The command line needs packages that are not installed ({error.name}). Install fusion-adapters with its extra [cli]."
     ) from error
 
-from .runs.terminal import json_line, lines_of_input, visible
+from ..runs.terminal import json_line, lines_of_input, visible
+from . import shortcuts
+from .options import Json, RecipeFile, RecipeFiles, RunFolder, Settings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,16 +31,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Layer fusion for frozen transformers models, from recipes.",
 )
+app.add_typer(shortcuts.app, name="shortcuts")
 DEBUG = "FUSION_ADAPTERS_DEBUG"
 CACHE, HERE = "--cache", Path("states")  # the option alone: a folder in that of the runs
-
-RecipeFile = Annotated[Path, typer.Argument(help="A recipe, see recipes/.")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe: section.key=value.")
-]
-RecipeFiles = Annotated[list[Path], typer.Argument(metavar="RECIPE", help="Recipes, see recipes/.")]
-RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that train wrote.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 class TrainCommand(typer.core.TyperCommand):
@@ -76,10 +71,10 @@ def train(
     ] = None,
 ) -> None:
     """Train an adapter and write adapter/, metrics.json and run.json; several recipes with --cache, each in a folder of its name."""
-    from .runs.recipe import load_recipe
-    from .runs.several import load_recipes, run_recipes
-    from .runs.showing import show_run, show_several
-    from .runs.training import run_recipe
+    from ..runs.recipe import load_recipe
+    from ..runs.several import load_recipes, run_recipes
+    from ..runs.showing import show_run, show_several
+    from ..runs.training import run_recipe
 
     if len(recipes) > 1:
         if cache_folder is None:
@@ -108,8 +103,8 @@ def cache(
     dtype: Annotated[str, typer.Option(help="float16, bfloat16, float32, float8 or int8 (half the bytes).")] = "float16",
 ) -> None:
     """Compute the layer states of the recipes' data once; train --cache then runs without the backbone."""
-    from .runs.several import cache_recipes, load_recipes
-    from .runs.training import cache_recipe
+    from ..runs.several import cache_recipes, load_recipes
+    from ..runs.training import cache_recipe
 
     chosen = load_recipes(recipes, settings)
     if len(chosen) > 1:
@@ -127,7 +122,7 @@ def compare(
     workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
 ) -> None:
     """Compare methods over training sizes and seeds; write tables and figures."""
-    from .study import load_study, run_study
+    from ..study import load_study, run_study
 
     run_study(load_study(recipe, settings, quick), output, workers)
     print(visible((output / "summary.md").read_text(encoding="utf-8")))
@@ -145,7 +140,7 @@ def bench(
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier benchmark in that folder.")] = False,
 ) -> None:
     """Measure speed, memory and checkpoint size against LoRA on this machine."""
-    from .bench import load_bench, run_bench
+    from ..bench import load_bench, run_bench
 
     run_bench(load_bench(recipe, settings, quick), output, overwrite)
     print((output / "summary.md").read_text(encoding="utf-8"))
@@ -169,7 +164,7 @@ def predict(
     texts = text or lines_of_input()
     if not texts:
         raise ValueError("There is no text to predict. Give --text '...', or lines on standard input.")
-    from .runs.answers import answers_of
+    from ..runs.answers import answers_of
 
     answers, console = answers_of(folders, output), Console()
     for note in answers.notes:
@@ -192,7 +187,7 @@ def inspect(
     output: Annotated[Path, typer.Option(help="The picture to write, a .png.")],
 ) -> None:
     """Draw which layers each token reads, as a heatmap of tokens against depth."""
-    from .runs.heatmap import draw_run
+    from ..runs.heatmap import draw_run
 
     draw_run(folder, text, output)
     print(output)
@@ -210,13 +205,13 @@ def budget(
     as_json: Json = False,
 ) -> None:
     """Fit methods to one budget of trainable parameters and print what each then costs."""
-    from .backbone.truncate import cut_model
-    from .runs.pretrained import locate
-    from .runs.recipe import BackboneRecipe
-    from .runs.tables import budget_table
-    from .tuner.costs import compare_budgets
-    from .tuner.counts import skeleton
-    from .tuner.sizes import read_count, read_depth
+    from ..backbone.truncate import cut_model
+    from ..runs.pretrained import locate
+    from ..runs.recipe import BackboneRecipe
+    from ..runs.tables import budget_table
+    from ..tuner.costs import compare_budgets
+    from ..tuner.counts import skeleton
+    from ..tuner.sizes import read_count, read_depth
 
     names, modules = ([n.strip() for n in given.split(",") if n.strip()] for given in (methods, lora or ""))
     name, options = locate(BackboneRecipe.model_validate({"model": model}))
@@ -243,9 +238,9 @@ def estimate(
     """Tell what a recipe needs, without loading anything: memory of a step, disk of a cache, bytes of the adapter."""
     import torch
 
-    from .runs.estimating import estimate_recipe
-    from .runs.recipe import load_recipe
-    from .runs.showing import show_estimate
+    from ..runs.estimating import estimate_recipe
+    from ..runs.recipe import load_recipe
+    from ..runs.showing import show_estimate
 
     if memory is None and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
@@ -265,8 +260,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check a saved adapter: files, digest, tensors and, with --backbone, that it loads. Exit code 1: a list of what is wrong."""
-    from .runs.showing import show_verdict
-    from .runs.verifying import verify as verify_adapter
+    from ..runs.showing import show_verdict
+    from ..runs.verifying import verify as verify_adapter
 
     verdict = verify_adapter(folder, backbone)
     if as_json:
@@ -285,8 +280,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write fusion and head as a program for torch alone: layer states in, scores out, wherever the backbone runs."""
-    from .runs.exporting import export_run
-    from .runs.tables import export_table
+    from ..runs.exporting import export_run
+    from ..runs.tables import export_table
 
     note = export_run(folder, output, overwrite)
     if as_json:
@@ -304,7 +299,7 @@ def execute_program(
     command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="A program and its arguments, after --.")],
 ) -> None:
     """Run a program that imports peft itself (lm_eval, trl, a script of yours) with the method registered."""
-    from .runs.launching import execute
+    from ..runs.launching import execute
 
     raise typer.Exit(execute(command))
 
@@ -340,7 +335,3 @@ def main(arguments: list[str] | None = None) -> None:
 def _print_error(error: BaseException) -> None:
     text = visible(" ".join(str(error).split()) or type(error).__name__)
     Console(stderr=True).print(f"[bold red]Error:[/] {escape(text)}", soft_wrap=True, highlight=False)
-
-
-if __name__ == "__main__":
-    main()

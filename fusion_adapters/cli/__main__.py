@@ -1,0 +1,5 @@
+"""`python -m fusion_adapters.cli`."""
+
+from . import main
+
+main()

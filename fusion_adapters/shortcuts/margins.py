@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -173,8 +172,3 @@ def gathered(
     margins = torch.cat([torch.stack([m for m, _ in batch], 1) for batch in pairs])
     agrees = torch.cat([torch.stack([a for _, a in batch], 1) for batch in pairs])
     return Margins(kind, layers, num_layers, margins, agrees, torch.as_tensor(rows), None)
-
-
-def as_json(margins: Margins) -> dict[str, Any]:
-    """Agreement of each layer by itself, for a file."""
-    return {str(layer): float(margins.agrees[:, i].float().mean()) for i, layer in enumerate(margins.layers)}

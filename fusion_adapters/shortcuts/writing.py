@@ -132,7 +132,7 @@ class Writing:
         self._reads = {source for shortcut in casts for source in shortcut.sources}
         self._states: dict[int, Tensor] = {}  # (B, 1, d) of the newest token, by layer
         self._waiting: dict[int, list[Tensor]] = {layer: [] for layer in maps}  # (B, n, d) by exit
-        self._recent: list[dict[str, Tensor]] = []  # inputs of the tokens that wait
+        self._recent: list[dict[str, Tensor]] = []  # inputs of the newest tokens, those that wait among them
         self._criteria = _Followed()
         # the model's own forward, and its inputs in this step
         self._call: tuple[Callable[..., Any], dict[str, Any]] | None = None
@@ -141,9 +141,8 @@ class Writing:
         self._start = 0  # the first block that runs in this call
         self._asks = True  # whether exits are asked
         self._inside = False  # whether a readout calls the model
-        self._left: tuple[int, Tensor] | None = (
-            None  # where this pass was decided, and its logits, while keys and values are cast
-        )
+        # where this pass was decided, and its logits, while keys and values are cast
+        self._left: tuple[int, Tensor] | None = None
 
     @property
     def fills(self) -> bool:
@@ -190,6 +189,8 @@ class Writing:
             self._call = own, kwargs
             return own(**kwargs)
         self._call = own, kwargs
+        if not any(self._waiting.values()):
+            self._recent.clear()
         self._recent.append({name: kwargs[name] for name in _BY_TOKEN if kwargs.get(name) is not None})
         mask = kwargs.get("attention_mask")
         places = torch.tensor(cache.get_seq_length()) if mask is None else mask.sum(-1) - 1  # () or (B,)

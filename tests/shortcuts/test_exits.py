@@ -1,14 +1,11 @@
 """Early exit in `generate`: what is written, what runs, and what becomes of the keys and values of blocks that did not."""
 
-from itertools import pairwise
-
 import pytest
 import torch
-from families import DEPTH, FAMILIES
+from families import DEPTH
 from peft import LoraConfig, get_peft_model
 from support_exits import (
     ALWAYS,
-    CAUSAL,
     NEVER,
     WRITING,
     build,
@@ -19,10 +16,9 @@ from support_exits import (
     replayed,
     some_shortcuts,
 )
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-import fusion_adapters
 from fusion_adapters.shortcuts import FUSED, IDENTITY, EarlyExit, ExitOptions, Readout
 
 KV = ("later", "cast")
@@ -31,93 +27,6 @@ ALIKE = ("llama", "gpt2", "gemma2")  # rotary, absolute positions, a sliding win
 
 def options(threshold, **given):
     return ExitOptions(**{"layers": [1, 3], "threshold": threshold, "mean_length": 1e-3, **given})
-
-
-@pytest.mark.parametrize("kv", KV)
-@pytest.mark.parametrize("family", CAUSAL)
-def test_a_threshold_that_never_passes_gives_the_plain_model_to_the_bit(family, kv):
-    model = build(family)
-    batch = prompts(family, "left")
-    plain = model.generate(**batch, **WRITING)
-    exits = EarlyExit(model, some_shortcuts(), options(NEVER, kv=kv)).generate(**batch, **WRITING)
-    assert torch.equal(exits.sequences, plain.sequences)
-    assert torch.equal(torch.stack(exits.output.logits), torch.stack(plain.logits))
-    assert max(differences(exits.output.past_key_values, plain.past_key_values)) == 0
-    assert exits.layers.tolist() == exits.passes.tolist() == [DEPTH] * 13
-    assert exits.saved == exits.passes_saved == 0
-
-
-@pytest.mark.parametrize("kv", KV)
-@pytest.mark.parametrize("family", CAUSAL)
-def test_one_that_always_passes_gives_the_head_of_the_cast_first_exit(family, kv):
-    model, shortcuts, batch = build(family), some_shortcuts(), prompts(family, rows=2)
-    exits = EarlyExit(model, shortcuts, options(ALWAYS, kv=kv)).generate(**batch, **WRITING)
-    states = layer_states(model, {"input_ids": exits.sequences}, [1])
-    with torch.no_grad():
-        wanted = Readout(model)(shortcuts.get(1)(states))[:, batch["input_ids"].shape[1] : -1]
-    found = torch.stack(exits.output.logits, 1)[:, 1:]  # the first comes from the prompt's pass, which is whole
-    assert torch.allclose(found, wanted, atol=1e-5)
-    assert exits.layers.tolist() == exits.passes.tolist() == [1] * 13
-    assert exits.saved == pytest.approx(1 - 1 / DEPTH)
-
-
-@pytest.mark.parametrize(
-    ("family", "padding"), [*((f, "left") for f in CAUSAL), *((f, None) for f in ALIKE), *((f, "right") for f in ALIKE)]
-)
-def test_what_was_skipped_is_made_up_for_exactly(family, padding):
-    """A token that goes all the way sees the history that the plain model would have made of the same tokens."""
-    model, batch = build(family), prompts(family, padding)
-    exits = EarlyExit(model, some_shortcuts(), options(middling(model, batch), layers=[1, 2, 3])).generate(
-        **batch, **WRITING
-    )
-    logits, cache = replayed(model, batch, exits.sequences)
-    whole = torch.tensor([True, *(exits.layers == DEPTH)])
-    assert torch.allclose(torch.stack(exits.output.logits, 1)[:, whole], logits[:, whole], atol=1e-5)
-    assert max(differences(exits.output.past_key_values, cache)) < 1e-5
-
-
-@pytest.mark.parametrize("family", ALIKE)
-def test_tokens_that_wait_at_several_exits(family):
-    """A longer text, with all that can follow one another: from each exit on to each other, and to the end."""
-    model, batch = build(family), prompts(family, rows=1)
-    given = {**WRITING, "do_sample": True, "max_new_tokens": 48, "min_new_tokens": 48}
-    exits = EarlyExit(model, some_shortcuts(), options(middling(model, batch, 0.65), layers=[1, 2, 3]))
-    torch.manual_seed(1)
-    written = exits.generate(**batch, **given)
-    layers = written.layers.tolist()
-    assert set(layers) == {1, 2, 3, 4} and {(1, 1), (1, 4)} < set(pairwise(layers))
-    logits, cache = replayed(model, batch, written.sequences)
-    whole = torch.tensor([True, *(written.layers == DEPTH)])
-    assert torch.allclose(torch.stack(written.output.logits, 1)[:, whole], logits[:, whole], atol=1e-5)
-    assert max(differences(written.output.past_key_values, cache)) < 1e-5
-
-
-@pytest.mark.parametrize("family", ("llama", "gpt2", "gemma2", "qwen3"))
-def test_keys_and_values_from_cast_states(family):
-    """Those that each skipped block would make of the cast state, and exact ones where the block ran."""
-    model, shortcuts, batch = build(family), some_shortcuts(), prompts(family)
-    exits = EarlyExit(model, shortcuts, options(ALWAYS, layers=[2], kv="cast")).generate(**batch, **WRITING)
-    _, plain = replayed(model, batch, exits.sequences)
-    errors = differences(exits.output.past_key_values, plain)
-    assert max(errors[:2]) < 1e-5 < min(errors[3:])
-    # block 2 reads the exit's own state, block 3 what is cast to it
-    prompt, written = batch["input_ids"].shape[1], exits.sequences[:, :-1]
-    states = layer_states(model, {"input_ids": written}, [2])
-    given = {2: states[2], 3: shortcuts.get(2, 3)(states)}
-    for layer, state in given.items():
-        cache = DynamicCache(config=model.config)
-
-        def put(block, args, kwargs, state=state):
-            return ((state, *args[1:]), kwargs)
-
-        handle = Readout(model).backbone.blocks[layer].register_forward_pre_hook(put, with_kwargs=True)
-        with torch.no_grad():
-            model(input_ids=written, past_key_values=cache)
-        handle.remove()
-        found, wanted = exits.output.past_key_values.layers[layer], cache.layers[layer]
-        count = min(written.shape[1] - prompt, found.keys.shape[2])
-        assert torch.allclose(found.keys[:, :, -count:], wanted.keys[:, :, -count:], atol=1e-5)
-        assert torch.allclose(found.values[:, :, -count:], wanted.values[:, :, -count:], atol=1e-5)
 
 
 @pytest.mark.parametrize("kv", KV)
@@ -348,33 +257,6 @@ def test_the_model_is_left_as_it_was():
 # what is refused
 
 
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        ({"num_beams": 2}, "beam search"),
-        ({"prompt_lookup_num_tokens": 2}, "assisted generation"),
-        ({"use_cache": False}, "Set use_cache=True"),
-        ({"guidance_scale": 2.0}, "guidance_scale=2.0"),
-        ({"cache_implementation": "paged"}, "Leave cache_implementation out"),
-        ({"cache_implementation": "offloaded"}, "DynamicCache"),
-        ({"cache_implementation": "static"}, "StaticCache"),
-        ({"output_hidden_states": True}, "output_hidden_states"),
-        ({"custom_generate": lambda *_, **__: None}, "Leave custom_generate out"),
-    ],
-)
-def test_calls_that_cannot_exit_early(given, says):
-    model, batch = build("llama"), prompts("llama", rows=1)
-    with pytest.raises(ValueError, match=says):
-        EarlyExit(model, some_shortcuts(), options(ALWAYS)).generate(**batch, **{**WRITING, **given})
-    assert not any("forward" in vars(m) for m in model.modules())
-
-
-def test_an_assistant():
-    model, batch = build("llama"), prompts("llama", rows=1)
-    with pytest.raises(ValueError, match="Leave assistant_model out"):
-        EarlyExit(model, some_shortcuts(), options(ALWAYS)).generate(**batch, assistant_model=build("llama", seed=1))
-
-
 def test_a_prompt_of_embeddings():
     model, batch = build("llama"), prompts("llama", rows=1)
     embeddings = {
@@ -393,60 +275,6 @@ def test_a_prompt_of_embeddings():
     assert torch.equal(found.layers, wanted.layers) and found.saved > 0
 
 
-def test_settings_of_the_model_count_too():
-    model, batch = build("llama"), prompts("llama", rows=1)
-    model.generation_config = GenerationConfig(num_beams=3, max_new_tokens=4)
-    with pytest.raises(ValueError, match="num_beams"):
-        EarlyExit(model, some_shortcuts(), options(ALWAYS)).generate(**batch)
-
-
-@pytest.mark.parametrize(
-    ("model", "says"),
-    [
-        (lambda: FAMILIES["mamba"].build("causal"), "LinearAttentionLayer.*Choose a decoder"),
-        (lambda: FAMILIES["t5"].build("seq2seq"), "encoder-decoder"),
-        (lambda: FAMILIES["bert"].build("masked"), "EarlyExitClassifier"),
-        (lambda: FAMILIES["llama"].build("sequence"), "no head over a vocabulary"),
-        (lambda: FAMILIES["llama"].build("causal", num_hidden_layers=5), "with 4 blocks"),
-    ],
-)
-def test_models_that_cannot_exit_early(model, says):
-    with pytest.raises(ValueError, match=says):
-        EarlyExit(model(), some_shortcuts(), options(ALWAYS))
-
-
-def test_a_fusion_reads_all_layers():
-    from families import attach
-
-    with pytest.raises(ValueError, match="fusion_depth"):
-        EarlyExit(attach("llama", "causal"), some_shortcuts(), options(ALWAYS))
-
-
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        ({"layers": [4]}, r"not at \[4\]"),
-        ({"layers": [2, 1]}, "ascending"),
-        ({"layers": [0, 1]}, "from 1"),
-        ({"layers": []}, "from 1"),
-        ({"threshold": float("nan")}, "calibrate"),
-        ({"mean_length": 0.0}, "mean length above 0"),
-        ({"kv": "never"}, "'later'"),
-        ({"kind": "tuned"}, "no 'tuned' shortcut"),
-        ({"short_list": [3]}, "at least two"),
-        ({"short_list": [3, 500]}, "0 to 119"),
-    ],
-)
-def test_options_that_cannot_be(given, says):
-    with pytest.raises(ValueError, match=says):
-        EarlyExit(build("llama"), some_shortcuts(), options(**{"threshold": 0.5, **given}))
-
-
-def test_a_head_without_a_short_list():
-    with pytest.raises(ValueError, match="Use the whole vocabulary"):
-        EarlyExit(build("gemma2"), some_shortcuts(), options(0.5, short_list=[3, 4]))
-
-
 def test_queries_of_skipped_blocks_are_not_computed():
     model, batch, seen = build("llama"), prompts("llama", rows=1), []
     own = torch.nn.functional.linear
@@ -463,21 +291,3 @@ def test_queries_of_skipped_blocks_are_not_computed():
         exits.generate(**batch, **WRITING)
     queries = [sum(found == (True, i) for found in seen) for i in range(DEPTH)]
     assert queries == [14, 1, 1, 1] and [sum(found == (False, i) for found in seen) for i in range(DEPTH)] == [14] * DEPTH
-
-
-@pytest.mark.parametrize("kv", KV)
-@pytest.mark.parametrize("bits", [16, 8])
-def test_backbones_of_few_bits(bits, kv, tmp_path):
-    model = build("llama")
-    if bits == 8:
-        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra: quantised)")
-        model.save_pretrained(tmp_path)
-        model = type(model).from_pretrained(tmp_path, quantization_config=fusion_adapters.quantization_config(bits=8))
-    model = model.bfloat16() if bits == 16 else model
-    batch = prompts("llama", "left")
-    plain = model.generate(**batch, **WRITING)
-    shortcuts = some_shortcuts()
-    exits = EarlyExit(model, shortcuts, options(NEVER, kv=kv)).generate(**batch, **WRITING)
-    assert torch.equal(torch.stack(exits.output.logits), torch.stack(plain.logits))
-    exits = EarlyExit(model, shortcuts, options(middling(model, batch), kv=kv)).generate(**batch, **WRITING)
-    assert exits.saved > 0 and exits.sequences.shape == plain.sequences.shape

@@ -17,7 +17,8 @@ from .removal import (
 from .saving import load_shortcuts, save_shortcuts
 from .solving import SingularError, solve
 from .submodules import PartOptions, PartSet, fit_parts
-from .tuning import KL, Tuned, TuneOptions, tune_shortcuts, tuned_kind
+from .trained import KL, tuned_kind
+from .tuning import Tuned, TuneOptions, tune_shortcuts
 
 __all__ = [
     "KL",

@@ -233,7 +233,7 @@ def _train(
                         loss = divergence(aim, teacher.logits(m(states), words)).mean()
                     for parameter, gradient in zip(m.parameters, torch.autograd.grad(loss, m.parameters), strict=True):
                         parameter.grad = gradient
-                    total += float(loss)
+                    total += float(loss.detach())
                 optimizer.step()
                 schedule.step()
                 bar.set_postfix(kl=f"{total / len(maps):.3f}", refresh=False)

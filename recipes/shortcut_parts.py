@@ -22,7 +22,7 @@ from pathlib import Path
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LENGTH = 256  # tokens of a row
-WATCHED = 4096  # tokens that choose the best state of a training
+WATCHED = 2048  # tokens that choose the best state of a training
 
 
 def load():

@@ -25,6 +25,7 @@ from .solving import SingularError, solve
 from .submodules import PartOptions, PartSet, fit_parts
 from .sure import frequent_tokens
 from .texts import TextReadout
+from .trained import KL, tuned_kind
 from .tuning import KL, Tuned, TuneOptions, tune_shortcuts, tuned_kind
 
 __all__ = [

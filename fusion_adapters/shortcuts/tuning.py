@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..states import LayerStateCache, Source, source_of
 from .held import HeldStates, hold_states
-from .maps import FUSED, IDENTITY, MAT, Shortcut, ShortcutSet
+from .maps import FUSED, IDENTITY, MAT, ShortcutSet
 from .readout import Readout
 from .saving import check_fits
 from .stream import Choice, Collator, Rows
 from .teaching import Teacher, divergence
+from .trained import TrainedMap, tuned_kind
 
-KL = "kl"
 AT_ONCE = 256  # positions that are judged at a time
-
-
-def tuned_kind(kind: str) -> str:
-    """What a kind of shortcut is called once it was trained: `mat` becomes `kl`, `fused` becomes `kl fused`."""
-    return KL if kind == MAT else f"{KL} {kind}"
 
 
 @dataclass(frozen=True)
@@ -178,7 +171,7 @@ def tune_shortcuts(
     generator = torch.Generator().manual_seed(options.seed)
     train, judge = _split(held, len(rows), len(watched or []), options, generator)
     with source.quiet():
-        maps = [_Trained(s, held, train) for s in starts]
+        maps = [TrainedMap(s, held, train) for s in starts]
         teacher = Teacher(readout, held.dtype, options.drawn)
         tunings = _train(maps, teacher, held, train, judge, options, generator, backbone.device, progress)
     result = ShortcutSet([*shortcuts, *(m.result() for m in maps)], shortcuts.hidden_size, shortcuts.num_layers)
@@ -205,7 +198,7 @@ def _split(
 
 
 def _train(
-    maps: list[_Trained],
+    maps: list[TrainedMap],
     teacher: Teacher,
     held: HeldStates,
     train: Tensor,
@@ -240,7 +233,7 @@ def _train(
                         loss = divergence(aim, teacher.logits(m(states), words)).mean()
                     for parameter, gradient in zip(m.parameters, torch.autograd.grad(loss, m.parameters), strict=True):
                         parameter.grad = gradient
-                    total += float(loss)
+                    total += float(loss.detach())
                 optimizer.step()
                 schedule.step()
                 bar.set_postfix(kl=f"{total / len(maps):.3f}", refresh=False)
@@ -258,7 +251,9 @@ def _train(
 
 
 @torch.no_grad()
-def _judged(maps: list[_Trained], teacher: Teacher, held: HeldStates, numbers: Tensor, device: torch.device) -> list[float]:
+def _judged(
+    maps: list[TrainedMap], teacher: Teacher, held: HeldStates, numbers: Tensor, device: torch.device
+) -> list[float]:
     """The mean divergence of each map over the whole vocabulary."""
     totals = [0.0] * len(maps)
     for some in numbers.split(AT_ONCE):
@@ -267,88 +262,3 @@ def _judged(maps: list[_Trained], teacher: Teacher, held: HeldStates, numbers: T
         for i, m in enumerate(maps):
             totals[i] += float(divergence(aim, teacher.logits(m(states))).double().sum())
     return [total / len(numbers) for total in totals]
-
-
-class _Trained:
-    """A shortcut and what training adds to it, in units in which the values of each channel have a variance of 1.
-
-    `A = A_0 + diag(s_y) C diag(1 / s_x)`, `b = b_0 + s_y c - (A - A_0) m_x`; of low rank, the two factors change likewise, with the
-    values between them in the place of `y` and of `x`. States' channels differ by orders of size, and one rate is then right for all.
-
-    Args:
-        start: The shortcut.
-        held: States.
-        numbers: The positions that are trained on.
-    """
-
-    def __init__(self, start: Shortcut, held: HeldStates, numbers: Tensor) -> None:
-        self.start = start
-        device = next(start.parameters()).device
-        x = torch.cat([_moments(held.states[layer][numbers], start.bias is not None) for layer in start.sources], dim=1)
-        y = _moments(held.states[max(held.states)][numbers], start.bias is not None)
-        self.mean, self.inner, self.outer = x[0].to(device), x[1].to(device), y[1].to(device)  # (k d,), (k d,), (d,)
-        if start.rank is None:
-            self.between = torch.ones(0)
-            changes = [torch.zeros_like(start.weight)]
-        else:
-            spread = [
-                F.linear(
-                    torch.cat([held.states[i][some] for i in start.sources], dim=1).to(device, torch.float32), start.down
-                )
-                for some in numbers.split(AT_ONCE * 4)
-            ]
-            self.between = _moments(torch.cat(spread), start.bias is not None)[1]  # (r,)
-            changes = [torch.zeros_like(start.up), torch.zeros_like(start.down)]
-        if start.bias is not None:
-            changes.append(torch.zeros_like(start.bias))
-        self.parameters = [change.requires_grad_() for change in changes]
-
-    def weights(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The matrix `(d, k d)`, or its factors `(d, r)` and `(r, k d)`; then the constant `(d,)`."""
-        start, change = self.start, self.parameters
-        if start.rank is None:
-            step = self.outer[:, None] * change[0] / self.inner
-            first, second, moved = start.weight + step, None, step @ self.mean
-        else:
-            first = start.up + self.outer[:, None] * change[0] / self.between
-            second = start.down + self.between[:, None] * change[1] / self.inner
-            moved = first @ (second @ self.mean) - start.up @ (start.down @ self.mean)
-        return first, second, None if start.bias is None else start.bias + self.outer * change[-1] - moved
-
-    def __call__(self, states: dict[int, Tensor]) -> Tensor:
-        """Casts states, float32."""
-        first, second, bias = self.weights()
-        x = torch.cat([states[layer] for layer in self.start.sources], dim=-1)  # (n, k d)
-        return F.linear(x if second is None else F.linear(x, second), first, bias)
-
-    def state(self) -> list[Tensor]:
-        """What was trained so far."""
-        return [p.detach().clone() for p in self.parameters]
-
-    @torch.no_grad()
-    def load(self, state: list[Tensor]) -> None:
-        """Goes back to a `state`."""
-        for parameter, value in zip(self.parameters, state, strict=True):
-            parameter.copy_(value)
-
-    @torch.no_grad()
-    def result(self) -> Shortcut:
-        """The trained shortcut."""
-        result = copy.deepcopy(self.start)
-        result.kind = tuned_kind(self.start.kind)
-        first, second, bias = self.weights()
-        if second is None:
-            result.weight.data = first
-        else:
-            result.up.data, result.down.data = first, second
-        if bias is not None:
-            result.bias.data = bias  # type: ignore[union-attr]
-        return result
-
-
-def _moments(states: Tensor, centred: bool) -> Tensor:
-    """The mean and the root mean square about it of each channel, `(2, d)`, float32; about 0 where nothing is to be centred."""
-    wide = states.double()
-    mean = wide.mean(0) if centred else torch.zeros(wide.shape[1], dtype=torch.float64, device=wide.device)
-    spread = (wide - mean).square().mean(0).sqrt()
-    return torch.stack([mean, spread.clamp_min(float(spread.max()) * 1e-6 + 1e-30)]).float()

@@ -16,6 +16,7 @@ from .readout import Readout
 from .stream import Choice, Collator, Rows, stream
 
 TOPS = (1, 5, 10)
+FLAT = 1e-12  # of the mean variance: a coordinate that varies less has been switched off by a norm (some of MiniLM's: 1e-60)
 AT_ONCE = 512  # positions whose logits are held at a time
 
 
@@ -28,7 +29,8 @@ class Score:
         source: The layer that it casts from.
         target: The layer that it stands in for.
         positions: The number of positions.
-        r2: Of the states, a mean over their coordinates (scikit-learn's `r2_score`).
+        r2: Of the states, a mean over their coordinates (scikit-learn's `r2_score`). A coordinate of the target that varies by less than
+            a millionth of the others counts as constant: 1 where it is met, else 0.
         precision: For each k of 1, 5, 10: how often the first token after the cast is among the first k of the full model; empty for a
             target below the last layer.
         surprisal: The mean of `-log p_full` of that token, in nats; None likewise.
@@ -68,7 +70,8 @@ class _R2:
 
     def value(self) -> float:
         total = self.squares - self.sums**2 / self.count  # (d,)
-        each = torch.where(total > 0, 1 - self.errors / total.clamp_min(1e-300), (self.errors == 0).double())
+        flat = FLAT * total.mean()
+        each = torch.where(total > flat, 1 - self.errors / total.clamp_min(1e-300), (self.errors <= flat).double())
         return float(each.mean())
 
 

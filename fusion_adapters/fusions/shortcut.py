@@ -34,6 +34,10 @@ class ShortcutFusion(Fusion):
 
     has_weights = True
     absorbs = True
+    map_weight: Tensor | None
+    map_down: Tensor | None
+    map_up: Tensor | None
+    map_bias: Tensor | None
 
     def __init__(
         self, hidden_size: int, layers: Sequence[int], *, num_layers: int, map_rank: int = 0, init: str = "identity"
@@ -73,11 +77,12 @@ class ShortcutFusion(Fusion):
 
     def cast(self, index: int, state: Tensor) -> Tensor:
         """What stands for `z_L`, from the state of `layers[index]`; both `(B, T, d)`."""
-        if index >= len(self.mapped):  # z_L itself, or no maps
+        if index >= len(self.mapped) or self.map_bias is None:  # z_L itself, or no maps
             return state
         bias = self.map_bias[index]
         if self.map_weight is not None:
             return linear(state, self.map_weight[index], bias)
+        assert self.map_down is not None and self.map_up is not None
         return linear(linear(state, self.map_down[index]), self.map_up[index], bias)
 
     def forward(

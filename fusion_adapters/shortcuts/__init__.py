@@ -26,7 +26,7 @@ from .submodules import PartOptions, PartSet, fit_parts
 from .sure import frequent_tokens
 from .texts import TextReadout
 from .trained import KL, tuned_kind
-from .tuning import KL, Tuned, TuneOptions, tune_shortcuts, tuned_kind
+from .tuning import Tuned, TuneOptions, tune_shortcuts
 
 __all__ = [
     "Calibration",

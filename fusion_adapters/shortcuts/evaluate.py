@@ -18,8 +18,8 @@ from .stream import Choice, Chunk, Collator, Rows, stream
 from .texts import TextReadout
 
 TOPS = (1, 5, 10)
+FLAT = 1e-12  # of the mean variance: a coordinate that varies less has been switched off by a norm (some of MiniLM's: 1e-60)
 AT_ONCE = 512  # positions whose logits are held at a time
-DEAD = 1e-12  # of the mean variance: what varies less is below the rounding of the others
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Score:
         source: The layer that it casts from.
         target: The layer that it stands in for.
         positions: The number of positions.
-        r2: Of the states, a mean over their coordinates (scikit-learn's `r2_score`) without those that never vary, which some models have.
+        r2: Of the states, a mean over their coordinates (scikit-learn's `r2_score`). A coordinate of the target that varies by less than
+            a millionth of the others counts as constant: 1 where it is met, else 0.
         precision: For each k of 1, 5, 10: how often the first token after the cast is among the first k of the full model; empty for a
             target below the last layer. Of a classifier: the class of a text, for each k below the number of classes.
         surprisal: The mean of `-log p_full` of that token or class, in nats; None likewise.
@@ -75,9 +76,9 @@ class R2:
     def value(self) -> float:
         """The mean over the coordinates."""
         total = self.squares - self.sums**2 / self.count  # (d,)
-        alive = total > DEAD * total.mean()
-        each = 1 - self.errors[alive] / total[alive]
-        return float(each.mean()) if bool(alive.any()) else float((self.errors == 0).all())
+        flat = FLAT * total.mean()
+        each = torch.where(total > flat, 1 - self.errors / total.clamp_min(1e-300), (self.errors <= flat).double())
+        return float(each.mean())
 
 
 def evaluate_shortcuts(

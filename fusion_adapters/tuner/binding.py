@@ -1,4 +1,4 @@
-"""Whether an adapter fits the model: the backbone that it was made for, and names that peft would confuse."""
+"""Whether an adapter fits the model: the backbone that it was made for, names that peft would confuse, code compiled before."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
+from torch._dynamo import OptimizedModule
 
 from ..backbone.blocks import LAYER_NAME, Backbone
 from ..backbone.decoders import gguf_file_of, settle_gguf
 from ..backbone.fingerprint import WHOLE, fingerprints_differ
+from ..backbone.walk import modules_of
 from ..fusions import Fusion
 from .config import FusionConfig
 
@@ -116,4 +118,15 @@ def check_layer_drop(layer: FusionLayer) -> None:
             f"The backbone skips each block with probability {rate} in training (layerdrop), and a fusion needs the states of "
             "all of them. Load it with layerdrop=0.0 (from_pretrained(..., layerdrop=0.0); BART and Whisper name it "
             "encoder_layerdrop and decoder_layerdrop), or train the fusion alone, without LoRA."
+        )
+
+
+def warn_if_compiled(model: nn.Module) -> None:
+    """Warns if the model was compiled already: code that torch compiled earlier does not see hooks that come later."""
+    if isinstance(model, OptimizedModule) or any(m._compiled_call_impl is not None for m in modules_of(model)):
+        warnings.warn(
+            "The model was compiled before the adapter was attached. Code compiled earlier does not see the fusion's hooks, so "
+            "answers may leave the fusion out. Attach first (get_peft_model), then compile (torch.compile); or call "
+            "torch.compiler.reset() now.",
+            stacklevel=2,
         )

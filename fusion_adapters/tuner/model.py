@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,15 +15,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_peft_model_state_dict, load_peft_weights
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 
 from ..backbone.blocks import LAYER_NAME, find_backbones
 from ..backbone.fingerprint import fingerprints, join_fingerprints
 from ..backbone.quantization import only_infers
-from ..backbone.walk import modules_of
 from ..fusions.numerics import undrawn
 from .as_lora import as_lora, marked_lora_free
-from .binding import bind, check_adapter_name, check_layer_drop, check_saved_names, settle_file
+from .binding import bind, check_adapter_name, check_layer_drop, check_saved_names, settle_file, warn_if_compiled
 from .budget import settle_budget, size_is_meant, warn_if_large
 from .build import build_for
 from .card import CardKeeper, CardWriter, class_of
@@ -143,7 +140,7 @@ class FusionModel(LoraModel):
         backbones = find_backbones(model, config.fusion_blocks, config.fusion_stack)
         layers = {id(layer.backbone.root): layer for layer in fusion_layers(model)}
         if not layers:
-            _warn_if_compiled(model)
+            warn_if_compiled(model)
         # those of attached stacks as they were then
         found = [layers[id(b.root)].backbone if id(b.root) in layers else b for b in backbones]
         backbones = settle_depth(config, model, found)
@@ -340,14 +337,3 @@ class FusionModel(LoraModel):
             compare_tensors(expected, without_embeddings(model, given, expected))
         named: Any = {"model": model, "config": config, "adapter_name": adapter_name, "state_dict": state_dict}
         return as_held(model, super()._remap_adapter_state_dict_for_load(**named))
-
-
-def _warn_if_compiled(model: nn.Module) -> None:
-    """Warns if the model was compiled already: code that torch compiled earlier does not see hooks that come later."""
-    if isinstance(model, OptimizedModule) or any(m._compiled_call_impl is not None for m in modules_of(model)):
-        warnings.warn(
-            "The model was compiled before the adapter was attached. Code compiled earlier does not see the fusion's hooks, so "
-            "answers may leave the fusion out. Attach first (get_peft_model), then compile (torch.compile); or call "
-            "torch.compiler.reset() now.",
-            stacklevel=2,
-        )

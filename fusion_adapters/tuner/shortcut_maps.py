@@ -63,7 +63,7 @@ def settle_maps(config: FusionConfig, backbones: Sequence[Backbone], filled: boo
             f"fusion_map_rank={rank}, and the shortcuts in {folder!r} are of rank {found}. Leave it unset, or fit shortcuts of that rank "
             f"(--rank {rank})."
         )
-    config.fusion_map_rank = found
+    setattr(config, "fusion_map_rank", found)  # noqa: B010 - a field that the methods make
     return maps
 
 

@@ -77,21 +77,6 @@ def test_scalar_mix_equals_its_equation(init):
 
 
 @pytest.mark.parametrize("init", ["identity", "paper"])
-@pytest.mark.parametrize(("rank", "layers"), [(0, None), (16, None), (5, None), (5, [0, 2]), (16, [4])], ids=str)
-def test_shortcut_equals_its_equation(init, rank, layers):
-    fusion, states, last = build("shortcut", init=init, map_rank=rank, layers=layers)
-    with torch.no_grad():
-        for buffer in fusion.buffers():
-            buffer.copy_(0.3 * torch.randn_like(buffer))
-    fused, weights = fusion(states, last, return_weights=True)
-    assert not any(name.startswith("map_") for name, _ in fusion.named_parameters())
-    for b, t, token_states, token_last in each_token(states, last):
-        expected, share = reference.shortcut_token(doubled(fusion), fusion.layers, L, token_states, token_last)
-        torch.testing.assert_close(fused[b, t].double(), expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(weights[b, t].double(), share, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("init", ["identity", "paper"])
 def test_attnres_equals_its_equation(init):
     fusion, states, last = build("attnres", init=init)
     fused, weights = fusion(states, last, return_weights=True)
@@ -223,7 +208,6 @@ def test_counts_follow_the_closed_formulas(d, n):
     assert count("concat", d, n, bottleneck=r) == n * d * r + r + r * d + d
     assert count("mlp", d, n, bottleneck=r) == mlp
     assert count("scalar_mix", d, n) == n + 1
-    assert count("shortcut", d, n) == count("shortcut", d, n, map_rank=7) == n + d
     assert count("deeper", d, n, num_blocks=2) == 2 * (12 * d * d + 13 * d)
     assert count("last", d, n) == 0
 
@@ -329,8 +313,6 @@ def test_unfit_options_are_refused_with_what_would_fit():
         build_fusion("mlp", D, L, bottleneck=0.01)
     with pytest.raises(ValueError, match=r"'identity'.*'paper'"):
         build_fusion("concat", D, L, init="zero")
-    with pytest.raises(ValueError, match=r"fusion_map_rank=17: a map of 16 dimensions has a rank from 1 to 16"):
-        build_fusion("shortcut", D, L, map_rank=17)
     with pytest.raises(ValueError, match="at least one block"):
         build_fusion("deeper", D, L, num_blocks=0)
     with pytest.raises(ValueError, match="use_cache=False"):

@@ -75,6 +75,21 @@ def test_r2_alone_equals_scikit_learns_to_the_last_digits():
     assert r2.value() == pytest.approx(r2_score(wanted.double().numpy(), found.double().numpy()), abs=1e-9)
 
 
+def test_a_coordinate_that_a_norm_has_switched_off_counts_as_constant():
+    torch.manual_seed(0)
+    wanted = torch.randn(50, 4)
+    found = wanted + 0.3 * torch.randn(50, 4)
+    wanted[:, 2] *= 1e-30
+    r2 = evaluate_module._R2()
+    r2.add(wanted, found, wanted.double().mean(0))
+    others = [r2_score(wanted[:, i].double().numpy(), found[:, i].double().numpy()) for i in (0, 1, 3)]
+    assert r2.value() == pytest.approx(sum(others) / 4, abs=1e-9)
+    met = evaluate_module._R2()
+    found[:, 2] = 0
+    met.add(wanted, found, wanted.double().mean(0))
+    assert met.value() == pytest.approx((sum(others) + 1) / 4, abs=1e-9)
+
+
 def test_a_channel_that_never_varies_counts_as_scikit_learn_counts_it():
     model = tiny("llama", "lm")
     with torch.no_grad():  # the state's last channel is the embedding's, and no block adds to it

@@ -53,7 +53,7 @@ def draw_curves(scores: Sequence[Score], num_layers: int, path: Path, title: str
             axis.plot([x for x, _ in line], [y for _, y in line], label=kind, **styles[kind])
         axis.set_title(name, fontsize=10, loc="left")
         axis.set_xlim(-0.02 * num_layers, num_layers)
-        axis.set_ylim(0, 1 if name.startswith("Precision") else None)
+        axis.set_ylim(0, 1.02 if name.startswith("Precision") else None)
         axis.grid(alpha=0.3, linewidth=0.5)
         axis.set_xlabel("cast from layer (0: embeddings)")
     handles, names = axes.flat[0].get_legend_handles_labels()

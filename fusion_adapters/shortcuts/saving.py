@@ -46,7 +46,7 @@ def save_shortcuts(
         "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
         "gguf": None if file is None else str(file),
         "fingerprint": fingerprints(backbone).get(WHOLE),
-        "digest": _digest(folder / WEIGHTS),
+        "digest": digest_of(folder / WEIGHTS),
         "maps": [
             {"kind": s.kind, "sources": list(s.sources), "target": s.target, "rank": s.rank, "bias": s.bias is not None}
             for s in shortcuts
@@ -74,7 +74,7 @@ def load_shortcuts(folder: str | Path, model: nn.Module) -> ShortcutSet:
             "fusion-adapters shortcuts fit RECIPE.yaml --output FOLDER."
         )
     said = read_config(folder)
-    if _digest(folder / WEIGHTS) != said["digest"]:
+    if digest_of(folder / WEIGHTS) != said["digest"]:
         raise ValueError(
             f"{str(folder / WEIGHTS)!r} is not the file that {CONFIG} was written for: it is damaged, or was replaced. "
             "Copy both again."
@@ -156,7 +156,8 @@ def _elsewhere(said: Mapping[str, Any], what: str) -> str:
     )
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """A hash of a file's bytes (xxh3, 128 bits)."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):

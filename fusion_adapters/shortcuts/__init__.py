@@ -3,6 +3,7 @@
 from .drafter import Drafter
 from .drafter_saving import load_drafter, save_drafter
 from .drafter_training import DrafterOptions, HeldStates, train_drafter
+from .drafts import cast_drafts
 from .fitting import FitOptions, Fitted, fit_shortcuts
 from .maps import FUSED, IDENTITY, MAT, Shortcut, ShortcutSet
 from .readout import Readout
@@ -26,6 +27,7 @@ __all__ = [
     "Shortcut",
     "ShortcutSet",
     "SingularError",
+    "cast_drafts",
     "fit_shortcuts",
     "load_drafter",
     "load_shortcuts",

@@ -31,6 +31,7 @@ from .stream import Choice, Collator, Rows, stream
 PART_OF_HEAD = 64  # channels of a head
 START_POSITIONS = 30_000  # to which the first weights are fitted
 RIDGE = 1e-3
+SLOWER = 0.1  # the rate of weights that are solved in closed form, beside that of the others
 SAVE_EVERY = 60.0  # seconds
 PROGRESS = "drafter_progress.safetensors"
 
@@ -58,10 +59,10 @@ class DrafterOptions:
     layers: Sequence[int] | None = None
     tokens: int | None = 8192
     inner: int | None = None
-    steps: int = 2
+    steps: int = 1
     epochs: float = 4
     batch_size: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     weight_decay: float = 0.05
     temperature: float = 1.0
     seed: int = 0
@@ -279,10 +280,7 @@ class _Feed:
 
 def _train(drafter: Drafter, feed: _Feed, options: DrafterOptions, folder: Path | None, progress: bool) -> list[list[float]]:
     block, batches = drafter.block, feed.batches()
-    weights = [p for p in block.parameters() if p.dim() > 1]
-    rest = [p for p in block.parameters() if p.dim() == 1]
-    groups = [{"params": weights, "weight_decay": options.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(_groups(block, options), betas=(0.9, 0.95))
     sums = torch.zeros(10, options.steps + 1, dtype=torch.float64)
     store = None if folder is None else _Progress(folder / PROGRESS, feed, options)
     first = 0 if store is None else store.load(block, optimizer, sums)
@@ -293,7 +291,7 @@ def _train(drafter: Drafter, feed: _Feed, options: DrafterOptions, folder: Path 
     with bar, torch.enable_grad():
         for number in range(first, len(batches)):
             for group in optimizer.param_groups:
-                group["lr"] = options.learning_rate * _rate(number, len(batches))
+                group["lr"] = group["top"] * _rate(number, len(batches))
             losses = losses_of(drafter, feed.read(batches[number]), options)  # (steps,)
             optimizer.zero_grad(set_to_none=True)
             (losses * 0.8 ** torch.arange(options.steps, device=losses.device)).sum().backward()
@@ -311,8 +309,21 @@ def _train(drafter: Drafter, feed: _Feed, options: DrafterOptions, folder: Path 
     return [(row[:-1] / row[-1]).tolist() for row in sums if row[-1]]
 
 
+def _groups(block: DraftBlock, options: DrafterOptions) -> list[dict[str, Any]]:
+    """Parameters with their rates: what is solved in closed form moves slowly, on inputs that vary together."""
+    solved = {id(p) for m in (block.states_in, block.words_in, block.own_in) for p in m.parameters()}
+    solved |= {id(block.state_gain), id(block.word_gain)}
+    groups = []
+    for slow in (False, True):
+        for flat in (False, True):
+            some = [p for p in block.parameters() if (id(p) in solved, p.dim() == 1) == (slow, flat)]
+            top = options.learning_rate * (SLOWER if slow else 1)
+            groups.append({"params": some, "top": top, "weight_decay": 0.0 if flat or slow else options.weight_decay})
+    return groups
+
+
 def _rate(number: int, total: int) -> float:
-    warm = max(1, min(100, total // 20))
+    warm = max(1, min(100, total // 8))
     if number < warm:
         return (number + 1) / warm
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (number - warm) / max(1, total - warm)))

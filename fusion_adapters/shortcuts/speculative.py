@@ -265,10 +265,8 @@ class _Writing:
             if drafts is not None and step < drafts.tokens.shape[1]:
                 return _accepted(chances, drafts.chances[step], drafts.tokens[:, step])
             return torch.multinomial(chances, num_samples=1)[:, 0]
-        if drafts is not None and self.ties and not self.passes.exact:
-            (first, second), scale = scores.topk(2, dim=-1).values.unbind(-1), logits.abs().amax(-1)
-            if bool(((first - second <= self.ties * scale) & self.unfinished.bool()).any()):
-                return None
+        if drafts is not None and not self.passes.exact and _tied(scores, logits, self.unfinished, self.ties):
+            return None
         return scores.argmax(-1)
 
     def _scored(self, logits: Tensor) -> Tensor:
@@ -291,6 +289,14 @@ class _Writing:
         if self.streamer is not None:
             self.streamer.put(token.cpu())
         return not bool(self.unfinished.any())
+
+
+def _tied(scores: Tensor, logits: Tensor, unfinished: Tensor, ties: float) -> bool:
+    """Whether in a text that goes on the two best scores `(B, V)` are closer than `ties` times the largest logit."""
+    if not ties:
+        return False
+    (first, second), scale = scores.topk(2, dim=-1).values.unbind(-1), logits.abs().amax(-1)
+    return bool(((first - second <= ties * scale) & unfinished.bool()).any())
 
 
 def _accepted(chances: Tensor, drafted: Tensor, token: Tensor) -> Tensor:

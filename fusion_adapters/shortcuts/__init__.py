@@ -1,8 +1,10 @@
 """Linear shortcuts: cast a layer state straight to a later layer, see through the layers, stop early, draft and verify."""
 
 from .drafter import Drafter
+from .drafter_feed import HeldStates
+from .drafter_options import DrafterOptions
 from .drafter_saving import load_drafter, save_drafter
-from .drafter_training import DrafterOptions, HeldStates, train_drafter
+from .drafter_training import train_drafter
 from .drafts import cast_drafts
 from .fitting import FitOptions, Fitted, fit_shortcuts
 from .maps import FUSED, IDENTITY, MAT, Shortcut, ShortcutSet

@@ -133,8 +133,8 @@ class DraftBlock(nn.Module):
     def fused(self, states: Sequence[Tensor]) -> Tensor:
         """`U [..]` of the layer states `(..., d)`, in the order of the layers."""
         size = (self.shape.hidden_size,)
-        dtype = self.states_in.weight.dtype
-        normed = [F.rms_norm(z.to(dtype), size, g, EPS) for z, g in zip(states, self.state_gain, strict=True)]
+        here = self.states_in.weight  # its device and dtype
+        normed = [F.rms_norm(z.to(here), size, g, EPS) for z, g in zip(states, self.state_gain, strict=True)]
         return self.states_in(torch.cat(normed, dim=-1))  # (..., d)
 
     def again(self, own: Tensor) -> Tensor:

@@ -6,8 +6,6 @@ import hashlib
 import json
 import math
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,83 +18,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..backbone.atomic import written_whole
-from ..backbone.blocks import Backbone
-from ..states import LayerStateCache, StaleCacheError, source_of
-from .drafter import EPS, DraftBlock, Drafter, DrafterShape
-from .moments import Moments, pairs_of
+from ..states import StaleCacheError
+from .drafter import DraftBlock, Drafter
+from .drafter_feed import Batch, Feed, States, frequent_tokens
+from .drafter_options import DrafterOptions
+from .drafter_start import start
 from .saving import backbone_of
-from .solving import solve
-from .stream import Choice, Collator, Rows, stream
+from .stream import Rows
 
-PART_OF_HEAD = 64  # channels of a head
-START_POSITIONS = 30_000  # to which the first weights are fitted
-RIDGE = 1e-3
 SLOWER = 0.1  # the rate of weights that are solved in closed form, beside that of the others
 SAVE_EVERY = 60.0  # seconds
 PROGRESS = "drafter_progress.safetensors"
-
-
-@dataclass(frozen=True)
-class DrafterOptions:
-    """What is drafted from, and how the drafter is trained.
-
-    Attributes:
-        layers: Layers that the drafter reads; None for a low, a middle and the last one (6, 18 and 30 of 30).
-        tokens: How many of the most frequent tokens of the text it can say; None for the whole vocabulary.
-        inner: Width of its feed-forward part; None for twice the hidden size.
-        steps: Drafted tokens a position is trained on: 1, or more, in which the drafter reads its own states as when it drafts.
-        epochs: Passes over the text.
-        batch_size: Rows of a step.
-        learning_rate: Of AdamW, after a warm-up, falling to a tenth along a cosine.
-        weight_decay: Of AdamW.
-        temperature: Of the backbone's distribution that is learned; below 1 the greedy token counts for more.
-        seed: Of the order of rows and the first weights.
-
-    Raises:
-        ValueError: If an option cannot be.
-    """
-
-    layers: Sequence[int] | None = None
-    tokens: int | None = 8192
-    inner: int | None = None
-    steps: int = 1
-    epochs: float = 4
-    batch_size: int = 8
-    learning_rate: float = 3e-4
-    weight_decay: float = 0.05
-    temperature: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1.")
-        for name in ("epochs", "learning_rate", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: it must be above 0.")
-
-    def layers_of(self, num_layers: int) -> tuple[int, ...]:
-        """The layers to read, ascending.
-
-        Raises:
-            ValueError: If one is out of range.
-        """
-        found = (num_layers // 5, 3 * num_layers // 5, num_layers) if self.layers is None else tuple(self.layers)
-        wrong = [layer for layer in found if not 0 <= layer <= num_layers]
-        if wrong or not found:
-            raise ValueError(
-                f"layers={list(found)}: {wrong or 'none'} can be read. A backbone of {num_layers} blocks has the layers 0 (embeddings) to "
-                f"{num_layers} (last block)."
-            )
-        return tuple(sorted(set(found)))
-
-    def shape_of(self, backbone: Backbone, tokens: int | None) -> DrafterShape:
-        """The shape of the drafter for a backbone."""
-        size = backbone.hidden_size
-        heads = max(1, size // PART_OF_HEAD)
-        while size % (2 * heads):
-            heads -= 1
-        return DrafterShape(size, self.layers_of(backbone.num_layers), heads, self.inner or 2 * size, tokens)
 
 
 @dataclass
@@ -116,50 +48,6 @@ class TrainedDrafter:
     tokens_seen: int
     seconds: float
     options: DrafterOptions = field(default_factory=DrafterOptions)
-
-
-class HeldStates:
-    """Layer states of rows in memory, as float16, from one pass of the backbone.
-
-    Args:
-        model: The model.
-        rows: Tokenised rows.
-        collator: Pads a list of rows on the right.
-        layers: The layers to keep.
-        batch_size: Rows of one call.
-        progress: Show a bar.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        rows: Rows,
-        collator: Collator,
-        layers: Sequence[int],
-        batch_size: int = 8,
-        progress: bool = True,
-    ) -> None:
-        self.layers = sorted(set(layers))
-        self._found: dict[int, Tensor] = {}
-        chunks = stream(source_of(model), rows, self.layers, collator, Choice(), batch_size)
-        for chunk in tqdm(
-            chunks, total=-(-len(rows) // batch_size), desc="layer states", unit="batch", disable=not progress
-        ):
-            states = torch.stack([chunk.states[i] for i in self.layers]).to("cpu", torch.float16)  # (N, n, d)
-            for number in chunk.rows.unique().tolist():
-                self._found[number] = states[:, chunk.rows == number]
-
-    def find(self, rows: Rows) -> list[int]:
-        """The numbers of the rows."""
-        return list(range(len(rows)))
-
-    def read(self, numbers: Sequence[int], layers: Sequence[int]) -> Tensor:
-        """States of rows one after the other, `(N, tokens, d)`."""
-        columns = [self.layers.index(i) for i in layers]
-        return torch.cat([self._found[i][columns] for i in numbers], dim=1)
-
-
-States = LayerStateCache | HeldStates
 
 
 def train_drafter(
@@ -213,7 +101,7 @@ def train_drafter(
     torch.manual_seed(options.seed)
     block = DraftBlock(options.shape_of(backbone, None if tokens is None else len(tokens)))
     drafter = Drafter(model, block, tokens).to(torch.float32)
-    feed = _Feed(drafter, [rows[i] for i in long], states, options)
+    feed = Feed(drafter, [rows[i] for i in long], states, options)
     started = time.perf_counter()
     losses = _train(drafter, feed, options, None if folder is None else Path(folder), progress)
     seconds = time.perf_counter() - started
@@ -221,71 +109,14 @@ def train_drafter(
     return TrainedDrafter(drafter.to(drafter.dtype), losses, seen, seconds, options)
 
 
-def frequent_tokens(rows: Rows, count: int) -> Tensor:
-    """The most frequent tokens of rows, int64, ascending; fewer than `count` if the rows have fewer."""
-    found = Counter(int(i) for row in rows for i in row["input_ids"])
-    return torch.tensor(sorted(token for token, _ in found.most_common(count)), dtype=torch.long)
-
-
-@dataclass
-class _Batch:
-    """States, tokens and what the backbone says, of some rows, padded on the right.
-
-    Attributes:
-        states: `(B, T, d)` for each layer of the drafter.
-        tokens: int64 `(B, T)`.
-        last: `(B, T, d)`, of the last layer.
-        real: bool `(B, T)`.
-    """
-
-    states: list[Tensor]
-    tokens: Tensor
-    last: Tensor
-    real: Tensor
-
-
-class _Feed:
-    """Batches in the order of a seed."""
-
-    def __init__(self, drafter: Drafter, rows: Rows, states: States, options: DrafterOptions) -> None:
-        self.drafter, self.states, self.options = drafter, states, options
-        self.tokens = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
-        self.counts = [len(t) for t in self.tokens]
-        self.numbers = states.find(rows)
-        self.layers = sorted({*drafter.layers, drafter.backbone.num_layers})
-
-    def batches(self) -> list[list[int]]:
-        """Rows of each step, all passes one after the other."""
-        whole = math.ceil(self.options.epochs)
-        drawn = torch.Generator().manual_seed(self.options.seed)
-        found = [batch for _ in range(whole) for batch in self.once(drawn)]
-        return found[: max(1, round(len(found) * self.options.epochs / whole))]
-
-    def once(self, drawn: torch.Generator | None = None) -> list[list[int]]:
-        """Rows of each step of one pass."""
-        order = torch.randperm(len(self.tokens), generator=drawn or torch.Generator().manual_seed(0)).tolist()
-        size = self.options.batch_size
-        return [order[start : start + size] for start in range(0, len(order), size)]
-
-    def read(self, batch: Sequence[int]) -> _Batch:
-        device = self.drafter.backbone.device
-        found = self.states.read([self.numbers[i] for i in batch], self.layers).to(device, torch.float32)  # (N, n, d)
-        counts = [self.counts[i] for i in batch]
-        split = found.split(counts, dim=1)
-        padded = torch.stack([F.pad(s, (0, 0, 0, max(counts) - s.shape[1])) for s in split], dim=1)  # (N, B, T, d)
-        tokens = torch.stack([F.pad(self.tokens[i], (0, max(counts) - self.counts[i])) for i in batch]).to(device)
-        real = torch.arange(max(counts), device=device) < torch.tensor(counts, device=device)[:, None]
-        return _Batch([padded[self.layers.index(i)] for i in self.drafter.layers], tokens, padded[-1], real)
-
-
-def _train(drafter: Drafter, feed: _Feed, options: DrafterOptions, folder: Path | None, progress: bool) -> list[list[float]]:
+def _train(drafter: Drafter, feed: Feed, options: DrafterOptions, folder: Path | None, progress: bool) -> list[list[float]]:
     block, batches = drafter.block, feed.batches()
     optimizer = torch.optim.AdamW(_groups(block, options), betas=(0.9, 0.95))
     sums = torch.zeros(10, options.steps + 1, dtype=torch.float64)
     store = None if folder is None else _Progress(folder / PROGRESS, feed, options)
     first = 0 if store is None else store.load(block, optimizer, sums)
     if first == 0:
-        _start(drafter, feed)
+        start(drafter, feed)
     saved = time.monotonic()
     bar = tqdm(total=len(batches), initial=first, desc="drafter", unit="step", disable=not progress)
     with bar, torch.enable_grad():
@@ -329,7 +160,7 @@ def _rate(number: int, total: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (number - warm) / max(1, total - warm)))
 
 
-def losses_of(drafter: Drafter, batch: _Batch, options: DrafterOptions) -> Tensor:
+def losses_of(drafter: Drafter, batch: Batch, options: DrafterOptions) -> Tensor:
     """Cross-entropy to the backbone's distribution, of each drafted token, `(steps,)` in nats.
 
     From checked position t, step s reads token `t + s` and drafts token `t + s + 1`, which the backbone gives from its state at
@@ -360,61 +191,10 @@ def losses_of(drafter: Drafter, batch: _Batch, options: DrafterOptions) -> Tenso
     return torch.stack(losses)
 
 
-@torch.no_grad()
-def _start(drafter: Drafter, feed: _Feed) -> None:
-    """Closed-form weights: from what the drafter reads to the next position's last state, and from that to what it reads next."""
-    block, size = drafter.block, drafter.block.shape.hidden_size
-    count = len(drafter.layers)
-    squares, n = torch.zeros(count + 1, size, dtype=torch.float64), 0
-
-    def normed(z: Tensor) -> Tensor:
-        return F.rms_norm(z, (size,), None, EPS)
-
-    def chosen() -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
-        """What is read of each position, the position's own last state, and the next one's."""
-        taken = 0
-        for batch in feed.once():
-            if taken >= START_POSITIONS:
-                return
-            some = feed.read(batch)
-            real = some.real[:, 1:]
-            real[:, 0] = False  # the first position holds massive activations
-            inputs = [normed(z[:, :-1][real]) for z in some.states]
-            inputs.append(normed(drafter.embeddings(some.tokens[:, 1:])[real].float()))
-            taken += len(inputs[0])
-            yield inputs, normed(some.last[:, :-1][real]), normed(some.last[:, 1:][real])
-
-    for inputs, _, _ in chosen():
-        squares += torch.stack([x.double().square().sum(0) for x in inputs]).cpu()
-        n += len(inputs[0])
-    gains = (squares / max(n, 1)).clamp_min(1e-8).rsqrt().float().to(block.word_gain.device)  # (k + 1, d)
-    block.state_gain.copy_(gains[:-1])
-    block.word_gain.copy_(gains[-1])
-    sources, target = list(range(count + 1)), count + 1
-    moments = Moments(size, pairs_of(sources, target))
-    for inputs, _, following in chosen():
-        moments.add({**{i: x * gains[i] for i, x in enumerate(inputs)}, target: following})
-    found = solve(moments, sources, target, ridge=RIDGE)
-    weight, bias = found.weight.to(gains.device), found.bias  # (d, (k + 1) d)
-    assert bias is not None
-    block.states_in.weight.copy_(weight[:, : count * size])
-    block.words_in.weight.copy_(weight[:, count * size :])
-    block.states_in.bias.copy_(bias)
-    moments = Moments(size, pairs_of([0], 1))
-    for inputs, last, _ in chosen():
-        fused = block.states_in(torch.cat([x * gains[i] for i, x in enumerate(inputs[:-1])], dim=-1))
-        moments.add({0: last, 1: fused})
-    found = solve(moments, [0], 1, ridge=RIDGE)
-    bias = found.bias
-    assert bias is not None
-    block.own_in.weight.copy_(found.weight)
-    block.own_in.bias.copy_(bias)
-
-
 class _Progress:
     """A training that was stopped, as a file."""
 
-    def __init__(self, file: Path, feed: _Feed, options: DrafterOptions) -> None:
+    def __init__(self, file: Path, feed: Feed, options: DrafterOptions) -> None:
         self.file = file
         digest = hashlib.sha256(json.dumps({**asdict(options), "shape": feed.drafter.block.shape.as_json()}).encode())
         for tokens in feed.tokens:

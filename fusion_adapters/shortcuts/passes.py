@@ -23,18 +23,18 @@ class Passes:
 
     Attributes:
         ids: The texts so far.
-        mask: bool `(B, T)` of the prompts, False where they are padded; None where none is.
+        mask: bool `(B, T)` of what was read of the prompts, False where they are padded; None where none is. Set by `prompt`.
         plain: How many passes were made by `one_by_one`.
     """
 
     def __init__(self, model: Any, ids: Tensor, given: dict[str, Any], config: GenerationConfig) -> None:
         self.model, self.ids, self.config = model, ids, config
         self.given = given
-        mask = given.get("attention_mask")
-        self.mask = None if mask is None or bool(mask.all()) else mask[:, -ids.shape[1] :].bool()
+        self.mask: Tensor | None = None
         self.dtype = model.dtype
         self.plain = 0
-        self._read = 0  # tokens in the cache
+        self._first = ids.shape[1] + 1  # tokens in the first pass after the prompt's
+        self._read = 0  # tokens in the cache, of `ids`
         self._exact = 0  # of these, how many were read as plain greedy search reads them
         self._spare: Any = None  # the cache at `_exact`, where layers cannot be cropped so far
         self._states: dict[int, list[Tensor]] = {}
@@ -59,10 +59,14 @@ class Passes:
         cache = self.cache
         if isinstance(cache, DynamicCache):
             cache.activate_past_recording()
+        mask = self.given.get("attention_mask")
         outputs = self.model._prefill(self.ids, self.config, self.given)
         self.given = self.model._update_model_kwargs_for_generation(outputs, self.given, is_encoder_decoder=False)
         self._read = self._exact = self.ids.shape[1]
         self._note_states()
+        if mask is not None and not bool(mask.all()):
+            read = next(iter(self._fresh.values())).shape[1]  # fewer than the prompt has, after a cache that was given
+            self.mask = mask[:, -read:].bool()
         if not self._crops:
             self._spare = copy.deepcopy(self.cache)
         logits: Tensor = outputs.logits[:, -1:]
@@ -127,10 +131,8 @@ class Passes:
 
     def _pass(self, ids: Tensor, count: int) -> Tensor:
         """Reads the last `count` of `ids`; logits `(B, count, V)`."""
-        given = dict(self.given)
         length = ids.shape[1]
-        for name, value in self._grown(length).items():
-            given[name] = value
+        given = {**self.given, **self._grown(length)}
         inputs = self.model.prepare_inputs_for_generation(ids, next_sequence_length=count, **given)
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = count
@@ -141,16 +143,13 @@ class Passes:
     def _grown(self, length: int) -> dict[str, Tensor]:
         """Arguments by position, for texts of a length."""
         found: dict[str, Tensor] = {}
+        more = length - self._first
         mask, places, kinds = (self.given.get(n) for n in ("attention_mask", "position_ids", "token_type_ids"))
         if mask is not None:
-            found["attention_mask"] = _to_length(mask, length, 1)
+            found["attention_mask"] = F.pad(mask, (0, more), value=1)
         if kinds is not None:
-            found["token_type_ids"] = _to_length(kinds, length, 0)
+            found["token_type_ids"] = torch.cat([kinds, kinds[:, -1:].expand(-1, more)], dim=1)
         if places is not None:
-            ahead = torch.arange(1, 1 + max(0, length - places.shape[-1]), device=places.device)
-            found["position_ids"] = torch.cat([places[..., :length], places[..., -1:] + ahead], dim=-1)
+            ahead = torch.arange(1, 1 + more, device=places.device)
+            found["position_ids"] = torch.cat([places, places[..., -1:] + ahead], dim=-1)
         return found
-
-
-def _to_length(values: Tensor, length: int, value: int) -> Tensor:
-    return F.pad(values, (0, max(0, length - values.shape[-1])), value=value)[..., :length]

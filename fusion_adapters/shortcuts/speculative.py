@@ -195,7 +195,8 @@ class _Writing:
         self.options, self.counts = decoding.options, decoding.counts
         self.passes, self.processors, self.criteria, self.config = passes, processors, criteria, config
         self.streamer = streamer
-        self.proposer = Proposer(decoding.drafter, decoding.options.enough, passes.mask, processors, bool(config.do_sample))
+        self.drafter = decoding.drafter
+        self.latest: Any = None  # the scores that were computed last
         ids = passes.ids
         self.unfinished = torch.ones(len(ids), dtype=torch.long, device=ids.device)
         self.ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
@@ -209,11 +210,12 @@ class _Writing:
     def write(self) -> GenerateDecoderOnlyOutput | Tensor:
         logits = self.passes.prompt()[:, -1]  # (B, V)
         done = self._emit(self._chosen(logits, None, 0), logits)
+        proposer = Proposer(
+            self.drafter, self.options.enough, self.passes.mask, self.processors, bool(self.config.do_sample)
+        )
         while not done:
             room = self.config.max_length - self.passes.ids.shape[1] - 1
-            drafts = self.proposer.draft(
-                self.passes.new_states(), self.passes.ids, min(self.options.most, room), self.unfinished
-            )
+            drafts = proposer.draft(self.passes.new_states(), self.passes.ids, min(self.options.most, room), self.unfinished)
             done = self._check_drafts(drafts, self.passes.check(drafts.tokens))
         if self.streamer is not None:
             self.streamer.end()
@@ -272,7 +274,8 @@ class _Writing:
     def _scored(self, logits: Tensor) -> Tensor:
         """Scores `(B, V)` after the processors, float32."""
         logits = logits.to(device=self.passes.ids.device, dtype=torch.float32, copy=True)
-        scores: Tensor = self.processors(self.passes.ids, logits)
+        self.latest = self.processors(self.passes.ids, logits)
+        scores: Tensor = self.latest
         return scores
 
     def _emit(self, token: Tensor, logits: Tensor) -> bool:
@@ -280,7 +283,7 @@ class _Writing:
         if self.logits is not None:
             self.logits += (logits.float(),)
         if self.scores is not None:
-            self.scores += (self._scored(logits),)
+            self.scores += (self.latest,)
         if self.ends:
             token = token * self.unfinished + self.pad.to(token.device) * (1 - self.unfinished)
         self.passes.write(token)

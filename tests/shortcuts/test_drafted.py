@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support_drafts import EOS, PAD, drafter, family, prompts, shared
+from support_text import byte_tokenizer
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -215,3 +216,44 @@ def test_a_drafter_writes_for_the_model_that_it_was_loaded_for_alone():
 def test_options_that_cannot_be_are_refused(given):
     with pytest.raises(ValueError, match=next(iter(given))):
         DraftingOptions(**given)
+
+
+def test_padded_prompts_after_a_cache_are_written_as_plainly():
+    llm, decode = decoding()
+    ids = torch.cat([torch.nn.functional.pad(r[:, :3], (2, 0), value=PAD) for r in prompts(3)])
+    mask = (torch.arange(5) >= 2).long().expand(3, -1)
+    more, whole = torch.cat([ids, ids[:, 2:]], dim=1), torch.cat([mask, mask[:, 2:]], dim=1)
+    found = []
+    for way in ({}, {"custom_generate": decode}):
+        with torch.no_grad():
+            cache = llm(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).past_key_values
+        given = {"attention_mask": whole, "past_key_values": cache, "max_new_tokens": 10, "do_sample": False}
+        found.append(llm.generate(more, **given, **way))
+    assert torch.equal(*found)
+
+
+def test_scores_come_from_one_call_of_the_processors_for_each_token():
+    _, decode = decoding(DraftingOptions(most=3, enough=0.0, ties=0.0))
+    (ids,) = prompts(1)
+    asked = []
+
+    def note(input_ids, scores):
+        asked.append(input_ids.shape[1])
+        return scores
+
+    found = decode.generate(
+        ids, max_new_tokens=8, do_sample=False, logits_processor=[note], return_dict_in_generate=True, output_scores=True
+    )
+    assert asked == list(range(ids.shape[1], found.sequences.shape[1]))
+
+
+def test_stop_strings_end_texts_where_they_end_plainly():
+    llm, decode = decoding()
+    letters = byte_tokenizer()
+    (ids,) = prompts(1)
+    plain = llm.generate(ids, max_new_tokens=12, do_sample=False)
+    stop = letters.decode(plain[0, ids.shape[1] + 3 : ids.shape[1] + 5])
+    given = {"max_new_tokens": 12, "do_sample": False, "stop_strings": [stop], "tokenizer": letters}
+    assert torch.equal(llm.generate(ids, **given), decode.generate(ids, **given))
+    with pytest.raises(ValueError, match="tokenizer="):
+        decode.generate(ids, stop_strings=["a"])

@@ -76,7 +76,7 @@ def test_training_steps_see_what_drafting_sees():
     with torch.no_grad():
         states = states_of(llm, ids)
         options = DrafterOptions(layers=[1, 2, 3], steps=3)
-        batch = training._Batch([states[i] for i in drafts.layers], ids, states[3], torch.ones_like(ids, dtype=torch.bool))
+        batch = training.Batch([states[i] for i in drafts.layers], ids, states[3], torch.ones_like(ids, dtype=torch.bool))
         losses = training.losses_of(drafts, batch, options)
         wanted = drafts.logits(states[3]).softmax(-1)[0]  # (T, V')
         found = torch.zeros(3)
@@ -123,6 +123,32 @@ def test_states_on_disk_train_the_same_drafter(tmp_path):
     other = train_drafter(llm, rows, held(llm, rows), options, progress=False).drafter.block.state_dict()
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=1e-3)
+
+
+def test_rows_too_short_to_train_on_are_left_out_and_the_others_keep_their_states():
+    llm = model()
+    rows = written(llm, count=16)
+    mixed = [row for long in rows for row in ({"input_ids": long["input_ids"][:2]}, long)]
+    options = DrafterOptions(layers=[1, 2, 3], tokens=30, epochs=1)
+
+    def padded(some):
+        return torch.nn.utils.rnn.pad_sequence([torch.tensor(r["input_ids"]) for r in some], batch_first=True)
+
+    states = HeldStates(llm, mixed, lambda some: {"input_ids": padded(some)}, range(4), progress=False)
+    one = train_drafter(llm, mixed, states, options, progress=False)
+    other = train_drafter(llm, rows, held(llm, rows), options, progress=False)
+    assert one.tokens_seen == other.tokens_seen
+    torch.testing.assert_close(torch.tensor(one.losses), torch.tensor(other.losses), rtol=1e-2, atol=1e-2)
+    with pytest.raises(ValueError, match="16 of 16 rows"):
+        train_drafter(llm, written(llm, count=16, seed=9), held(llm, rows), options, progress=False)
+
+
+def test_without_passes_the_closed_form_weights_are_had():
+    llm = model()
+    rows = written(llm, count=32)
+    found = train_drafter(llm, rows, held(llm, rows), DrafterOptions(layers=[1, 2, 3], epochs=0), progress=False)
+    assert found.losses == [] and found.tokens_seen == 0
+    assert not found.drafter.block.mixed.weight.any() and found.drafter.block.states_in.weight.std() > 0.01
 
 
 def test_a_training_that_was_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch):
@@ -247,7 +273,7 @@ def held_of_two():
 
 
 @pytest.mark.parametrize(
-    "given", [{"steps": 0}, {"epochs": 0}, {"learning_rate": -1}, {"temperature": 0}, {"batch_size": 0}]
+    "given", [{"steps": 0}, {"epochs": -1}, {"learning_rate": -1}, {"temperature": 0}, {"batch_size": 0}]
 )
 def test_options_that_cannot_be_are_refused(given):
     with pytest.raises(ValueError, match=next(iter(given))):

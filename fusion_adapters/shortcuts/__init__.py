@@ -1,6 +1,12 @@
 """Linear shortcuts: cast a layer state straight to a later layer, see through the layers, stop early, draft and verify."""
 
 from .calibrate import Calibration, Saving, calibrate, choose_exits, exit_curve
+from .drafter import Drafter
+from .drafter_feed import HeldStates
+from .drafter_options import DrafterOptions
+from .drafter_saving import load_drafter, save_drafter
+from .drafter_training import train_drafter
+from .drafts import cast_drafts
 from .exit_classifier import Classified, EarlyExitClassifier, text_margins
 from .exit_options import ExitOptions
 from .exits import EarlyExit, Exited
@@ -22,6 +28,7 @@ from .removal import (
 )
 from .saving import load_shortcuts, save_shortcuts
 from .solving import SingularError, solve
+from .speculative import DraftCounts, DraftedDecoding, DraftingOptions
 from .submodules import PartOptions, PartSet, fit_parts
 from .sure import frequent_tokens
 from .texts import TextReadout
@@ -31,6 +38,11 @@ from .tuning import Tuned, TuneOptions, tune_shortcuts
 __all__ = [
     "Calibration",
     "Classified",
+    "DraftCounts",
+    "DraftedDecoding",
+    "Drafter",
+    "DrafterOptions",
+    "DraftingOptions",
     "EarlyExit",
     "EarlyExitClassifier",
     "ExitOptions",
@@ -38,6 +50,7 @@ __all__ = [
     "FUSED",
     "FitOptions",
     "Fitted",
+    "HeldStates",
     "IDENTITY",
     "KL",
     "MAT",
@@ -58,6 +71,7 @@ __all__ = [
     "View",
     "block_distances",
     "calibrate",
+    "cast_drafts",
     "choose_exits",
     "chosen_run",
     "evaluate_parts",
@@ -66,14 +80,17 @@ __all__ = [
     "fit_parts",
     "fit_shortcuts",
     "frequent_tokens",
+    "load_drafter",
     "load_shortcuts",
     "look",
     "perplexity",
     "removal_curve",
     "remove_blocks",
+    "save_drafter",
     "save_shortcuts",
     "solve",
     "text_margins",
+    "train_drafter",
     "tune_shortcuts",
     "tuned_kind",
 ]

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from support_answering import CLASSES, TAGS, make_run
+from support_docs import LANGUAGE_PAGES, names_of_language_pages
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, LlamaConfig
 
 from fusion_adapters import FUSIONS, FusionConfig
@@ -60,6 +61,8 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     names["model"] = get_peft_model(
         AutoModelForTokenClassification.from_pretrained(folder, num_labels=9), FusionConfig(task_type="TOKEN_CLS")
     )
+    if page in LANGUAGE_PAGES:
+        names.update(names_of_language_pages(tmp_path))
     for block in code:
         names["backbone"] = AutoModelForTokenClassification.from_pretrained(folder, num_labels=9)
         exec(compile(block.replace(f'"{MINILM}"', repr(folder)), page, "exec"), names)

@@ -61,7 +61,7 @@ def settle_maps(config: FusionConfig, backbones: Sequence[Backbone], filled: boo
     if rank not in (None, found):
         raise ValueError(
             f"fusion_map_rank={rank}, and the shortcuts in {folder!r} are of rank {found}. Leave it unset, or fit shortcuts of that rank "
-            f"(--rank {rank})."
+            f"(rank={rank})."
         )
     setattr(config, "fusion_map_rank", found)  # noqa: B010 - a field that the methods make
     return maps
@@ -93,9 +93,7 @@ def _read(folder: Path, config: FusionConfig, backbone: Backbone) -> Maps:
         raise damaged(folder, error) from error
     lacking = [layer for layer in wanted if layer not in there]
     if lacking or not wanted:
-        how = f"fit with --sources {' '.join(map(str, wanted))}" + (
-            " --pairs all" if config.fusion_depth is not None else ""
-        )
+        how = f"fit them with sources={wanted}" + (" and pairs='all'" if config.fusion_depth is not None else "")
         raise ValueError(
             f"The shortcuts in {str(folder)!r} have no {KIND!r} to layer {last} from layer {', '.join(map(str, lacking)) or 'any'}, which "
             f"the fusion reads; there are some from: {', '.join(map(str, sorted(there))) or 'none'}. Choose the layers that are there "

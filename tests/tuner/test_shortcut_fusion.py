@@ -218,10 +218,12 @@ def test_folders_that_do_not_fit_are_refused_with_the_remedy(tmp_path):
     refused(tmp_path, "fitted on a 'llama', and this is a 'bert'", model=tiny("bert"), fusion_shortcuts=folder)
     few, _ = folder_of(tmp_path, name="few", sources=[1, 3])
     refused(
-        tmp_path, r"no 'mat' to layer 4 from layer 2,.*some from: 1, 3.*fusion_layers.*--sources 1 2 3", fusion_shortcuts=few
+        tmp_path,
+        r"no 'mat' to layer 4 from layer 2,.*some from: 1, 3.*fusion_layers.*sources=\[1, 2, 3\]",
+        fusion_shortcuts=few,
     )
     attached("llama", fusion="shortcut", fusion_shortcuts=few, fusion_layers=[1, 3, 4])
-    refused(tmp_path, r"no 'mat' to layer 3 from layer 1, 2.*--pairs all", fusion_shortcuts=folder, fusion_depth=3)
+    refused(tmp_path, r"no 'mat' to layer 3 from layer 1, 2.*pairs='all'", fusion_shortcuts=folder, fusion_depth=3)
     refused(
         tmp_path, "fusion_map_rank=8, and the shortcuts in .* are of rank 32", fusion_shortcuts=folder, fusion_map_rank=8
     )

@@ -36,7 +36,7 @@ class DraftingOptions:
     """
 
     most: int = 6
-    enough: float = 0.4
+    enough: float = 0.3
     ties: float | None = None
 
     def __post_init__(self) -> None:

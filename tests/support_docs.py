@@ -6,7 +6,7 @@ from transformers import DataCollatorWithPadding, LlamaConfig, LlamaForCausalLM,
 
 from fusion_adapters.shortcuts import FitOptions, fit_shortcuts, save_shortcuts
 
-LANGUAGE_PAGES = ("docs/early_exit.md", "docs/drafts.md", "docs/fewer_blocks.md")
+LANGUAGE_PAGES = ("docs/early_exit.md", "docs/drafts.md", "docs/removed_blocks.md")
 TEXTS = (
     "the old man lives in oslo .",
     "anna works in rome at acme corp .",

@@ -2,7 +2,7 @@
 
 Importing the package registers the method with peft. A LoRA recipe becomes a fusion recipe by one word::
 
-    from fusion_adapters import FusionConfig
+    from . import FusionConfig
     config = FusionConfig(fusion="dwatt", task_type="TOKEN_CLS")
     model = get_peft_model(backbone, config)
 

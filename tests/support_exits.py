@@ -7,8 +7,8 @@ from families import DEPTH, FAMILIES, WIDTH, inputs
 
 from fusion_adapters.backbone.record import recorded, run
 from fusion_adapters.shortcuts import FUSED, Readout, Shortcut, ShortcutSet
+from fusion_adapters.shortcuts.early_exit.sure import margin
 from fusion_adapters.shortcuts.saving import backbone_of
-from fusion_adapters.shortcuts.sure import margin
 
 NEVER, ALWAYS = 1.112, -0.2
 CAUSAL = ("llama", "gpt2", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "opt", "gpt-neox", "phi3", "mixtral")

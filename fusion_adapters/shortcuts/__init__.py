@@ -1,22 +1,22 @@
 """Linear shortcuts: cast a layer state straight to a later layer, see through the layers, stop early, draft and verify."""
 
-from .calibrate import Calibration, Saving, calibrate, choose_exits, exit_curve
-from .drafter import Drafter
-from .drafter_feed import HeldStates
-from .drafter_options import DrafterOptions
-from .drafter_saving import load_drafter, save_drafter
-from .drafter_training import train_drafter
-from .drafts import cast_drafts
-from .exit_classifier import Classified, EarlyExitClassifier, text_margins
-from .exit_options import ExitOptions
-from .exits import EarlyExit, Exited
+from .drafting.cast import cast_drafts
+from .drafting.decoding import DraftCounts, DraftedDecoding, DraftingOptions
+from .drafting.drafter import Drafter
+from .drafting.feed import HeldStates
+from .drafting.options import DrafterOptions
+from .drafting.saving import load_drafter, save_drafter
+from .drafting.training import train_drafter
+from .early_exit.calibrate import Calibration, Saving, calibrate, choose_exits, exit_curve
+from .early_exit.classifier import Classified, EarlyExitClassifier, text_margins
+from .early_exit.exits import EarlyExit, Exited
+from .early_exit.margins import Margins, exit_margins
+from .early_exit.options import ExitOptions
+from .early_exit.sure import frequent_tokens
 from .fitting import FitOptions, Fitted, fit_shortcuts
 from .lens import View, look
 from .maps import FUSED, IDENTITY, MAT, Shortcut, ShortcutSet
-from .margins import Margins, exit_margins
-from .part_scores import evaluate_parts
-from .readout import Readout
-from .removal import (
+from .parts.removal import (
     RemovalOptions,
     RemovalScore,
     Removed,
@@ -26,11 +26,11 @@ from .removal import (
     removal_curve,
     remove_blocks,
 )
+from .parts.scores import evaluate_parts
+from .parts.submodules import PartOptions, PartSet, fit_parts
+from .readout import Readout
 from .saving import load_shortcuts, save_shortcuts
 from .solving import SingularError, solve
-from .speculative import DraftCounts, DraftedDecoding, DraftingOptions
-from .submodules import PartOptions, PartSet, fit_parts
-from .sure import frequent_tokens
 from .texts import TextReadout
 from .trained import KL, tuned_kind
 from .tuning import Tuned, TuneOptions, tune_shortcuts

@@ -43,6 +43,10 @@ class Shortcut(nn.Module):
         super().__init__()
         self.hidden_size, self.sources, self.target = hidden_size, tuple(int(s) for s in sources), int(target)
         self.rank, self.kind = rank, kind or (FUSED if len(self.sources) > 1 else MAT)
+        if "." in self.kind or not self.kind.strip():
+            raise ValueError(
+                f"kind={self.kind!r}: the name of a kind of shortcuts is a word or more, without a dot. Choose another."
+            )
         if not self.sources or list(self.sources) != sorted(set(self.sources)) or self.sources[0] < 0:
             raise ValueError(f"The sources {list(self.sources)} of a shortcut must be layers in ascending order, each once.")
         if self.sources[-1] >= self.target:

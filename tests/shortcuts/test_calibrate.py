@@ -21,8 +21,8 @@ from fusion_adapters.shortcuts import (
     exit_margins,
     frequent_tokens,
 )
-from fusion_adapters.shortcuts.calibrate import saving
-from fusion_adapters.shortcuts.sure import margin, threshold
+from fusion_adapters.shortcuts.early_exit.calibrate import saving
+from fusion_adapters.shortcuts.early_exit.sure import margin, threshold
 
 
 def drawn(n=600, layers=(2, 4, 6, 8), num_layers=10, texts=30, seed=0, better=True):

@@ -72,7 +72,7 @@ def test_a_tie_is_decided_by_the_tokens_read_one_by_one():
     tied = iter([False] * 3 + [True] + [False] * 20)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(llm), "forward", forward)
-        patch.setattr("fusion_adapters.shortcuts.speculative._tied", lambda *_: next(tied))
+        patch.setattr("fusion_adapters.shortcuts.drafting.decoding._tied", lambda *_: next(tied))
         drafted = llm.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, custom_generate=decode
         )

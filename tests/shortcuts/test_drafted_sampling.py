@@ -7,7 +7,7 @@ import torch
 from support_drafts import drafter, model
 
 from fusion_adapters.shortcuts import DraftedDecoding, DraftingOptions
-from fusion_adapters.shortcuts.speculative import _accepted
+from fusion_adapters.shortcuts.drafting.decoding import _accepted
 
 VOCABULARY = 6
 # A chi-square of k degrees of freedom is above k + 5 sqrt(2 k) once in some ten thousand draws at these k; chosen before any run.

@@ -18,8 +18,8 @@ from fusion_adapters.shortcuts import (
     save_drafter,
     train_drafter,
 )
-from fusion_adapters.shortcuts import drafter_training as training
-from fusion_adapters.shortcuts.drafter import DraftCache
+from fusion_adapters.shortcuts.drafting import training
+from fusion_adapters.shortcuts.drafting.drafter import DraftCache
 from fusion_adapters.states import StaleCacheError, cache_layer_states
 
 

@@ -15,8 +15,8 @@ from fusion_adapters.shortcuts import (
     calibrate,
     text_margins,
 )
+from fusion_adapters.shortcuts.early_exit.sure import margin
 from fusion_adapters.shortcuts.saving import backbone_of
-from fusion_adapters.shortcuts.sure import margin
 
 TEXTS = ("bert", "roberta", "distilbert", "deberta-v2", "modernbert", "albert", "llama", "gpt2", "gemma3")
 

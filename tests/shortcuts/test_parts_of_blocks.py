@@ -11,7 +11,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPTNeoXConfig, GPTNeoX
 
 from fusion_adapters.shortcuts import FitOptions, PartOptions, Readout, evaluate_parts, fit_parts, fit_shortcuts
 from fusion_adapters.shortcuts.evaluate import evaluate_shortcuts
-from fusion_adapters.shortcuts.submodules import MODES, PartSet, StandIn
+from fusion_adapters.shortcuts.parts.submodules import MODES, PartSet, StandIn
 
 ROWS, OTHERS = some_rows(40), some_rows(10, seed=1)
 NAMES = {

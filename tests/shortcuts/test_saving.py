@@ -10,7 +10,7 @@ from support import LORA, attached, disturb, tiny
 from support_shortcuts import fitted, rows_of_tokens, states_of
 
 from fusion_adapters import quantization_config
-from fusion_adapters.shortcuts import FUSED, MAT, load_shortcuts, save_shortcuts
+from fusion_adapters.shortcuts import FUSED, MAT, Shortcut, load_shortcuts, save_shortcuts
 from fusion_adapters.shortcuts.saving import CONFIG, WEIGHTS
 
 
@@ -191,3 +191,9 @@ def test_lora_beside_a_fusion_counts_as_lora(folder, tmp_path):
         load_shortcuts(folder, model)
     save_shortcuts(fitted(model, sources=[2], fused=None, ridge=1e-3), model, tmp_path / "own")
     load_shortcuts(tmp_path / "own", model)
+
+
+@pytest.mark.parametrize("kind", ["kl.2", " "])
+def test_a_kind_that_could_not_be_a_name_in_the_file_is_refused(kind):
+    with pytest.raises(ValueError, match="without a dot"):
+        Shortcut(8, [1], 2, kind=kind)

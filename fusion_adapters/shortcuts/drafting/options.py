@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..backbone.blocks import Backbone
+from ...backbone.blocks import Backbone
 from .drafter import DrafterShape
 
 PART_OF_HEAD = 64  # channels of a head

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..backbone.blocks import Backbone
-from ..backbone.calls import WrappedForward
-from ..backbone.families import state_in, with_state_in
-from .exit_checks import check_call
-from .exit_options import LATER, ExitOptions
-from .maps import Shortcut, ShortcutSet
+from ...backbone.blocks import Backbone
+from ...backbone.calls import WrappedForward
+from ...backbone.families import state_in, with_state_in
+from ..maps import Shortcut, ShortcutSet
+from .checks import check_call
+from .options import LATER, ExitOptions
 from .segments import Own, Segments
 from .sure import TokenCheck, threshold
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .exit_options import LATER, ExitOptions
 from .margins import Margins, leave
+from .options import LATER, ExitOptions
 from .sure import NEVER
 
 PAPER = tuple(round(0.1 * i, 1) for i in range(11))  # lambdas of the paper's curves, without those that always or never pass

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone.families import state_in, state_out, with_state_out
-from .maps import MAT, Shortcut, ShortcutSet
-from .saving import backbone_of, check_fits
+from ...backbone.families import state_in, state_out, with_state_out
+from ..maps import MAT, Shortcut, ShortcutSet
+from ..saving import backbone_of, check_fits
 
 COUNT = "num_hidden_layers"  # what transformers lowers while it drafts
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..moments import Moments, pairs_of
+from ..solving import solve
 from .drafter import EPS, Drafter
-from .drafter_feed import Feed
-from .moments import Moments, pairs_of
-from .solving import solve
+from .feed import Feed
 
 START_POSITIONS = 30_000  # to which the first weights are fitted
 RIDGE = 1e-3

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..backbone.blocks import Backbone
-from ..backbone.families import NAMES_OF_PARTS, PARTS, cached_positions, parts_of, state_in, state_out, with_state_out
-from ..states import Source, source_of
-from .moments import Moments
-from .saving import backbone_of
-from .solving import least_squares
-from .stream import Choice, Collator, Rows, batches_of, stream
+from ...backbone.blocks import Backbone
+from ...backbone.families import NAMES_OF_PARTS, PARTS, cached_positions, parts_of, state_in, state_out, with_state_out
+from ...states import Source, source_of
+from ..moments import Moments
+from ..saving import backbone_of
+from ..solving import least_squares
+from ..stream import Choice, Collator, Rows, batches_of, stream
 
 # What is replaced at once, by its parts: the paper's mat_attn, mat_ffn and mat_ln1_ln2.
 MODES = {"attention": ("attention",), "feed_forward": ("feed_forward",), "norms": ("attention_norm", "feed_forward_norm")}

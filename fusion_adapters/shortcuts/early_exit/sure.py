@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .readout import Readout
+from ..readout import Readout
 
 SCALE, DECAYING, TAU = 0.9, 0.1, 4.0  # of the threshold, the paper's constants
 NEVER = 1.112  # the paper's greatest lambda: 0.9 * 1.112 is above 1, where no margin is

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbone.blocks import Backbone
-from ..backbone.families import input_embeddings
-from .readout import Readout
+from ...backbone.blocks import Backbone
+from ...backbone.families import input_embeddings
+from ..readout import Readout
 
 EPS = 1e-6  # of the norms
 ROTARY_BASE = 10_000.0

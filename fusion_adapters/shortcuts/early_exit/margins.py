@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..states import Source, source_of
-from .evaluate import AT_ONCE
-from .maps import IDENTITY, MAT, ShortcutSet
-from .readout import Readout
-from .stream import Choice, Collator, Rows, stream
+from ...states import Source, source_of
+from ..evaluate import AT_ONCE
+from ..maps import IDENTITY, MAT, ShortcutSet
+from ..readout import Readout
+from ..stream import Choice, Collator, Rows, stream
 from .sure import EVERYWHERE, margin, passing_lambda
 
 

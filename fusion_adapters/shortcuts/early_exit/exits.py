@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..states.source import base_of
-from .exit_checks import check_exits, check_given, check_writer
-from .exit_options import ExitOptions
-from .maps import ShortcutSet
-from .readout import Readout
+from ...states.source import base_of
+from ..maps import ShortcutSet
+from ..readout import Readout
+from .checks import check_exits, check_given, check_writer
+from .options import ExitOptions
 from .segments import evaluating
 from .sure import TokenCheck
 from .writing import Writing

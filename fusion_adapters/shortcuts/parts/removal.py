@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..backbone.thinned import Thinning, check_whole_weights
-from ..states import Source, source_of
+from ...backbone.thinned import Thinning, check_whole_weights
+from ...states import Source, source_of
+from ..readout import Readout
+from ..stream import Choice, Collator, Rows, batches_of, stream
 from .folding import fit_folds
-from .readout import Readout
-from .stream import Choice, Collator, Rows, batches_of, stream
 
 AT_ONCE = 512  # positions whose logits are held at a time
 

@@ -9,9 +9,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..backbone.blocks import Backbone
-from ..backbone.calls import WrappedForward
-from ..backbone.families import state_in, state_out, with_state_in, with_state_out
+from ...backbone.blocks import Backbone
+from ...backbone.calls import WrappedForward
+from ...backbone.families import state_in, state_out, with_state_in, with_state_out
 
 Own = Callable[[tuple[Any, ...], dict[str, Any]], Any]  # a block's own forward
 Visit = Callable[[int, Own, tuple[Any, ...], dict[str, Any]], Tensor | None]

@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..backbone.atomic import write_text_whole, written_whole
-from ..backbone.fingerprint import WHOLE, fingerprints, fingerprints_differ
-from ..backbone.shortcut_files import digest_of
+from ...backbone.atomic import write_text_whole, written_whole
+from ...backbone.fingerprint import WHOLE, fingerprints, fingerprints_differ
+from ...backbone.shortcut_files import digest_of
+from ..saving import backbone_of
 from .drafter import DraftBlock, Drafter, DrafterShape
-from .saving import backbone_of
 
 WEIGHTS, CONFIG, FORMAT = "drafter.safetensors", "drafter.json", 1
 TOKENS = "tokens"  # the tensor that lists what the drafter can say

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, StaticCache, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
 
-from ..backbone.record import recorded
+from ...backbone.record import recorded
 from .drafter import Drafter
-from .drafting import Drafts, Proposer
+from .loop import Drafts, Proposer
 from .passes import Passes
 
 # How far apart two logits must be, over the largest, to come in the same order whether tokens are read one by one or together.

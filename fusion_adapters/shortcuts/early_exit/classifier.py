@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..backbone.families import state_in
-from ..backbone.fed import fed
-from ..states.source import base_of
-from .exit_checks import check_classifier, check_exits
-from .exit_options import ExitOptions
-from .maps import IDENTITY, MAT, ShortcutSet
+from ...backbone.families import state_in
+from ...backbone.fed import fed
+from ...states.source import base_of
+from ..maps import IDENTITY, MAT, ShortcutSet
+from ..saving import backbone_of
+from ..stream import Collator, Rows, batches_of
+from .checks import check_classifier, check_exits
 from .margins import Margins, gathered
-from .saving import backbone_of
+from .options import ExitOptions
 from .segments import Own, Segments, evaluating
-from .stream import Collator, Rows, batches_of
 from .sure import margin
 
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..states import LayerStateCache, source_of
+from ...states import LayerStateCache, source_of
+from ..stream import Choice, Collator, Rows, stream
 from .drafter import Drafter
-from .drafter_options import DrafterOptions
-from .stream import Choice, Collator, Rows, stream
+from .options import DrafterOptions
 
 
 class HeldStates:

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..backbone.fed import fed, watched
-from ..backbone.record import recorded, run
-from ..states import source_of
-from .evaluate import R2, TOPS, FullModel, Score
-from .maps import ShortcutSet
-from .readout import Readout
-from .stream import Choice, Collator, Places, Rows, batches_of, model_inputs, places_of
+from ...backbone.fed import fed, watched
+from ...backbone.record import recorded, run
+from ...states import source_of
+from ..evaluate import R2, TOPS, FullModel, Score
+from ..maps import ShortcutSet
+from ..readout import Readout
+from ..stream import Choice, Collator, Places, Rows, batches_of, model_inputs, places_of
 from .submodules import PartSet
 
 AT_ONCE = 512  # positions whose logits are held at a time

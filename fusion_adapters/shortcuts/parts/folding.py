@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from ..backbone.families import parts_of, state_out, with_state_out
-from ..backbone.record import recorded, run
-from ..states import Source, source_of
-from .moments import Moments
-from .solving import least_squares
-from .stream import Choice, Collator, Rows, batches_of, model_inputs, stream
+from ...backbone.families import parts_of, state_out, with_state_out
+from ...backbone.record import recorded, run
+from ...states import Source, source_of
+from ..moments import Moments
+from ..solving import least_squares
+from ..stream import Choice, Collator, Rows, batches_of, model_inputs, stream
 from .submodules import find_parts
 
 Run = tuple[int, int]  # the number of the first block that is removed, from 1, and how many

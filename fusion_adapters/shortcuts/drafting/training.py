@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..backbone.atomic import written_whole
-from ..states import StaleCacheError
+from ...backbone.atomic import written_whole
+from ...states import StaleCacheError
+from ..saving import backbone_of
+from ..stream import Rows
 from .drafter import DraftBlock, Drafter
-from .drafter_feed import Batch, Feed, States, frequent_tokens
-from .drafter_options import DrafterOptions
-from .drafter_start import start
-from .saving import backbone_of
-from .stream import Rows
+from .feed import Batch, Feed, States, frequent_tokens
+from .options import DrafterOptions
+from .start import start
 
 SLOWER = 0.1  # the rate of weights that are solved in closed form, beside that of the others
 SAVE_EVERY = 60.0  # seconds

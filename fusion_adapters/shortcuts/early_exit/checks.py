@@ -10,11 +10,11 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 
-from ..backbone.blocks import Backbone
-from ..backbone.families import ACROSS_BLOCKS, is_causal_lm, text_config
-from ..states import source_of
-from .maps import ShortcutSet
-from .saving import check_fits
+from ...backbone.blocks import Backbone
+from ...backbone.families import ACROSS_BLOCKS, is_causal_lm, text_config
+from ...states import source_of
+from ..maps import ShortcutSet
+from ..saving import check_fits
 
 _ALONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)

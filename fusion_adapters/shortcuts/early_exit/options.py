@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .maps import MAT
+from ..maps import MAT
 
 LATER, CAST = "later", "cast"
 

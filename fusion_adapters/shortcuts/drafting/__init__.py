@@ -1,0 +1,1 @@
+"""Lossless drafts: text that a cheaper model writes ahead, checked in one pass."""

@@ -1,0 +1,1 @@
+"""Early exit: a pass stops at the first layer that is sure."""

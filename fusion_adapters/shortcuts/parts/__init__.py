@@ -1,0 +1,1 @@
+"""Linear stand-ins for parts of blocks, and blocks removed for good."""

@@ -16,7 +16,7 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from fusion_adapters.shortcuts import DrafterOptions, HeldStates, train_drafter
+from fusion_adapters.shortcuts import DrafterOptions, RowStates, train_drafter
 
 VOCABULARY, EOS, PAD = 61, 2, 0
 
@@ -56,7 +56,7 @@ def drafter(llm, rows=None, **options):
     """A drafter of layers 1, 2 and 3, trained within seconds."""
     rows = written(llm) if rows is None else rows
     options = {"layers": [1, 2, 3], "tokens": 48, "epochs": 6, "learning_rate": 3e-3, **options}
-    states = HeldStates(llm, rows, collator, range(llm.config.num_hidden_layers + 1), progress=False)
+    states = RowStates(llm, rows, collator, range(llm.config.num_hidden_layers + 1), progress=False)
     return train_drafter(llm, rows, states, DrafterOptions(**options), progress=False)
 
 

@@ -1,7 +1,8 @@
-"""All modules of a model in one pass: attaching looks through hundreds of them a dozen times."""
+"""All modules of a model in one pass, where attaching looks through hundreds of them a dozen times; and all of them in evaluation mode."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 from torch import nn
@@ -24,3 +25,15 @@ def modules_of(*roots: nn.Module) -> list[nn.Module]:
 def parameters_of(*roots: nn.Module) -> Iterator[nn.Parameter]:
     """Their parameters; one that several modules share comes several times."""
     return (p for module in modules_of(*roots) for p in module._parameters.values() if p is not None)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the time of the body."""
+    modes = [(module, module.training) for module in modules_of(model)]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -3,7 +3,7 @@
 from .drafting.cast import cast_drafts
 from .drafting.decoding import DraftCounts, DraftedDecoding, DraftingOptions
 from .drafting.drafter import Drafter
-from .drafting.feed import HeldStates
+from .drafting.feed import RowStates
 from .drafting.options import DrafterOptions
 from .drafting.saving import load_drafter, save_drafter
 from .drafting.training import train_drafter
@@ -12,7 +12,6 @@ from .early_exit.classifier import Classified, EarlyExitClassifier, text_margins
 from .early_exit.exits import EarlyExit, Exited
 from .early_exit.margins import Margins, exit_margins
 from .early_exit.options import ExitOptions
-from .early_exit.sure import frequent_tokens
 from .fitting import FitOptions, Fitted, fit_shortcuts
 from .lens import View, look
 from .maps import FUSED, IDENTITY, MAT, Shortcut, ShortcutSet
@@ -31,6 +30,7 @@ from .parts.submodules import PartOptions, PartSet, fit_parts
 from .readout import Readout
 from .saving import load_shortcuts, save_shortcuts
 from .solving import SingularError, solve
+from .stream import frequent_tokens
 from .texts import TextReadout
 from .trained import KL, tuned_kind
 from .tuning import Tuned, TuneOptions, tune_shortcuts
@@ -50,7 +50,7 @@ __all__ = [
     "FUSED",
     "FitOptions",
     "Fitted",
-    "HeldStates",
+    "RowStates",
     "IDENTITY",
     "KL",
     "MAT",

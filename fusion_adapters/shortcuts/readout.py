@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..backbone.blocks import Backbone
 from ..backbone.families import output_embeddings
 from ..backbone.fed import fed, watched
+from ..backbone.walk import evaluating
 from ..states import source_of
 from .saving import backbone_of
 
@@ -100,9 +101,7 @@ class Readout:
     def _probe(self) -> None:
         """Finds what runs after the last block, and whether it is all there is."""
         model, backbone = self.model, self.backbone
-        modes = [(m, m.training) for m in model.modules()]
-        model.eval()
-        try:
+        with evaluating(model):
             ids = torch.arange(PROBE, device=backbone.device).unsqueeze(0)
             with self._unfused(), watched(backbone) as seen:
                 model(input_ids=ids)
@@ -113,9 +112,6 @@ class Readout:
                 chain, logits = self._run_after(state, apart)
                 if self.chain is None and _equals(chain, state, logits):
                     self.chain = chain
-        finally:
-            for module, mode in modes:
-                module.training = mode
 
     def _run_after(self, state: Tensor, apart: bool) -> tuple[list[nn.Module], Tensor]:
         """The outermost modules that are called with a state after the blocks, in order, and the logits.

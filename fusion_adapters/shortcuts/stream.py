@@ -182,3 +182,13 @@ def model_inputs(backbone: Backbone, rows: Rows, collator: Collator) -> dict[str
     if "use_cache" in known:
         return {**inputs, "use_cache": False}
     return inputs
+
+
+def frequent_tokens(rows: Rows, count: int) -> tuple[int, ...]:
+    """The ids of the `count` most frequent tokens of tokenised rows, ascending; all there are, where they are fewer."""
+    found: dict[int, int] = {}
+    for row in rows:
+        ids, counts = torch.as_tensor(row["input_ids"]).unique(return_counts=True)
+        for i, n in zip(ids.tolist(), counts.tolist(), strict=True):
+            found[i] = found.get(i, 0) + n
+    return tuple(sorted(sorted(found, key=lambda i: (-found[i], i))[:count]))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from ..backbone.blocks import Backbone
 from ..backbone.fed import fed, watched
+from ..backbone.walk import evaluating
 from .saving import backbone_of
 from .stream import Chunk
 
@@ -34,7 +34,7 @@ class TextReadout:
         base: Any = getattr(model, "get_base_model", None)
         self.model: nn.Module = model if base is None else base()
         self.backbone: Backbone = backbone_of(model)
-        with _evaluating(self.model), torch.no_grad(), watched(self.backbone) as seen:
+        with evaluating(self.model), torch.no_grad(), watched(self.backbone) as seen:
             ids = torch.arange(PROBE, device=self.backbone.device).unsqueeze(0)
             logits = getattr(self.model(input_ids=ids), "logits", None)
         self._forms: list[Any] = list(seen.forms)
@@ -56,7 +56,7 @@ class TextReadout:
             Logits `(B, K)`.
         """
         called = {name: value for name, value in inputs.items() if name != "use_cache"}
-        with _evaluating(self.model), fed(self.backbone, self._forms, {self.backbone.num_layers: state}):
+        with evaluating(self.model), fed(self.backbone, self._forms, {self.backbone.num_layers: state}):
             return self.model(**called).logits
 
     def of_positions(self, chunk: Chunk, states: Tensor) -> Tensor:
@@ -70,14 +70,3 @@ class TextReadout:
         whole = states.new_zeros((*chunk.inputs["input_ids"].shape, states.shape[-1]))  # (B, T, d)
         whole[lines.to(states.device), chunk.places.to(states.device)] = states
         return self(chunk.inputs, whole)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

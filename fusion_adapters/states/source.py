@@ -13,6 +13,7 @@ import xxhash
 from torch import nn
 
 from ..backbone.blocks import Backbone, find_backbones
+from ..backbone.walk import evaluating
 from ..tuner import (
     FusionLayer,
     adapters_in_use,
@@ -60,16 +61,10 @@ class Source:
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
         """For the time of the body: evaluation mode, and in this thread no graph and no fusion."""
-        modes = [(module, module.training) for module in self.backbone.base.modules()]
-        self.backbone.base.eval()
-        try:
-            with contextlib.ExitStack() as stack, torch.no_grad():
-                for layer in self.fusions:
-                    stack.enter_context(layer.unfused())
-                yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        with contextlib.ExitStack() as stack, evaluating(self.backbone.base), torch.no_grad():
+            for layer in self.fusions:
+                stack.enter_context(layer.unfused())
+            yield
 
 
 def source_of(model: nn.Module | Source) -> Source:

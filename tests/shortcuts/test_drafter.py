@@ -13,7 +13,7 @@ from fusion_adapters.shortcuts import (
     DraftedDecoding,
     DrafterOptions,
     DraftingOptions,
-    HeldStates,
+    RowStates,
     load_drafter,
     save_drafter,
     train_drafter,
@@ -93,7 +93,7 @@ def test_training_steps_see_what_drafting_sees():
 
 
 def held(llm, rows):
-    return HeldStates(llm, rows, collator, range(4), progress=False)
+    return RowStates(llm, rows, collator, range(4), progress=False)
 
 
 def test_training_learns_what_the_backbone_says():
@@ -134,7 +134,7 @@ def test_rows_too_short_to_train_on_are_left_out_and_the_others_keep_their_state
     def padded(some):
         return torch.nn.utils.rnn.pad_sequence([torch.tensor(r["input_ids"]) for r in some], batch_first=True)
 
-    states = HeldStates(llm, mixed, lambda some: {"input_ids": padded(some)}, range(4), progress=False)
+    states = RowStates(llm, mixed, lambda some: {"input_ids": padded(some)}, range(4), progress=False)
     one = train_drafter(llm, mixed, states, options, progress=False)
     other = train_drafter(llm, rows, held(llm, rows), options, progress=False)
     assert one.tokens_seen == other.tokens_seen
@@ -256,7 +256,7 @@ def test_what_cannot_be_trained_is_refused():
     states = held(llm, rows)
     with pytest.raises(ValueError, match=r"layers=\[1, 9\]"):
         train_drafter(llm, rows, states, DrafterOptions(layers=[1, 9]), progress=False)
-    lacking = HeldStates(llm, rows, collator, [1, 2], progress=False)
+    lacking = RowStates(llm, rows, collator, [1, 2], progress=False)
     with pytest.raises(ValueError, match=r"do not hold the layers \[3\]"):
         train_drafter(llm, rows, lacking, DrafterOptions(layers=[1, 2]), progress=False)
     with pytest.raises(ValueError, match="more than 9 tokens"):
@@ -267,7 +267,7 @@ def test_what_cannot_be_trained_is_refused():
 
 
 def held_of_two():
-    found = object.__new__(HeldStates)
+    found = object.__new__(RowStates)
     found.layers = [1, 2]
     return found
 

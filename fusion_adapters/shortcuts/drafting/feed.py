@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from .drafter import Drafter
 from .options import DrafterOptions
 
 
-class HeldStates:
+class RowStates:
     """Layer states of rows in memory, as float16, from one pass of the backbone.
 
     Args:
@@ -69,13 +68,7 @@ class HeldStates:
         return torch.cat([self._found[i][columns] for i in numbers], dim=1)
 
 
-States = LayerStateCache | HeldStates
-
-
-def frequent_tokens(rows: Rows, count: int) -> Tensor:
-    """The most frequent tokens of rows, int64, ascending; fewer than `count` if the rows have fewer."""
-    found = Counter(int(i) for row in rows for i in row["input_ids"])
-    return torch.tensor(sorted(token for token, _ in found.most_common(count)), dtype=torch.long)
+States = LayerStateCache | RowStates
 
 
 @dataclass

@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 from ...backbone.atomic import written_whole
 from ...states import StaleCacheError
 from ..saving import backbone_of
-from ..stream import Rows
+from ..stream import Rows, frequent_tokens
 from .drafter import DraftBlock, Drafter
-from .feed import Batch, Feed, States, frequent_tokens
+from .feed import Batch, Feed, States
 from .options import DrafterOptions
 from .start import start
 
@@ -74,7 +74,7 @@ def train_drafter(
     Args:
         model: The model; nothing inside it may train.
         rows: Tokenised rows (`input_ids`), without padding.
-        states: Their layer states, those of the last layer among them: a cache, or `HeldStates`.
+        states: Their layer states, those of the last layer among them: a cache, or `RowStates`.
         options: How.
         folder: Where weights and optimiser are kept meanwhile, each minute, so that a training that was stopped goes on. The file is
             removed at the end.
@@ -97,7 +97,7 @@ def train_drafter(
         raise ValueError(
             f"None of the {len(rows)} rows has more than {options.steps + 1} tokens, so none shows what follows a draft. Give longer rows."
         )
-    tokens = None if options.tokens is None else frequent_tokens(rows, options.tokens)
+    tokens = None if options.tokens is None else torch.tensor(frequent_tokens(rows, options.tokens))
     torch.manual_seed(options.seed)
     block = DraftBlock(options.shape_of(backbone, None if tokens is None else len(tokens)))
     drafter = Drafter(model, block, tokens).to(torch.float32)

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ...backbone.families import state_in
 from ...backbone.fed import fed
+from ...backbone.walk import evaluating
 from ...states.source import base_of
 from ..maps import IDENTITY, MAT, ShortcutSet
 from ..saving import backbone_of
@@ -20,7 +21,7 @@ from ..stream import Collator, Rows, batches_of
 from .checks import check_classifier, check_exits
 from .margins import Margins, gathered
 from .options import ExitOptions
-from .segments import Own, Segments, evaluating
+from .segments import Own, Segments
 from .sure import margin
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...backbone.walk import evaluating
 from ...states.source import base_of
 from ..maps import ShortcutSet
 from ..readout import Readout
 from .checks import check_exits, check_given, check_writer
 from .options import ExitOptions
-from .segments import evaluating
 from .sure import TokenCheck
 from .writing import Writing
 

@@ -117,15 +117,3 @@ class Segments:
         if not self._seen:
             self._form, self._seen = with_state_out(answer, None), True
         return answer
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the time of the body."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -94,13 +93,3 @@ class TokenCheck:
 def _all_above(logits: Tensor, least: Tensor, counts: Tensor | None) -> bool:
     above = margin(logits) > least.to(logits.device)
     return bool(above.all() if counts is None else (above | ~counts.to(above.device)).all())
-
-
-def frequent_tokens(rows: Iterable[Mapping[str, Any]], count: int) -> tuple[int, ...]:
-    """The ids of the `count` most frequent tokens of tokenised rows, ascending; all there are, where they are fewer."""
-    found: dict[int, int] = {}
-    for row in rows:
-        ids, counts = torch.as_tensor(row["input_ids"]).unique(return_counts=True)
-        for i, n in zip(ids.tolist(), counts.tolist(), strict=True):
-            found[i] = found.get(i, 0) + n
-    return tuple(sorted(sorted(found, key=lambda i: (-found[i], i))[:count]))

@@ -43,6 +43,42 @@ def fit(
 
 
 @app.command()
+def tune(
+    recipe: ShortcutRecipeFile,
+    shortcuts: Fitted,
+    output: Annotated[Path, typer.Option(help="Folder of the shortcuts, the trained ones among them.")],
+    layers: Annotated[
+        str | None, typer.Option(help="Train those from these layers alone, with commas between; each costs time.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training rows.")] = 4,
+    settings: Settings = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace earlier shortcuts in that folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train shortcuts by what the head says after the cast, from fitted ones on: kinds 'kl' and 'kl fused'."""
+    from ..runs.shortcut_recipe import load_shortcut_recipe
+    from ..runs.shortcut_tuning import tune_recipe
+
+    chosen = load_shortcut_recipe(recipe, settings)
+    try:
+        wanted = None if layers is None else [int(part) for part in layers.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"--layers {layers!r} is no list of layers. Give numbers with commas between: --layers 6,12,18."
+        ) from error
+    run = tune_recipe(chosen, shortcuts, output, wanted, epochs, overwrite)
+    if as_json:
+        print(json_line(run))
+        return
+    for told in run["trained"]:
+        before, after = told["divergence"][0], told["divergence"][told["kept"]]
+        print(
+            f"{told['kind']} from layer {told['source']}: {before:.3f} to {after:.3f} nats on {run['held_out']:,} held-out positions"
+        )
+    print(output)
+
+
+@app.command()
 def evaluate(
     recipe: ShortcutRecipeFile,
     shortcuts: Fitted,

@@ -5,6 +5,7 @@ import json
 import struct
 
 import pytest
+import torch
 from support_causal import save_model
 from support_shortcut_runs import SENTENCES, write_causal, write_classes, write_masked
 from transformers import AutoModelForCausalLM
@@ -90,6 +91,32 @@ def test_an_evaluation_leaves_tables_and_pictures(fitted, capsys):
     assert "of `dev`" in (folder / "dev" / "summary.md").read_text()
 
 
+def test_training_adds_maps_and_takes_none_away(fitted, tmp_path, capsys):
+    folder, recipe = fitted
+    ask = ("tune", recipe, "--shortcuts", folder / "fit", "--output", tmp_path / "tuned")
+    run(*ask, "--layers", "1,3", "--epochs", "2")
+    shown = capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    before, after = (load_shortcuts(place, model) for place in (folder / "fit", tmp_path / "tuned"))
+    assert (after.sources(kind="kl"), after.sources(kind="kl fused")) == ([1, 3], [1, 3])
+    state = {layer: torch.randn(5, before.hidden_size) for layer in range(4)}
+    for shortcut in before:
+        assert torch.equal(after.get(shortcut.source, shortcut.target, shortcut.kind)(state), shortcut(state))
+    told = json.loads((tmp_path / "tuned" / "training.json").read_text())
+    assert len(told) == 4 and "kl fused from layer 3" in shown
+    assert all(len(t["divergence"]) == 3 and t["divergence"][t["kept"]] == min(t["divergence"]) for t in told)
+    assert any(t["kept"] > 0 for t in told)
+    run("inspect", tmp_path / "tuned", "--text", "anna lives", "--output", tmp_path / "x.png", "--kind", "kl")
+    capsys.readouterr()
+    run("evaluate", recipe, "--shortcuts", tmp_path / "tuned", "--output", tmp_path / "scores", "--json")
+    assert {"kl", "kl fused"} <= {score["kind"] for score in json.loads(capsys.readouterr().out)}
+    assert "is not empty" in fails(capsys, *ask)
+    ask = (*ask[:-1], tmp_path / "other")
+    assert "have none to layer 4 from 9; there are some from: 0, 1, 2, 3" in fails(capsys, *ask, "--layers", "1,9")
+    assert "is no list of layers" in fails(capsys, *ask, "--layers", "one")
+    assert not (tmp_path / "other").exists()
+
+
 def test_the_picture_of_what_layers_say(fitted, tmp_path, capsys):
     folder, _ = fitted
     for kind in ((), ("--kind", "identity"), ("--kind", "mat")):
@@ -126,6 +153,8 @@ def test_a_classifier_is_judged_by_its_classes(tmp_path, capsys):
     size_of(tmp_path / "fit" / "evaluation" / "curves.png")
     error = fails(capsys, "inspect", tmp_path / "fit", "--text", "anna", "--output", tmp_path / "x.png")
     assert "task: sequence_classification" in error and "causal_lm" in error
+    ask = ("tune", recipe, "--shortcuts", tmp_path / "fit", "--output", tmp_path / "tuned")
+    assert "says a class of a text" in fails(capsys, *ask)
 
 
 def test_shortcuts_of_another_backbone_or_none(fitted, tmp_path, capsys):
@@ -196,7 +225,7 @@ def test_a_recipe_that_cannot_be_leaves_nothing(fitted, tmp_path, capsys, settin
 def test_too_few_positions_are_told_of(fitted, tmp_path, capsys):
     folder, recipe = fitted
     error = fails(capsys, "fit", recipe, "--output", tmp_path / "fit", "--set", "shortcuts.ridge=0", "--set", "data.limit=1")
-    assert "have no one solution" in error and "Give ridge" in error
+    assert "has no one solution" in error and "Give ridge" in error
     assert "data have no such examples" in fails(
         capsys, "evaluate", recipe, "--shortcuts", folder / "fit", "--output", tmp_path / "x", "--set", "data.test=null",
         "--set", "evaluation.split=test",

@@ -96,13 +96,15 @@ def _of_run(recipe: ShortcutRecipe, folder: str) -> Subject:
             f"The run {folder!r} has fusion: {method}{below}, whose head reads other layers than the last, so a state that stands for the "
             f"last one does not decide. Train the head, with or without LoRA, by adapter.fusion: {PLAIN}, and name that run."
         )
-    if trained.adapter.get("fusion_pool") is not None:
-        raise ValueError(
-            f"The run {folder!r} has fusion_pool: {trained.adapter['fusion_pool']}, by which its head reads one mean of a text, not the "
-            f"states that shortcuts stand for. Train the head with adapter.fusion: {PLAIN} and without fusion_pool, and name that run."
-        )
     run = load_run(folder)
-    model: Any = run.model.merge_and_unload()  # a transformers model: LoRA is in the weights that the fingerprint covers
+    pools, config = trained.adapter.get("fusion_pool") is not None, run.model.active_peft_config
+    if pools and config.has_lora:
+        raise ValueError(
+            f"The run {folder!r} has LoRA beside fusion_pool: {trained.adapter['fusion_pool']}: LoRA is folded into the weights here, and "
+            "the mean that the head reads is the adapter's. Train the head with one of the two, and name that run."
+        )
+    # LoRA is in the weights then, which the fingerprint covers; a mean stays with the model, between blocks and head
+    model: Any = run.model.get_base_model() if pools else run.model.merge_and_unload()
     if trained.backbone.bits is None:
         model.to(PartialState().device)
     model.requires_grad_(False)

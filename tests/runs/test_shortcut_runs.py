@@ -11,7 +11,7 @@ import torch
 import yaml
 from support_shortcut_runs import write_causal, write_classes
 from support_text import save_model
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, BertModel
 
 from fusion_adapters.runs.predicting import load_run
 from fusion_adapters.runs.recipe import load_recipe
@@ -96,23 +96,59 @@ def test_a_fit_that_was_singular_goes_on_with_ridge_without_another_pass(tmp_pat
     assert first == second and not list(tmp_path.glob(".*"))
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A classifier with LoRA and a trained head, by train; and the recipe of its shortcuts."""
-    tmp_path = tmp_path_factory.mktemp("trained")
-    folder = tmp_path / "data"
+LORA = {"r": 2, "target_modules": ["query", "value"]}
+
+
+def train_classifier(place, **adapter):
+    """A classifier with a trained head, by train; returns its folder and the recipe of its shortcuts."""
+    folder = place / "data"
     folder.mkdir()
     recipe = write_classes(folder, model=False)
     save_model(folder / "model", "sequence")
     values = yaml.safe_load(recipe.read_text())
     training = {"num_train_epochs": 3, "learning_rate": 1e-2, "disable_tqdm": True}
-    adapter = {"fusion": "last", "r": 2, "target_modules": ["query", "value"], "modules_to_save": ["pooler"]}
+    adapter = {"fusion": "last", "modules_to_save": ["pooler"], **adapter}
     run = {key: value for key, value in values.items() if key != "shortcuts"} | {"adapter": adapter, "training": training}
-    (tmp_path / "train.yaml").write_text(yaml.safe_dump(run))
-    run_recipe(load_recipe(tmp_path / "train.yaml"), tmp_path / "run")
+    (place / "train.yaml").write_text(yaml.safe_dump(run))
+    run_recipe(load_recipe(place / "train.yaml"), place / "run")
     del values["backbone"]
-    recipe.write_text(yaml.safe_dump({**values, "run": str(tmp_path / "run")}))
-    return tmp_path, recipe
+    recipe.write_text(yaml.safe_dump({**values, "run": str(place / "run")}))
+    return place, recipe
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A classifier with LoRA."""
+    return train_classifier(tmp_path_factory.mktemp("trained"), **LORA)
+
+
+def test_a_classifier_that_reads_the_mean_of_a_text_is_judged_by_the_mean_of_cast_states(tmp_path):
+    folder, path = train_classifier(tmp_path, fusion_pool="mean")
+    recipe = load_shortcut_recipe(path)
+    fit_recipe(recipe, folder / "fit")
+    _, scores = evaluate_recipe(recipe, folder / "fit")
+    subject, own = load_subject(recipe), load_run(folder / "run").model
+    shortcut = load_shortcuts(folder / "fit", subject.model).get(2)
+    texts = [line.rpartition(",")[0] for line in (folder / "data" / "test.csv").read_text().splitlines()[1:]]
+    right, plain, head = 0, BertModel.from_pretrained(folder / "data" / "model").eval(), subject.model
+    for text in texts:
+        inputs = subject.tokenizer(text, return_tensors="pt")
+        with torch.no_grad():
+            torch.testing.assert_close(head(**inputs).logits, own(**inputs).logits)
+            states = plain(**inputs, output_hidden_states=True).hidden_states
+            cast, whole = (
+                head.classifier(head.bert.pooler(z.mean(1, keepdim=True))) for z in (shortcut({2: states[2]}), states[4])
+            )
+        torch.testing.assert_close(whole, own(**inputs).logits, rtol=1e-4, atol=1e-5)
+        right += int(cast.argmax()) == int(whole.argmax())
+    (score,) = (s for s in scores if (s.kind, s.source) == ("mat", 2))
+    assert score.precision[1] == right / len(texts)
+
+
+def test_a_mean_beside_lora_is_refused(tmp_path):
+    _, path = train_classifier(tmp_path, fusion_pool="mean", **LORA)
+    with pytest.raises(ValueError, match="has LoRA beside fusion_pool: mean"):
+        load_subject(load_shortcut_recipe(path))
 
 
 def test_shortcuts_of_a_classifier_that_train_made(trained):
@@ -151,7 +187,6 @@ def test_runs_whose_head_reads_other_layers_or_that_are_of_another_task(trained)
     for adapter, message in (
         ({"fusion": "dwatt"}, "has fusion: dwatt, whose head reads other layers than the last"),
         ({"fusion": "last", "fusion_depth": 2}, "has fusion: last, below block 2"),
-        ({"fusion": "last", "fusion_pool": "mean"}, "has fusion_pool: mean"),
     ):
         changed = {**run, "recipe": {**run["recipe"], "adapter": adapter}}
         (folder / "run" / "run.json").write_text(json.dumps(changed))

@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--chats", type=int, default=len(CHATS))
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--exit", type=int, default=12, help="blocks of transformers' early-exit drafts")
-    parser.add_argument("--most", type=int, default=6)
+    parser.add_argument("--most", type=int, default=2)
     parser.add_argument("--enough", type=float, nargs="+", default=[0.3])
     parser.add_argument("--only", nargs="+", help="ways whose names hold one of these, beside the plain one")
     given = parser.parse_args()

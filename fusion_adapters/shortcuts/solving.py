@@ -112,8 +112,10 @@ def least_squares(
 def _solved(gram: Tensor, cross: Tensor, squares: Tensor, what: str, sources: int, ridge: float, count: int) -> Tensor:
     """`gram^-1 cross` by Cholesky of the matrix with a unit diagonal, refined once; the states' channels differ by orders of size."""
     diagonal = gram.diagonal()  # (k d,)
-    dead = int((diagonal <= ROUNDING * squares).sum())
-    scale = diagonal.where(diagonal > ROUNDING * squares, torch.ones_like(diagonal)).sqrt()
+    # with a ridge what never varies has a solution, and the ridge keeps it from fitting rounding
+    varies = diagonal > (0 if ridge else ROUNDING * squares)
+    dead = int((~varies).sum())
+    scale = diagonal.where(varies, torch.ones_like(diagonal)).sqrt()
     unit = gram / scale[:, None] / scale[None, :]
     right = cross / scale[:, None]
     factor, failed = torch.linalg.cholesky_ex(unit)

@@ -147,7 +147,8 @@ def _summary(result: dict[str, Any], model: str, num_layers: int) -> str:
     lines = [
         f"# Early exit of {model}, {num_layers} blocks",
         "",
-        f"Thresholds are the lowest with an agreement of {share} on dev; agreement and layers saved are on test, 95 % intervals over rows.",
+        f"Thresholds are the lowest with an agreement of {share} on dev; agreement and layers saved are on test, 95 % intervals over rows, "
+        "where there are twenty or more.",
         "`all`: a look at the head after every block, the paper's measure, which counts no looks; `few`: at the chosen layers alone.",
         "",
         "| kind | exits | lambda | agreement | layers saved | looks that end nothing |",

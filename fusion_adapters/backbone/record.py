@@ -22,9 +22,10 @@ def recorded(backbone: Backbone, layers: Sequence[int], take: Callable[[int, Ten
     """
     wanted, count, thread = set(layers), 0, threading.get_ident()
 
-    def begin(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # torch notes that a hook takes keyword arguments after it has the hook: a call of another thread in between brings none
+    def begin(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         nonlocal count
-        if threading.get_ident() != thread:
+        if threading.get_ident() != thread or kwargs is None:
             return
         if count in (0, backbone.num_layers):
             count = 0

@@ -13,6 +13,8 @@ from support import METHODS, attached, batch, disturb, layer_of, logits, tiny, w
 from torch.utils.checkpoint import checkpoint
 
 from fusion_adapters import FusionConfig, depth_weights
+from fusion_adapters.backbone.blocks import find_backbones
+from fusion_adapters.backbone.record import recorded
 from fusion_adapters.tuner import fusion_layers
 
 FEW = pytest.mark.parametrize("family", ["bert", "llama", "albert", "t5-both", "mamba"])
@@ -289,3 +291,22 @@ def test_an_attached_model_may_be_cast_as_a_whole(family, method, after):
     for mode in (True, False):
         model.train(mode)(**batch()).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_call_of_another_thread_that_crosses_the_begin_of_a_recording():
+    """Torch has a hook before it notes that it takes keyword arguments; a call in between brings none."""
+    model, found, failed = tiny("llama", "lm"), [], []
+    backbone = find_backbones(model)[0]
+
+    def call():
+        try:
+            model(input_ids=batch()["input_ids"])
+        except Exception as error:
+            failed.append(error)
+
+    with recorded(backbone, [0], lambda layer, state: found.append(layer)):
+        backbone.blocks[0]._forward_pre_hooks_with_kwargs.clear()
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    assert not failed and not found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,7 +131,8 @@ class DraftedDecoding:
             criteria = StoppingCriteriaList(given.pop("stopping_criteria", None) or [])
             criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop))
             given["stopping_criteria"] = criteria
-        streaming = _Streaming(self, streamer)
+        # transformers takes a streamer and does not hand it on
+        streaming = partial(self, streamer=streamer)
         return self.drafter.model.generate(inputs, streamer=streamer, custom_generate=streaming, **given)  # type: ignore[operator]
 
     def __call__(
@@ -153,31 +155,6 @@ class DraftedDecoding:
         passes = Passes(model, input_ids, model_kwargs, generation_config)
         with torch.no_grad(), recorded(self.drafter.backbone, self.drafter.layers, passes.take):
             return _Writing(self, passes, logits_processor, stopping_criteria, generation_config, streamer).write()
-
-
-class _Streaming:
-    """A decoding with a streamer, which transformers does not hand on.
-
-    Args:
-        decoding: The decoding.
-        streamer: The streamer.
-    """
-
-    def __init__(self, decoding: DraftedDecoding, streamer: Any) -> None:
-        self.decoding, self.streamer = decoding, streamer
-
-    def __call__(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        **model_kwargs: Any,
-    ) -> GenerateDecoderOnlyOutput | Tensor:
-        """As the decoding's."""
-        given = (logits_processor, stopping_criteria, generation_config)
-        return self.decoding(model, input_ids, *given, streamer=self.streamer, **model_kwargs)
 
 
 class _Writing:

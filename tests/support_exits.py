@@ -6,12 +6,14 @@ import torch
 from families import DEPTH, FAMILIES, WIDTH, inputs
 
 from fusion_adapters.backbone.record import recorded, run
-from fusion_adapters.shortcuts import FUSED, Readout, Shortcut, ShortcutSet
+from fusion_adapters.shortcuts import FUSED, ExitOptions, Readout, Shortcut, ShortcutSet
 from fusion_adapters.shortcuts.early_exit.sure import margin
 from fusion_adapters.shortcuts.saving import backbone_of
 
 NEVER, ALWAYS = 1.112, -0.2
 CAUSAL = ("llama", "gpt2", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "opt", "gpt-neox", "phi3", "mixtral")
+KV = ("later", "cast")
+ALIKE = ("llama", "gpt2", "gemma2")  # rotary, absolute positions, a sliding window
 
 
 def some_shortcuts(width=WIDTH, depth=DEPTH, seed=0):
@@ -96,3 +98,7 @@ def layer_states(model, batch, layers):
 def build(family, **settings):
     """A tiny causal model."""
     return FAMILIES[family].build("causal", **settings)
+
+
+def options(threshold, **given):
+    return ExitOptions(**{"layers": [1, 3], "threshold": threshold, "mean_length": 1e-3, **given})

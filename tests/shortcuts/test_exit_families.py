@@ -7,14 +7,17 @@ import torch
 import transformers
 from families import DEPTH
 from support_exits import (
+    ALIKE,
     ALWAYS,
     CAUSAL,
+    KV,
     NEVER,
     WRITING,
     build,
     differences,
     layer_states,
     middling,
+    options,
     prompts,
     replayed,
     some_shortcuts,
@@ -22,10 +25,8 @@ from support_exits import (
 from transformers import DynamicCache
 
 import fusion_adapters
-from fusion_adapters.shortcuts import EarlyExit, ExitOptions, Readout
+from fusion_adapters.shortcuts import EarlyExit, Readout
 
-KV = ("later", "cast")
-ALIKE = ("llama", "gpt2", "gemma2")  # rotary, absolute positions, a sliding window
 BOTH = [*((family, "later") for family in CAUSAL), *((family, "cast") for family in (*ALIKE, "qwen3", "phi3"))]
 COMMON = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
@@ -42,10 +43,6 @@ FURTHER = {  # biases by distance, keys and values from latent vectors, attentio
     },
     "GPTJ": {"vocab_size": 120, "n_embd": 32, "n_layer": 4, "n_head": 4, "rotary_dim": 4},
 }
-
-
-def options(threshold, **given):
-    return ExitOptions(**{"layers": [1, 3], "threshold": threshold, "mean_length": 1e-3, **given})
 
 
 @pytest.mark.parametrize(("family", "kv"), BOTH)

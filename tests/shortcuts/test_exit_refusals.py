@@ -2,23 +2,10 @@
 
 import pytest
 from families import FAMILIES
-from support_exits import (
-    ALWAYS,
-    WRITING,
-    build,
-    prompts,
-    some_shortcuts,
-)
+from support_exits import ALWAYS, WRITING, build, options, prompts, some_shortcuts
 from transformers import GenerationConfig
 
-from fusion_adapters.shortcuts import EarlyExit, ExitOptions
-
-KV = ("later", "cast")
-ALIKE = ("llama", "gpt2", "gemma2")  # rotary, absolute positions, a sliding window
-
-
-def options(threshold, **given):
-    return ExitOptions(**{"layers": [1, 3], "threshold": threshold, "mean_length": 1e-3, **given})
+from fusion_adapters.shortcuts import EarlyExit
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ from families import DEPTH
 from peft import LoraConfig, get_peft_model
 from support_exits import (
     ALWAYS,
+    KV,
     NEVER,
     WRITING,
     build,
     differences,
     layer_states,
     middling,
+    options,
     prompts,
     replayed,
     some_shortcuts,
@@ -19,14 +21,7 @@ from support_exits import (
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from fusion_adapters.shortcuts import FUSED, IDENTITY, EarlyExit, ExitOptions, Readout
-
-KV = ("later", "cast")
-ALIKE = ("llama", "gpt2", "gemma2")  # rotary, absolute positions, a sliding window
-
-
-def options(threshold, **given):
-    return ExitOptions(**{"layers": [1, 3], "threshold": threshold, "mean_length": 1e-3, **given})
+from fusion_adapters.shortcuts import FUSED, IDENTITY, EarlyExit, Readout
 
 
 @pytest.mark.parametrize("kv", KV)
